@@ -1,0 +1,1 @@
+"""Fine-tune Llama 3 in plain PyTorch on FSDP2."""
