@@ -1,0 +1,280 @@
+"""GGUF to Hugging Face: the logits of transformers before and after, the tokenizer, and what is refused."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from minillama.errors import UserError
+
+gguf = pytest.importorskip("gguf")
+transformers = pytest.importorskip("transformers")
+
+TOOL = Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"
+spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+
+SPECIALS = ["<|pad|>", "<|begin|>", "<|end|>"]
+MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w"]
+TEMPLATE = "{% for m in messages %}<|begin|>{{ m['content'] }}<|end|>{% endfor %}"
+
+
+def byte_characters() -> list[str]:
+    """GPT-2's printable stand-ins for the 256 bytes."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+TOKENS = SPECIALS + byte_characters() + [merge.replace(" ", "") for merge in MERGES]
+
+
+def tiny_llama(*, tied: bool) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(TOKENS),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def gguf_name(name: str) -> str:
+    names = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+    names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "o_proj": "attn_output"}
+    names |= {f"{p}_proj": f"attn_{p}" for p in "qkv"} | {f"{p}_proj": f"ffn_{p}" for p in ("gate", "up", "down")}
+    parts = name.split(".")
+    block = f"blk.{parts[2]}." if parts[1] == "layers" else ""
+    return f"{block}{names[parts[-2]]}.weight"
+
+
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's own permutation of q and k, as in its convert_hf_to_gguf.py."""
+    rows = weight.shape[0]
+    return weight.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(
+    path: Path,
+    model: torch.nn.Module | None,
+    *,
+    kind: str = "F32",
+    architecture: str = "llama",
+    pre: str = "smollm",
+    extra: dict[str, np.ndarray] | None = None,
+    scaling: str | None = None,
+) -> None:
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3] * len(SPECIALS) + [1] * (len(TOKENS) - len(SPECIALS)))
+    writer.add_token_merges(MERGES)
+    writer.add_pad_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+    if scaling:
+        writer.add_string("llama.rope.scaling.type", scaling)
+        writer.add_rope_scaling_factor(4.0)
+    if model is not None:
+        config = model.config
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        quantisation = gguf.GGMLQuantizationType[kind]
+        for name, weight in model.named_parameters():  # a tied head is not among them
+            data = weight.detach().numpy()
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+                data = interleaved(data, heads)
+            if data.ndim == 2:
+                data = gguf.quants.quantize(data, quantisation)
+                writer.add_tensor(gguf_name(name), data, raw_dtype=quantisation)
+            else:
+                writer.add_tensor(gguf_name(name), data)
+        for name, data in (extra or {}).items():
+            writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def converted(source: Path, target: Path, dtype: str = "bfloat16") -> torch.nn.Module:
+    tool.convert_checkpoint(source, target, dtype=dtype)
+    assert sorted(target.parent.iterdir()) == sorted([source, target])  # nothing temporary is left
+    return transformers.AutoModelForCausalLM.from_pretrained(target).eval()
+
+
+def refused(source: Path, target: Path) -> str:
+    with pytest.raises(UserError) as error:
+        tool.convert_checkpoint(source, target)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_1"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_are_those_of_the_same_weights(tmp_path, tied, kind):
+    model = tiny_llama(tied=tied)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:  # rows keep their blocks under llama.cpp's permutation, so this is exact
+                quantisation = gguf.GGMLQuantizationType[kind]
+                data = gguf.quants.quantize(weight.numpy(), quantisation)
+                weight.copy_(torch.from_numpy(gguf.quants.dequantize(data, quantisation)))
+    write_gguf(tmp_path / "tiny.gguf", model, kind=kind)
+    again = converted(tmp_path / "tiny.gguf", tmp_path / "tiny", "float32")
+    tokens = torch.randint(len(TOKENS), (2, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=0, atol=1e-6)
+    assert again.config.tie_word_embeddings is tied
+    for name in ("head_dim", "rms_norm_eps", "rope_parameters", "max_position_embeddings", "vocab_size"):
+        assert getattr(again.config, name) == getattr(model.config, name)
+    with safe_open(tmp_path / "tiny" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == {name for name, _ in model.named_parameters()}
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_the_permutation_matters(tmp_path):
+    """The test above would fail without it: the interleaved rows as they are give other logits."""
+    model = tiny_llama(tied=True)
+    tokens = torch.randint(len(TOKENS), (1, 40))
+    with torch.no_grad():
+        before = model(tokens).logits
+        for layer in model.model.layers:
+            for projection, heads in ((layer.self_attn.q_proj, 4), (layer.self_attn.k_proj, 2)):
+                projection.weight.copy_(torch.from_numpy(interleaved(projection.weight.numpy(), heads)))
+        assert (model(tokens).logits - before).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtype(tmp_path, dtype):
+    model = tiny_llama(tied=True)
+    write_gguf(tmp_path / "tiny.gguf", model)
+    converted(tmp_path / "tiny.gguf", tmp_path / "tiny", dtype)
+    assert json.loads((tmp_path / "tiny" / "config.json").read_text())["torch_dtype"] == dtype
+    with safe_open(tmp_path / "tiny" / "model.safetensors", "pt") as file:
+        got = file.get_tensor("model.layers.1.self_attn.k_proj.weight")
+    expected = model.model.layers[1].self_attn.k_proj.weight.detach().to(getattr(torch, dtype))
+    assert got.dtype == expected.dtype
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("pre", ["smollm", "llama-bpe"])
+def test_tokenizer(tmp_path, pre):
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(tied=True), pre=pre)
+    converted(tmp_path / "tiny.gguf", tmp_path / "tiny")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tiny")
+
+    def pieces(text):
+        return tokenizer.convert_ids_to_tokens(tokenizer.encode(text))
+
+    begin = ["<|begin|>"] if pre == "llama-bpe" else []  # llama.cpp's default for it
+    assert pieces("hello who") == [*begin, "hello", "Ġw", "h", "o"]
+    assert pieces("<|end|>hello") == [*begin, "<|end|>", "hello"]
+    text = "hello 2025 wörld's\n\n  \tend é"
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    assert chat == "<|begin|>hello<|end|>"
+    backend = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("ab 1234")
+    digits = [piece for piece, _ in backend if piece.strip("Ġ").isdigit()]
+    assert digits == (["1", "2", "3", "4"] if pre == "smollm" else ["123", "4"])
+
+
+def llama3_divisors(head_dim: int, theta: float, factor: float) -> np.ndarray:
+    """As llama.cpp computes rope_freqs for Llama 3.1: no transformers function returns the divisors."""
+    divisors = []
+    for frequency in 1.0 / theta ** (np.arange(0, head_dim, 2) / head_dim):
+        wavelength = 2 * np.pi / frequency
+        if wavelength < 8192 / 4:
+            divisors.append(1.0)
+        elif wavelength > 8192 / 1:
+            divisors.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors, np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_rope_scaling(tmp_path, factor):
+    model = tiny_llama(tied=True)
+    divisors = llama3_divisors(32, 5000.0, factor)
+    assert 1 < np.median(divisors) < factor or len(np.unique(divisors)) > 2  # all three branches are there
+    write_gguf(tmp_path / "tiny.gguf", model, extra={"rope_freqs.weight": divisors})
+    again = converted(tmp_path / "tiny.gguf", tmp_path / "tiny")
+    plain = model.model.rotary_emb.inv_freq
+    torch.testing.assert_close(again.model.rotary_emb.inv_freq, plain / torch.from_numpy(divisors))
+    assert again.config.rope_parameters["rope_type"] == "llama3"
+    assert again.config.rope_parameters["factor"] == factor
+
+
+def test_linear_rope_scaling(tmp_path):
+    model = tiny_llama(tied=True)
+    write_gguf(tmp_path / "tiny.gguf", model, scaling="linear")
+    again = converted(tmp_path / "tiny.gguf", tmp_path / "tiny")
+    torch.testing.assert_close(again.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq / 4)
+
+
+def test_refusals(tmp_path):
+    source, target = tmp_path / "tiny.gguf", tmp_path / "tiny"
+    assert "no such file" in refused(source, target)
+    source.write_bytes(b"not a model")
+    assert f"{source} is not a GGUF file" in refused(source, target)
+    source.write_bytes(b"GGUF\x03")
+    assert "damaged" in refused(source, target)
+    write_gguf(source, None, architecture="qwen2")
+    assert "'qwen2'" in refused(source, target)
+    write_gguf(source, tiny_llama(tied=True), pre="deepseek-llm")
+    assert "'deepseek-llm'" in refused(source, target)
+    write_gguf(source, tiny_llama(tied=True), scaling="yarn")
+    assert "'yarn'" in refused(source, target)
+    write_gguf(source, tiny_llama(tied=True), extra={"rope_freqs.weight": np.full(16, 3.0, np.float32)})
+    assert "rope_freqs.weight" in refused(source, target)
+    write_gguf(source, tiny_llama(tied=True), extra={"blk.0.attn_q.bias": np.zeros(128, np.float32)})
+    assert "blk.0.attn_q.bias" in refused(source, target)
+    assert sorted(tmp_path.iterdir()) == [source]  # nothing half-written
+
+
+def test_the_target_is_never_overwritten(tmp_path):
+    source, target = tmp_path / "tiny.gguf", tmp_path / "tiny"
+    write_gguf(source, tiny_llama(tied=True))
+    target.mkdir()
+    (target / "notes.txt").write_text("mine")
+    assert f"{target} exists already" in refused(source, target)
+    (target / "notes.txt").unlink()
+    converted(source, target)  # an empty folder will do
+
+
+def test_the_command(tmp_path):
+    source, target = tmp_path / "tiny.gguf", tmp_path / "new" / "tiny"
+    write_gguf(source, tiny_llama(tied=True))
+    command = [sys.executable, str(TOOL), str(source), str(target), "--dtype", "float16"]
+    subprocess.run(command, check=True)
+    assert json.loads((target / "config.json").read_text())["torch_dtype"] == "float16"
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert again.stderr == f"error: {target} exists already; name another target, or remove it first\n"

@@ -1,0 +1,328 @@
+"""Convert a checkpoint: a GGUF file becomes a Hugging Face folder that minillama and transformers load.
+
+    python tools/convert_checkpoint.py SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-135M-Instruct
+
+Needs the gguf package (pip install "minillama[demo]"). Quantised weights are dequantised to --dtype; what the
+quantisation lost stays lost. Host memory is about one copy of the model in --dtype.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from safetensors.torch import save_file
+
+from minillama.errors import UserError
+
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def convert_checkpoint(
+    source: Annotated[Path, tyro.conf.Positional],
+    target: Annotated[Path, tyro.conf.Positional],
+    *,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+) -> None:
+    """Convert a GGUF file to a Hugging Face folder.
+
+    Args:
+        source: the GGUF file; Llama architecture with a byte-level BPE tokenizer.
+        target: the folder to write; it must not exist yet, or be empty.
+        dtype: of the weights written.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists already; name another target, or remove it first")
+    reader = open_gguf(source)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    config = read_config(fields, tensors)
+    tokenizer, tokenizer_config = read_tokenizer(fields)
+    config |= {
+        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": end_tokens(fields),
+        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
+        "torch_dtype": dtype,
+    }
+    generation_config = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    weights = read_weights(tensors, config, getattr(torch, dtype))
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    unfinished.mkdir()
+    try:
+        write_json(unfinished / "config.json", config)
+        write_json(unfinished / "generation_config.json", generation_config)
+        write_json(unfinished / "tokenizer.json", tokenizer)
+        write_json(unfinished / "tokenizer_config.json", tokenizer_config)
+        save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")  # safetensors writes 0600
+        unfinished.rename(target)  # whole or not at all; an empty target is replaced
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
+    print(f"{target}: {len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} parameters, {dtype}")
+
+
+def open_gguf(source: Path) -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError('reading GGUF needs the gguf package: pip install "minillama[demo]"') from error
+    if not source.is_file():
+        raise UserError(f"{source}: no such file")
+    with source.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"{source} is not a GGUF file")
+    try:
+        return gguf.GGUFReader(source)
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{source} is a damaged GGUF file, or of an unknown version: {error}") from error
+
+
+def read_config(fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a LlamaForCausalLM; raises for what that class cannot express."""
+    architecture = fields.get("general.architecture")
+    if architecture != "llama":
+        raise UserError(f"the GGUF file holds a {architecture!r} model; only 'llama' can be converted")
+    if fields.get("llama.expert_count", 0):
+        raise UserError("the GGUF file holds a mixture of experts; only dense Llama models can be converted")
+
+    width, heads = need(fields, "llama.embedding_length"), need(fields, "llama.attention.head_count")
+    head_dim = fields.get("llama.attention.key_length", width // heads)
+    if fields.get("llama.attention.value_length", head_dim) != head_dim:
+        raise UserError("llama.attention.value_length differs from key_length; Llama has one head width")
+    if fields.get("llama.rope.dimension_count", head_dim) != head_dim:
+        raise UserError("llama.rope.dimension_count is not the head width; Llama rotates whole heads")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": len(need(fields, "tokenizer.ggml.tokens")),
+        "hidden_size": width,
+        "intermediate_size": need(fields, "llama.feed_forward_length"),
+        "num_hidden_layers": need(fields, "llama.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": need(fields, "llama.context_length"),
+        "rms_norm_eps": shortest(need(fields, "llama.attention.layer_norm_rms_epsilon")),
+        "rope_theta": shortest(fields.get("llama.rope.freq_base", 10000.0)),
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "tie_word_embeddings": "output.weight" not in tensors,
+    }
+    config["rope_scaling"] = read_rope_scaling(fields, tensors, config)
+    return config
+
+
+def read_rope_scaling(fields: dict[str, Any], tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any] | None:
+    kind = fields.get("llama.rope.scaling.type", "none")
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": shortest(need(fields, "llama.rope.scaling.factor"))}
+    if kind != "none":
+        raise UserError(f"llama.rope.scaling.type is {kind!r}; only 'none' and 'linear' can be converted")
+    if "rope_freqs.weight" not in tensors:
+        return None
+    # Llama 3.1's scaling is stored as its result, one divisor a frequency. The rule has one set of values in
+    # all published models except for the factor, so apply it and compare.
+    divisors = dequantise(tensors["rope_freqs.weight"])
+    factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
+    frequencies = config["rope_theta"] ** -(np.arange(0, config["head_dim"], 2) / config["head_dim"])
+    turns = original * frequencies / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
+        raise UserError("the tensor rope_freqs.weight is not Llama 3.1's RoPE scaling; it cannot be converted")
+    return {
+        "rope_type": "llama3",
+        "factor": shortest(factor),
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
+def read_weights(tensors: dict[str, Any], config: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All weights under their Hugging Face names, dequantised one at a time."""
+    width, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q = config["num_attention_heads"] * head_dim
+    kv = config["num_key_value_heads"] * head_dim
+    names = {
+        "token_embd.weight": ("model.embed_tokens.weight", (config["vocab_size"], width)),
+        "output_norm.weight": ("model.norm.weight", (width,)),
+    }
+    if not config["tie_word_embeddings"]:
+        names["output.weight"] = ("lm_head.weight", (config["vocab_size"], width))
+    for layer in range(config["num_hidden_layers"]):
+        for theirs, ours, shape in (
+            ("attn_norm", "input_layernorm", (width,)),
+            ("attn_q", "self_attn.q_proj", (q, width)),
+            ("attn_k", "self_attn.k_proj", (kv, width)),
+            ("attn_v", "self_attn.v_proj", (kv, width)),
+            ("attn_output", "self_attn.o_proj", (width, q)),
+            ("ffn_norm", "post_attention_layernorm", (width,)),
+            ("ffn_gate", "mlp.gate_proj", (inner, width)),
+            ("ffn_up", "mlp.up_proj", (inner, width)),
+            ("ffn_down", "mlp.down_proj", (width, inner)),
+        ):
+            names[f"blk.{layer}.{theirs}.weight"] = (f"model.layers.{layer}.{ours}.weight", shape)
+
+    if missing := sorted(names.keys() - tensors.keys()):
+        raise UserError(f"the GGUF file lacks {len(missing)} tensors of a Llama: {', '.join(missing[:4])} ...")
+    if unknown := sorted(tensors.keys() - names.keys() - {"rope_freqs.weight"}):
+        raise UserError(f"the GGUF file has {len(unknown)} tensors no Llama has: {', '.join(unknown[:4])} ...")
+    weights = {}
+    for theirs, (ours, shape) in names.items():
+        weight = dequantise(tensors[theirs])
+        if weight.shape != shape:
+            raise UserError(f"{theirs} has shape {weight.shape}; its configuration says {shape}")
+        if theirs.endswith((".attn_q.weight", ".attn_k.weight")):
+            weight = half_split(weight, head_dim)
+        # A copy even in fp32, where .to() is none: the file is mapped read-only.
+        weights[ours] = torch.from_numpy(weight.copy()).to(dtype)
+    return weights
+
+
+def dequantise(tensor: Any) -> np.ndarray:
+    from gguf.quants import dequantize
+
+    try:
+        return dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        kind = tensor.tensor_type.name
+        raise UserError(f"{tensor.name} is quantised as {kind}, which gguf cannot dequantise") from error
+
+
+def half_split(weight: np.ndarray, head_dim: int) -> np.ndarray:
+    """GGUF rotates neighbours (0,1), (2,3), ... of a head; Hugging Face rotates (0, D/2), (1, D/2+1), ..."""
+    rows, columns = weight.shape
+    pairs = weight.reshape(rows // head_dim, head_dim // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+def read_tokenizer(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """tokenizer.json and tokenizer_config.json of a byte-level BPE."""
+    model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if model != "gpt2":
+        raise UserError(f"the tokenizer is {model!r}; only byte-level BPE ('gpt2') can be converted")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    if pre == "smollm":
+        splits = [{"type": "Digits", "individual_digits": True}, byte_level | {"use_regex": True}]
+    elif pre == "llama-bpe":
+        split = {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False}
+        splits = [split, byte_level | {"use_regex": False}]
+    else:
+        raise UserError(f"the pre-tokenizer is {pre!r}; only 'smollm' and 'llama-bpe' can be converted")
+
+    tokens = need(fields, "tokenizer.ggml.tokens")
+    control, user_defined = 3, 4  # gguf.TokenType
+    added = [
+        {
+            "id": index,
+            "content": tokens[index],
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kind == control,
+        }
+        for index, kind in enumerate(need(fields, "tokenizer.ggml.token_type"))
+        if kind in (control, user_defined)
+    ]
+    add_bos = fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")  # llama.cpp's default
+    post_processor: dict[str, Any] = byte_level | {"use_regex": True}
+    if add_bos:
+        bos_id = need(fields, "tokenizer.ggml.bos_token_id")
+        post_processor = bos_first(tokens[bos_id], bos_id)
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splits},
+        "post_processor": post_processor,
+        "decoder": byte_level | {"use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": pre == "llama-bpe",
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "merges": [merge.split(" ") for merge in need(fields, "tokenizer.ggml.merges")],
+        },
+    }
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": add_bos,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": need(fields, "llama.context_length"),
+    }
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = fields.get(f"tokenizer.ggml.{theirs}_token_id")
+        if index is not None:
+            tokenizer_config[f"{ours}_token"] = tokens[index]
+    if "tokenizer.chat_template" in fields:
+        tokenizer_config["chat_template"] = fields["tokenizer.chat_template"]
+    return tokenizer, tokenizer_config
+
+
+def bos_first(bos: str, bos_id: int) -> dict[str, Any]:
+    def piece(kind: str, name: str, type_id: int) -> dict[str, Any]:
+        return {kind: {"id": name, "type_id": type_id}}
+
+    single = [piece("SpecialToken", bos, 0), piece("Sequence", "A", 0)]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, piece("SpecialToken", bos, 1), piece("Sequence", "B", 1)],
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+    }
+
+
+def end_tokens(fields: dict[str, Any]) -> int | list[int] | None:
+    """What ends a generation: the end of the text, and of a turn or message where the file names them."""
+    found = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ids = list(dict.fromkeys(index for index in found if index is not None))
+    return ids if len(ids) > 1 else (ids[0] if ids else None)
+
+
+def need(fields: dict[str, Any], name: str) -> Any:
+    if name not in fields:
+        raise UserError(f"the GGUF file has no field {name}")
+    return fields[name]
+
+
+def shortest(value: float) -> float:
+    """GGUF floats are fp32: 9.999999747378752e-06 is 1e-05."""
+    return float(str(np.float32(value)))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(convert_checkpoint)
+    except UserError as error:
+        sys.exit(f"error: {error}")
