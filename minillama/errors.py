@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """A mistake in flags, files or data. Its text names the thing and the remedy; recipes print it without a traceback."""
+    """A mistake in flags, files or data: the text names the thing and the remedy. Recipes print it alone."""

@@ -1,0 +1,60 @@
+"""Cross entropy fused with the output projection: the logits of a batch, its largest tensor, never exist at once."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""The label of a position that is not trained; PyTorch's default ignore_index."""
+
+CHUNK_BYTES = 128 * 2**20
+"""Size of the one piece of fp32 logits held at a time."""
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Sum over all labels but -100 of -log softmax(hidden @ weight.T)[label], in nats: () fp32.
+
+    hidden (B, T, C) and weight (V, C) of one dtype, labels (B, T) int64, best on the host. Positions without a label
+    never meet the weight. Zero labels give a zero that still has a graph: such a batch takes part in every collective.
+    """
+    rows = labels.flatten().ne(IGNORE).nonzero().flatten()
+    targets = labels.flatten()[rows]
+    x = hidden.flatten(0, 1)[rows.to(hidden.device, non_blocking=True)]
+    return _LinearCrossEntropy.apply(x, weight, targets.to(hidden.device, non_blocking=True))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Computes the gradients in the forward, chunk by chunk, while a chunk's logits are at hand.
+
+    With p = softmax(x W^T) and one-hot y: dloss/dx = (p - y) W and dloss/dW = (p - y)^T x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        x_needs_grad, weight_needs_grad, _ = ctx.needs_input_grad
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        grad_x = torch.empty_like(x) if x_needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
+        chunk = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, x.shape[0], chunk):
+            x_chunk, target = x[start : start + chunk], targets[start : start + chunk, None]
+            logits = (x_chunk @ weight.T).float()
+            log_norm = logits.logsumexp(dim=-1, keepdim=True)
+            loss += (log_norm - logits.gather(1, target)).sum()
+            if grad_x is None and grad_weight is None:
+                continue
+            error = logits.sub_(log_norm).exp_()
+            error.scatter_add_(1, target, torch.full_like(target, -1, dtype=error.dtype))
+            error = error.to(x.dtype)
+            if grad_x is not None:
+                torch.mm(error, weight, out=grad_x[start : start + chunk])
+            if grad_weight is not None:
+                grad_weight += error.T @ x_chunk
+        ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_x, grad_weight = (None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
+        return grad_x, grad_weight, None

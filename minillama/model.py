@@ -1,0 +1,244 @@
+"""Llama, with Hugging Face's parameter names and config fields, so that checkpoints load and save unrenamed.
+
+Needs torch alone. Knows nothing of ranks, devices, adapters or flags: those act on a built model from outside.
+
+Shapes: B batch, T tokens, C width (hidden_size), H query heads, K key-value heads, D head width, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillama.attention import attend, document_lengths
+from minillama.errors import UserError
+from minillama.loss import linear_cross_entropy
+
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The fields of config.json that decide what the model computes; defaults are those of transformers."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    """None: as many as query heads."""
+    head_dim: int | None = None
+    """None: hidden_size / num_attention_heads."""
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    """None, {"rope_type": "linear", "factor": f}, or Llama 3's {"rope_type": "llama3", "factor": f, ...}."""
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise UserError(
+                    f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                    f"{self.num_attention_heads}, and the config gives no head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        assert self.num_key_value_heads and self.head_dim
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim {self.head_dim} is odd: rotary embeddings need an even one")
+        if self.hidden_act != "silu":
+            raise UserError(f'hidden_act "{self.hidden_act}" is not supported: Llama uses "silu"')
+        scaling = self.rope_scaling or {}
+        kind = scaling.get("rope_type", "default")
+        if kind not in ("default", "linear", "llama3"):
+            raise UserError(f'rope type "{kind}" is not supported: only "default", "linear" and "llama3" are')
+        needs = {"default": (), "linear": ("factor",), "llama3": LLAMA3_ROPE}[kind]
+        if missing := [key for key in needs if key not in scaling]:
+            raise UserError(f'rope_scaling of type "{kind}" lacks {", ".join(missing)}')
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "LlamaConfig":
+        """Reads the contents of a config.json, of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
+
+        Raises UserError, naming the field, for what this model cannot compute.
+        """
+        architectures = config.get("architectures") or []
+        if "LlamaForCausalLM" not in architectures:
+            found = f'"{architectures[0]}"' if architectures else "none"
+            raise UserError(
+                f'the architecture is not supported: "architectures" must hold "LlamaForCausalLM", found {found}'
+            )
+        if config.get("quantization_config"):
+            raise UserError('"quantization_config": quantized checkpoints are not supported, give the plain one')
+        if missing := [key for key in REQUIRED if not isinstance(config.get(key), int)]:
+            raise UserError(f"the model's config lacks {', '.join(missing)}")
+        known = {field.name for field in fields(cls)}
+        values = {key: value for key, value in config.items() if key in known and value is not None}
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        values["rope_theta"] = float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise UserError("partial_rotary_factor is not supported: Llama rotates the whole head")
+        if "type" in rope:  # the key's older name
+            rope.setdefault("rope_type", rope.pop("type"))
+        values["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+        return cls(**values)
+
+
+def rope_frequencies(config: LlamaConfig, device: torch.device | str | None = None) -> Tensor:
+    """Angle per position of each rotated pair: (D / 2,) fp32, scaled as config.rope_scaling says.
+
+    RoPE: https://arxiv.org/abs/2104.09864, section 3.2.2. Llama 3.1's scaling: wavelengths longer than
+    original_length / low_freq_factor are slowed by `factor`, those shorter than original_length / high_freq_factor
+    are kept, and between the two the mix is linear in the number of turns within the original length.
+    """
+    assert config.head_dim
+    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling or {}
+    if scaling.get("rope_type") == "linear":
+        return frequencies / scaling["factor"]
+    if scaling.get("rope_type") == "llama3":
+        factor, low, high, length = (scaling[key] for key in LLAMA3_ROPE)
+        turns = length * frequencies / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return keep * frequencies + (1 - keep) * frequencies / factor
+    return frequencies
+
+
+def rope_table(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every angle: two (B, T, 1, D / 2) fp32.
+
+    Made anew in each forward from (D / 2,) numbers, once for all layers: there is no buffer that a cast of the model
+    could round (in bf16 the phase of position 1023 is already off by more than a radian) or that a meta device loses.
+    """
+    angles = positions.float()[..., None, None] * rope_frequencies(config, positions.device)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates the pairs (x[i], x[i + D / 2]) of x (B, T, heads, D) in fp32; the half-split layout of HF checkpoints."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        assert config.head_dim and config.num_key_value_heads
+        C, D, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = D
+        self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int] | None) -> Tensor:
+        heads = (-1, self.head_dim)
+        q = rotate(self.q_proj(x).unflatten(-1, heads), rope)  # (B, T, H, D)
+        k = rotate(self.k_proj(x).unflatten(-1, heads), rope)  # (B, T, K, D)
+        v = self.v_proj(x).unflatten(-1, heads)
+        return self.o_proj(attend(q, k, v, lengths).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        C, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(C, hidden, bias=bias)
+        self.up_proj = nn.Linear(C, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, C, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int] | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, lengths)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """All but the head: what checkpoints call `model`."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int] | None) -> Tensor:
+        x = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x = layer(x, rope, lengths)
+        return self.norm(x)
+
+
+class Head(nn.Linear):
+    """The output projection; given labels it returns the loss, so that the logits of a batch never exist at once."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight) if labels is None else linear_cross_entropy(x, self.weight, labels)
+
+
+class Llama(nn.Module):
+    """A Llama language model. Built on torch.device("meta") it costs nothing until it is materialised."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Makes head and embedding one parameter where the config says so (moving off meta makes them two again)."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) of the token after each of tokens (B, T); or, with labels, their summed loss.
+
+        positions: (B, T) place of each token in its document; by default 0 to T - 1 in every row.
+        document_ids: (B, T) integers; a token attends to the earlier tokens of its row with the same id. A document's
+            tokens stand side by side. Best left on the host: on a device, finding the documents waits for it.
+        labels: (B, T) the token to be predicted AT each position (already shifted), or -100 for none. The result is
+            then the cross entropy summed over all labels, in nats, fp32 (). Best left on the host, as above.
+        """
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        lengths = None if document_ids is None else document_lengths(document_ids)
+        x = self.model(tokens, rope_table(self.config, positions), lengths)
+        return self.lm_head(x) if labels is None else self.lm_head(x, labels)
