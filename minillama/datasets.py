@@ -22,6 +22,24 @@ BUNDLED = Path(__file__).parent / "data"
 Encoded = tuple[list[int], list[bool]]
 
 
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on."""
+
+    dataset: str = "samsum"
+    """Which format the rows have: samsum, alpaca, grammar or chat."""
+    path: Path | None = None
+    """Training rows: a .json, .jsonl or .csv file. None: a small set that comes with minillama, to try things on."""
+    val_path: Path | None = None
+    """Rows to evaluate on. Alpaca without one holds out the first twentieth of --data.path, as llama-recipes does."""
+    context_length: int = 4096
+    """Tokens in a pack. Rows are packed whole; one that is longer is dropped, and the count is printed."""
+
+    def __post_init__(self) -> None:
+        if self.context_length < 2:
+            raise UserError(f"--data.context-length {self.context_length}: must be at least 2")
+
+
 @dataclass(frozen=True, eq=False)
 class Documents:
     """Tokenized documents end to end; document i is the span offsets[i]:offsets[i + 1]."""
@@ -48,14 +66,25 @@ class Documents:
         return np.diff(self.offsets)
 
 
-def load_datasets(
-    dataset: str, path: str | Path | None, val_path: str | Path | None, tokenizer: Any, *, validation: bool
-) -> tuple[Documents, Documents | None]:
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """Raises UserError if the tokenizer cannot be that of a model with `vocab_size` rows of embedding.
+
+    Checkpoints pad the embedding to a round number, so a few rows too many are right; ids beyond it never are.
+    """
+    if not 0 <= vocab_size - tokenizer.vocab_size <= vocab_size // 8:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}: they do not belong together; give the "
+            "model's own with --tokenizer"
+        )
+
+
+def load_datasets(config: DataConfig, tokenizer: Any, *, validation: bool) -> tuple[Documents, Documents | None]:
     """The training documents and, if `validation`, those to evaluate on.
 
     No path: the bundled sets. Alpaca is published as one file, so of a `path` alone its first 5% of rows are
     held out, as llama-recipes does. Raises UserError for any other missing file and for every bad row.
     """
+    dataset, path, val_path = config.dataset, config.path, config.val_path
     _encoder(dataset)  # a wrong name is the first thing to say
     if path is None and val_path is not None:
         raise UserError(f"--data.val-path {val_path} is given without --data.path: give the file to train on too")
@@ -173,7 +202,8 @@ def _encoder(dataset: str):
 
 
 def _prompt_answer(prompt: str, answer: str, tokenizer: Any) -> Encoded:
-    before, after = tokenizer.encode(prompt, bos=True), tokenizer.encode(answer, eos=True)
+    before = tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)  # some checkpoints have no BOS
+    after = tokenizer.encode(answer, eos=True)
     return before + after, [False] * len(before) + [True] * len(after)
 
 

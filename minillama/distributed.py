@@ -55,39 +55,41 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def process_group(device: Device = "auto") -> Iterator[DeviceMesh]:
-    """The processes that torchrun (or Slurm) started, or this one alone, as a 1-D mesh named "shard".
-
-    Inside, a UserError of any rank is printed once, without a traceback, and every rank exits with code 1.
-    """
+def user_errors() -> Iterator[None]:
+    """Ends the process with code 1 on a UserError, printed without a traceback, and once however many ranks make it."""
     try:
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use; try --device cpu")
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        backend = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}[device]
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:  # one process: no launcher, no port
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        yield init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("shard",))
+        yield
     except UserError as error:
-        _print_once(f"error: {error}")
+        first = rank() == 0
+        if dist.is_initialized():  # all ranks usually make the same mistake, but sometimes only one does
+            first = dist.distributed_c10d._get_default_store().add("minillama/errors", 1) == 1
+        if first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+@contextmanager
+def process_group(device: Device = "auto") -> Iterator[DeviceMesh]:
+    """The processes that torchrun (or another launcher) started, or this one alone, as a 1-D mesh named "shard".
+
+    Ends them all, as user_errors does, on a UserError of one.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use; try --device cpu")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}[device]
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:  # no launcher, so no address to meet at either
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with user_errors():
+            yield init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("shard",))
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _print_once(text: str) -> None:
-    """Prints on the first rank to come here. All ranks usually make the same mistake; sometimes only one does."""
-    first = rank() == 0
-    if dist.is_initialized():
-        first = dist.distributed_c10d._get_default_store().add("minillama/error", 1) == 1
-    if first:
-        print(text, file=sys.stderr, flush=True)
+        dist.destroy_process_group()
 
 
 def on_rank_zero(task: Callable[[], T]) -> T | None:

@@ -1,0 +1,142 @@
+"""Documents -> packs of at most context_length tokens -> batches; which packs a step takes is a function of its cursor."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minillama.datasets import Documents
+from minillama.errors import UserError
+from minillama.loss import IGNORE
+
+Pack = list[int]
+"""The documents of one pack, by number, in order."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Documents and how they are packed."""
+
+    documents: Documents
+    packs: list[Pack]
+    context_length: int
+    dropped: int
+    """Documents longer than the context, which no pack holds."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(int(self.documents.lengths[pack].sum()) for pack in self.packs)
+
+    @property
+    def efficiency(self) -> float:
+        """Tokens over the places that the packs have for them."""
+        return self.tokens / (len(self.packs) * self.context_length)
+
+
+def pack(documents: Documents, context_length: int, seed: int) -> Packed:
+    """Best fit, longest first: each document goes whole into the fullest pack that still has room for it.
+
+    Within a pack documents are in random order. Raises UserError if every document is longer than the context.
+    """
+    lengths = documents.lengths
+    fitting = np.flatnonzero(lengths <= context_length)
+    if len(fitting) == 0:
+        raise UserError(
+            f"all {len(lengths)} rows are longer than --data.context-length {context_length} (the shortest has "
+            f"{lengths.min()} tokens): raise it"
+        )
+    random = np.random.default_rng(seed)
+    packs: list[Pack] = []
+    with_room: list[list[int]] = [[] for _ in range(context_length + 1)]  # packs, by the room they have left
+    rooms = 0  # the set of r for which with_room[r] is not empty, as the bits of an integer
+    for document in fitting[np.argsort(-lengths[fitting], kind="stable")].tolist():
+        length = int(lengths[document])
+        wide_enough = rooms >> length
+        if wide_enough:
+            room = length + (wide_enough & -wide_enough).bit_length() - 1
+            chosen = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, chosen = context_length, len(packs)
+            packs.append([])
+        packs[chosen].append(document)
+        with_room[room - length].append(chosen)
+        rooms |= 1 << (room - length)
+    return Packed(
+        documents, [random.permutation(p).tolist() for p in packs], context_length, len(lengths) - len(fitting)
+    )
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order (count,) in which an epoch goes through the packs; the same on every rank."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def split_window(window: np.ndarray, batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:
+    """The micro-batches of one rank for the packs of one step, at most batch_size packs each.
+
+    All ranks get equally many; where the packs do not go round, some are smaller, or empty.
+    """
+    rounds = -(-len(window) // (batch_size * world_size))
+    return np.array_split(window, rounds * world_size)[rank::world_size]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of a rank. What the host needs to know of it stays there: asking a device would wait for it."""
+
+    tokens: Tensor
+    """(B, T) int64, on the device"""
+    positions: Tensor
+    """(B, T) int64, on the device: restarts at 0 with each document"""
+    labels: Tensor
+    """(B, T) int64, on the host: the next token where that is trained, -100 elsewhere"""
+    document_ids: Tensor
+    """(B, T) int64, on the host: which document of its row a token is of; the padding at a row's end is one more"""
+    count: int
+    """Tokens, without padding"""
+    trained: int
+    """Labels"""
+    squares: int
+    """Sum of the squares of the documents' lengths: what their attention costs"""
+
+
+def collate(packed: Packed, packs: np.ndarray | list[int], pad_id: int, device: torch.device | str) -> Batch:
+    """Lays packs side by side, padded to the longest. No packs: a batch of one padding token and no label."""
+    documents = packed.documents
+    rows = [packed.packs[i] for i in packs]
+    width = max((int(documents.lengths[row].sum()) for row in rows), default=1)
+    shape = (max(1, len(rows)), width)
+    tokens = np.full(shape, pad_id, np.int64)
+    labels = np.full(shape, IGNORE, np.int64)
+    document_ids = np.full(shape, -1, np.int64)
+    positions = np.zeros(shape, np.int64)
+    squares = 0
+    for r, row in enumerate(rows):
+        start = 0
+        for number, document in enumerate(row):
+            ids, trained = documents[document]
+            end = start + len(ids)
+            tokens[r, start:end] = ids
+            # the shift: a document's last token predicts nothing, and its first is predicted by nothing
+            labels[r, start : end - 1] = np.where(trained[1:], ids[1:], IGNORE)
+            document_ids[r, start:end] = number
+            positions[r, start:end] = np.arange(len(ids))
+            squares += len(ids) ** 2
+            start = end
+
+    def on_device(array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
+
+    return Batch(
+        on_device(tokens),
+        on_device(positions),
+        torch.from_numpy(labels),
+        torch.from_numpy(document_ids),
+        count=int((document_ids >= 0).sum()),
+        trained=int((labels != IGNORE).sum()),
+        squares=squares,
+    )

@@ -1,0 +1,63 @@
+"""How much arithmetic a step is, and how fast this machine could do it."""
+
+import time
+
+import torch
+from torch import nn
+
+from minillama.model import Llama
+
+MFU_FORMULA = (
+    "MFU = FLOPs the step needs / seconds / (processes x matmul FLOP/s measured at the start). A token needs 2 FLOPs a\n"
+    "weight forward, 2 backward, 2 more if the weight trains; only trained tokens meet the head; a document of L tokens\n"
+    "needs 6 x heads x head_dim x L^2 a layer for causal attention. Recomputation and padding are not counted."
+)
+
+
+def step_flops(model: Llama, tokens: int, trained: int, squares: int) -> float:
+    """FLOPs that a step needs: see MFU_FORMULA.
+
+    tokens: all but padding; trained: labels; squares: sum of the squared lengths of the documents. A frozen embedding
+    costs nothing. Counts whole parameters, also of a sharded model.
+    """
+    body = head = 0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim != 2:
+            continue
+        cost = parameter.numel() * (6 if parameter.requires_grad else 4)
+        if parameter is model.lm_head.weight:
+            head = cost
+        elif not name.endswith("embed_tokens.weight"):
+            body += cost
+    config = model.config
+    assert config.head_dim
+    attention = 6 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * squares
+    return float(body * tokens + head * trained + attention)
+
+
+def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product, the best of a few: what this process could reach at most."""
+    n = 8192 if torch.device(device).type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        product = a @ b
+        product[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def peak_memory_gib(device: torch.device | str) -> float:
+    """The most memory this process has used: allocated on its CUDA device, or resident on the host."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows, where only CUDA is of use
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all, trainable) parameters, whole ones also of a sharded model."""
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
