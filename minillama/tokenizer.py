@@ -1,0 +1,396 @@
+"""Text to ids and back, from the tokenizer files that a checkpoint brings along.
+
+Two engines: tiktoken for byte-level BPE (Llama 3 and later, as Meta's `tokenizer.model` or as `tokenizer.json`) and
+sentencepiece (Llama 2). Which one is decided by what is in the files, never by what a folder is called.
+"""
+
+import base64
+import json
+import re
+import unicodedata
+from collections.abc import Iterator
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from minillama.chat import LLAMA2_TEMPLATE, LLAMA3_TEMPLATE, check_messages, render, trained_spans
+from minillama.errors import UserError
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Every digit apart, then GPT-2's pattern on what is between digits. There, white space before a digit ends its piece,
+# so it stays whole (possessive: no backtracking through a long run that has no digit behind it).
+DIGITS_GPT2_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s++(?=\p{N})|\s+(?!\S)|\s+"
+
+# tiktoken's regex engine keeps one stack entry for each character of white space and gives up at a million.
+LONGEST_SPACE = 100_000
+
+
+class Tokenizer:
+    """What `load_tokenizer` returns. All ids are plain ints.
+
+    `bos_id` is None where the checkpoint has no BOS; `pad_id` is `eos_id` where it names no padding token;
+    `vocab_size` is the highest id + 1, which may be less than the rows of the model's embedding.
+    """
+
+    def __init__(self, engine: Any, special: dict[str, dict[str, Any]], names: dict[str, Any], where: Path) -> None:
+        self._engine = engine
+        self._where = where
+        self._special = {text: token["id"] for text, token in special.items()}
+        self._special_text = {id_: text for text, id_ in self._special.items()}
+        self._special_re = _special_regex(special)
+        self.vocab_size: int = max([engine.highest_id, *self._special.values()]) + 1
+        self.bos_id: int | None = self._named_id(names.get("bos_token"), names.get("bos_token_id"))
+        eos_id = self._named_id(names.get("eos_token"), names.get("eos_token_id"))
+        if eos_id is None:
+            raise UserError(f"{where}: no end-of-text token; name it as eos_token in tokenizer_config.json beside it")
+        self.eos_id: int = eos_id
+        pad_id = self._named_id(names.get("pad_token"), None)
+        self.pad_id: int = eos_id if pad_id is None else pad_id
+        self._template: str | None = names.get("chat_template")
+        if self._template is None and {"<|start_header_id|>", "<|eot_id|>"} <= self._special.keys():
+            self._template = LLAMA3_TEMPLATE
+        elif self._template is None and isinstance(engine, _SentencePiece):
+            self._template = LLAMA2_TEMPLATE
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        """Ids of `text`. Special and added tokens that are spelled out in it become their id, as in transformers.
+
+        Raises UserError for `bos=True` where there is no BOS.
+        """
+        ids = [id_ for _, _, segment in self._segments(text) for id_ in segment]
+        if bos and self.bos_id is None:
+            raise UserError(f"{self._where}: this tokenizer has no BOS token; encode with bos=False")
+        return ([self.bos_id] if bos and self.bos_id is not None else []) + ids + ([self.eos_id] if eos else [])
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`. Special tokens appear as their text; invalid UTF-8 and unknown ids as U+FFFD."""
+        out: list[str] = []
+        run: list[int] = []
+        for id_ in ids:
+            if id_ in self._special_text:
+                out += [self._engine.decode(run), self._special_text[id_]]
+                run = []
+            else:
+                run.append(id_)
+        return "".join([*out, self._engine.decode(run)])
+
+    def id_of(self, token: str) -> int | None:
+        """Id of a special or added token by its text, None if there is none of that name."""
+        return self._special.get(token)
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation in the checkpoint's chat format, and for each id whether it is trained on.
+
+        `messages` are `{"role": str, "content": str}`. Trained are the assistant's answers with the token that ends
+        each turn, and with the line break after the header in Llama 3's format (as llama-recipes did). Raises
+        UserError for bad messages, a template that refuses them, or if it cannot be told which part an answer is.
+        """
+        check_messages(messages)
+        text, spans = trained_spans(self._render, messages, self._special_re, self._where)
+        ids: list[int] = []
+        mask: list[bool] = []
+        for start, end, segment in self._segments(text):
+            trained = [False] * len(segment)
+            for a, b in spans:
+                if a < end and b > start:
+                    first = self._tokens_before(text[start:end], a - start, segment)
+                    last = self._tokens_before(text[start:end], b - start, segment)
+                    trained[first:last] = [True] * (last - first)
+            ids += segment
+            mask += trained
+        return ids, mask
+
+    def chat_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Ids of a conversation up to where the assistant's next answer begins. Raises like `encode_chat`."""
+        check_messages(messages)
+        return self.encode(self._render(messages, True))
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        if self._template is None:
+            raise UserError(
+                f"{self._where}: the tokenizer files carry no chat template; put the instruct checkpoint's "
+                "chat_template.jinja beside them"
+            )
+        bos = "" if self.bos_id is None else self._text_of(self.bos_id)
+        return render(self._template, messages, bos, self._text_of(self.eos_id), add_generation_prompt, self._where)
+
+    def _segments(self, text: str) -> Iterator[tuple[int, int, list[int]]]:
+        """(start, end, ids): the special tokens in `text` and the stretches between them; offsets in characters."""
+        start = 0
+        for match in self._special_re.finditer(text):
+            if match.start() > start:
+                yield start, match.start(), self._engine.encode(text[start : match.start()])
+            name = match.group()  # may have white space around it (lstrip, rstrip)
+            yield match.start(), match.end(), [self._special[name if name in self._special else name.strip()]]
+            start = match.end()
+        if start < len(text):
+            yield start, len(text), self._engine.encode(text[start:])
+
+    def _tokens_before(self, text: str, offset: int, ids: list[int]) -> int:
+        """How many of `ids`, the tokens of `text`, end at or before the character `offset`."""
+        if offset <= 0 or offset >= len(text):
+            return 0 if offset <= 0 else len(ids)
+        pairs = zip(self._engine.encode(text[:offset]), ids, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def _named_id(self, token: Any, id_: Any) -> int | None:
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is None:
+            return id_[0] if isinstance(id_, list) else id_  # config.json may list several EOS
+        found = self._special.get(token)
+        found = self._engine.id_of(token) if found is None else found
+        if found is None:
+            raise UserError(f"{self._where}: {token!r}, which tokenizer_config.json names, is not in the vocabulary")
+        return found
+
+    def _text_of(self, id_: int) -> str:
+        return self._special_text[id_] if id_ in self._special_text else self._engine.decode([id_])
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads the tokenizer of a checkpoint: its folder, or the tokenizer.json or tokenizer.model in it.
+
+    Raises UserError if there is none, or one that cannot be read into the same ids as transformers gives.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file or folder; give a checkpoint's folder, tokenizer.json or tokenizer.model"
+        )
+    folder = path if path.is_dir() else path.parent
+    names = _names(folder)
+    json_file = path if path.suffix == ".json" else folder / "tokenizer.json"
+    if path.suffix != ".model" and json_file.exists():
+        data = _read_json(json_file)
+        if data.get("model", {}).get("type") == "BPE" and '"ByteLevel"' in json.dumps(data.get("pre_tokenizer")):
+            return _from_json(json_file, data, names)
+    candidates = [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]
+    model = path if path.is_file() and path.suffix != ".json" else next((f for f in candidates if f.exists()), None)
+    if model is None and json_file.exists():
+        raise UserError(
+            f"{json_file}: not byte-level BPE; put the checkpoint's sentencepiece tokenizer.model beside it"
+        )
+    if model is None:
+        raise UserError(f"{folder}: no tokenizer.json or tokenizer.model; copy them from the original checkpoint")
+    content = model.read_bytes()
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", content):
+        return _from_tiktoken(model, content, names)
+    return _from_sentencepiece(model, content, names)
+
+
+def _from_tiktoken(path: Path, content: bytes, names: dict[str, Any]) -> Tokenizer:
+    try:
+        pairs = [line.split() for line in content.splitlines() if line]
+        tokens = {int(rank): base64.b64decode(token, validate=True) for token, rank in pairs}
+    except ValueError as error:
+        raise UserError(f"{path}: not a tiktoken file ({error}); download it again") from None
+    missing = {bytes([byte]) for byte in range(256)} - set(tokens.values())
+    if sorted(tokens) != list(range(len(pairs))) or missing:
+        raise UserError(f"{path}: incomplete, ranks or single bytes are missing; download it again")
+    # The file holds no special tokens; these are Llama 3.1's names (3.0 only has other names for reserved ones).
+    special = [f"<|{name}|>" for name in ("begin_of_text", "end_of_text", "reserved_special_token_0")]
+    special += [f"<|{name}|>" for name in ("reserved_special_token_1", "finetune_right_pad_id")]
+    special += [f"<|{name}|>" for name in ("reserved_special_token_2", "start_header_id", "end_header_id")]
+    special += [f"<|{name}|>" for name in ("eom_id", "eot_id", "python_tag")]
+    special += [f"<|reserved_special_token_{n}|>" for n in range(3, 3 + 256 - len(special))]
+    added = {text: {"id": len(tokens) + n} for n, text in enumerate(special)}
+    defaults = {"bos_token": special[0], "eos_token": special[1], "pad_token": special[4]}
+    engine = _BytePair([tokens[rank] for rank in range(len(tokens))], None, LLAMA3_PATTERN)
+    return Tokenizer(engine, added, defaults | names, path)
+
+
+def _from_json(path: Path, data: dict[str, Any], names: dict[str, Any]) -> Tokenizer:
+    model, vocab = data["model"], data["model"]["vocab"]
+    for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise UserError(f"{path}: BPE with {key} is not supported; remove it or use another tokenizer")
+    normalizer = data.get("normalizer")
+    if normalizer not in (None, {"type": "NFC"}):
+        raise UserError(f"{path}: the normalizer {normalizer.get('type')} is not supported, only NFC")
+    pattern = _pattern(path, data["pre_tokenizer"])
+
+    added = {token["content"]: token for token in data.get("added_tokens", [])} | names["added_tokens"]
+    byte_of = _byte_alphabet()
+    # tiktoken merges by the rank of the result, so ranks follow the order of the merges, whatever the ids are.
+    ranked = {char: vocab[char] for char in byte_of if char in vocab}
+    previous = None
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        token = left + right
+        if token not in vocab:
+            raise UserError(
+                f"{path}: the merge {merge} makes a token that is not in the vocabulary; the file is damaged"
+            )
+        if token in ranked and token != previous:
+            raise UserError(
+                f"{path}: {token!r} is merged in two ways that differ in rank, which tiktoken cannot express"
+            )
+        ranked[token] = vocab[token]
+        previous = token
+    unmerged = {id_: token for token, id_ in vocab.items() if token not in ranked and token not in added}
+    if model.get("ignore_merges") and unmerged:
+        raise UserError(
+            f"{path}: ignore_merges with tokens that no merge makes is not supported: {[*unmerged.values()][:5]}"
+        )
+    tokens = [bytes(byte_of[char] for char in token) for token in ranked]
+    engine = _BytePair(tokens, list(ranked.values()), pattern, normalizer is not None)
+    engine.bytes_of.update((id_, token.encode()) for id_, token in unmerged.items())
+    return Tokenizer(engine, added, names, path)
+
+
+def _pattern(path: Path, pre_tokenizer: dict[str, Any]) -> str:
+    """The one regular expression that cuts a text as the pre-tokenizers of a tokenizer.json do one after the other."""
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    *first, last = steps
+    kinds = [step["type"] for step in steps]
+    if any(step.get("add_prefix_space") for step in steps):
+        raise UserError(f"{path}: a pre-tokenizer with add_prefix_space is not supported")
+    if kinds == ["ByteLevel"] and last.get("use_regex", True):
+        return GPT2_PATTERN
+    if kinds == ["Digits", "ByteLevel"] and first[0].get("individual_digits") and last.get("use_regex", True):
+        return DIGITS_GPT2_PATTERN
+    isolated = first and first[0].get("behavior") == "Isolated" and not first[0].get("invert")
+    if kinds == ["Split", "ByteLevel"] and isolated and not last.get("use_regex", True):
+        regex = first[0]["pattern"].get("Regex")
+        pattern = regex if regex is not None else re.escape(first[0]["pattern"]["String"])
+        # Text that the expression does not match is a piece too; tiktoken would drop it.
+        return pattern if regex == LLAMA3_PATTERN else rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+    raise UserError(f"{path}: the pre-tokenizer {' + '.join(kinds)} with these settings is not supported")
+
+
+def _from_sentencepiece(path: Path, content: bytes, names: dict[str, Any]) -> Tokenizer:
+    import sentencepiece
+
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=content)
+    except RuntimeError:
+        raise UserError(f"{path}: neither a tiktoken nor a sentencepiece file; download it again") from None
+    size = model.get_piece_size()
+    special = {model.id_to_piece(n): {"id": n} for n in range(size) if model.is_control(n) or model.is_unknown(n)}
+    json_file = path.with_name("tokenizer.json")
+    listed = _read_json(json_file).get("added_tokens", []) if json_file.exists() else []
+    special |= {token["content"]: token for token in listed} | names["added_tokens"]
+    own = {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id()}
+    own = {key: id_ for key, id_ in own.items() if id_ >= 0}
+    return Tokenizer(_SentencePiece(model), special, own | names, path)
+
+
+class _BytePair:
+    """tiktoken, with ids that need not be in the order of the merges and bytes that the vocabulary may lack."""
+
+    def __init__(self, tokens: list[bytes], ids: list[int] | None, pattern: str, nfc: bool = False) -> None:
+        import tiktoken
+
+        self._nfc = nfc
+        self._pattern = pattern
+        self._ids = None if ids is None or ids == list(range(len(tokens))) else ids
+        self.bytes_of = dict(zip(range(len(tokens)) if ids is None else ids, tokens, strict=True))
+        self.highest_id = max(self.bytes_of)
+        present = set(tokens)
+        self._missing = bytes(byte for byte in range(256) if bytes([byte]) not in present)
+        self._first_missing = len(tokens)
+        ranks = {token: rank for rank, token in enumerate([*tokens, *(bytes([byte]) for byte in self._missing)])}
+        self._encoding = tiktoken.Encoding("minillama", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+    def encode(self, text: str) -> list[int]:
+        text = unicodedata.normalize("NFC", text) if self._nfc else text
+        ranks: list[int] = []
+        for part in _cut_long_space(text):
+            found = self._encoding.encode_ordinary(part)
+            if self._missing and max(found, default=0) >= self._first_missing:
+                found = self._encode_without_missing(part)
+            ranks += found
+        return ranks if self._ids is None else [self._ids[rank] for rank in ranks]
+
+    def _encode_without_missing(self, text: str) -> list[int]:
+        """Like `tokenizers`: bytes that are not in the vocabulary (SmolLM2 lacks 21) vanish before the merging."""
+        import regex  # comes with tiktoken
+
+        pieces = (
+            match.group().encode().translate(None, self._missing) for match in regex.finditer(self._pattern, text)
+        )
+        return [rank for piece in pieces if piece for rank in self._encoding._encode_single_piece(piece)]
+
+    def decode(self, ids: list[int]) -> str:
+        return b"".join(self.bytes_of.get(id_, b"\xff") for id_ in ids).decode(errors="replace")
+
+    def id_of(self, token: str) -> int | None:
+        return next((id_ for id_, content in self.bytes_of.items() if content == token.encode()), None)
+
+
+class _SentencePiece:
+    """Every stretch between special tokens is encoded on its own, so each one gets the model's dummy prefix."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.highest_id = model.get_piece_size() - 1
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+    def decode(self, ids: list[int]) -> str:
+        unknown = self._model.unk_id()  # decodes as U+2047 with spaces around it, or as what the model was trained with
+        return self._model.decode([id_ if 0 <= id_ <= self.highest_id else unknown for id_ in ids])
+
+    def id_of(self, token: str) -> int | None:
+        id_ = self._model.piece_to_id(token)
+        return None if id_ == self._model.unk_id() else id_
+
+
+def _names(folder: Path) -> dict[str, Any]:
+    """What the files beside the vocabulary say: special tokens by role, added tokens, the chat template."""
+    names: dict[str, Any] = {}
+    for file in ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / file).exists():
+            names |= {key: value for key, value in _read_json(folder / file).items() if value is not None}
+    added = {
+        token["content"]: {"id": int(id_), **token} for id_, token in names.get("added_tokens_decoder", {}).items()
+    }
+    if (folder / "added_tokens.json").exists():
+        added = {text: {"id": id_} for text, id_ in _read_json(folder / "added_tokens.json").items()} | added
+    template = names.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if (folder / "chat_template.jinja").exists():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    roles = ("bos_token", "eos_token", "pad_token", "bos_token_id", "eos_token_id")
+    found = {key: names[key] for key in roles if key in names}
+    return found | {"added_tokens": added, "chat_template": template}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); download it again") from None
+
+
+def _special_regex(special: dict[str, dict[str, Any]]) -> re.Pattern[str]:
+    """Finds special tokens: the first in the text, and of those the longest."""
+    alternatives = []
+    for text in sorted(special, key=len, reverse=True):
+        if special[text].get("single_word"):
+            raise UserError(f"the added token {text!r} is marked single_word, which is not supported; remove the mark")
+        left, right = (r"\s*" if special[text].get(side) else "" for side in ("lstrip", "rstrip"))
+        alternatives.append(left + re.escape(text) + right)
+    return re.compile("|".join(alternatives) or r"(?!)")
+
+
+def _cut_long_space(text: str) -> Iterator[str]:
+    start = 0
+    if len(text) > LONGEST_SPACE:
+        for match in re.finditer(rf"\s{{{LONGEST_SPACE}}}", text):
+            yield text[start : match.end()]
+            start = match.end()
+    yield text[start:]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte, as used in tokenizer.json: itself if printable, else U+0100 onwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    other = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(other)}
