@@ -1,5 +1,7 @@
 """Processes, sharding and precision: from a model on the meta device to one spread over the ranks."""
 
+import atexit
+import gc
 import os
 import sys
 import zlib
@@ -90,6 +92,9 @@ def process_group(device: Device = "auto") -> Iterator[DeviceMesh]:
             yield init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("shard",))
     finally:
         dist.destroy_process_group()
+        # A sharded model holds its group, and gloo's threads with it, in reference cycles. A thread that drops its last
+        # tensor while the interpreter is being torn down aborts the process: end the threads before that.
+        atexit.register(gc.collect)
 
 
 def on_rank_zero(task: Callable[[], T]) -> T | None:

@@ -1,0 +1,109 @@
+"""Small real things to test on: random Llamas as Hugging Face folders, a byte tokenizer, processes that talk over gloo."""
+
+import base64
+import json
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from minillama.model import Llama, LlamaConfig
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+
+
+def random_model(seed: int = 0, **changes: Any) -> Llama:
+    """A Llama with weights large enough for its outputs to depend on all of them."""
+    torch.manual_seed(seed)
+    model = Llama(LlamaConfig.from_dict(TINY | changes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.15)
+    return model.eval()
+
+
+def save_folder(model: Llama, folder: Path, **changes: Any) -> Path:
+    """Writes config.json and model.safetensors as transformers would, and a tokenizer of 256 bytes + 256 special tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(TINY | changes))
+    tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    lines = [f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(256)]
+    (folder / "tokenizer.model").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_folder(random_model(), tmp_path_factory.mktemp("tiny"))
+
+
+# Children fork from a server that has already imported torch: seconds saved at each start.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["minillama", "torch.distributed.tensor", "torch.distributed.fsdp"])
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """function(mesh, *args) in `world_size` real processes on gloo; what each returned. Fails if one fails or hangs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(world_size):
+        here, there = _context.Pipe(duplex=False)
+        process = _context.Process(target=_run_rank, args=(rank, world_size, port, there, function, args))
+        process.start()
+        there.close()
+        pipes.append(here)
+        processes.append(process)
+    try:
+        results = []
+        for pipe in pipes:
+            assert pipe.poll(120), "a rank hangs"
+            try:
+                results.append(pipe.recv())
+            except EOFError:
+                results.append(("died", None))
+    finally:
+        for process in processes:
+            process.join(10)
+            process.kill()
+    problems = [value for kind, value in results if kind != "ok"]
+    assert not problems, "\n".join(map(str, problems))
+    return [value for _, value in results]
+
+
+def _run_rank(
+    rank: int, world_size: int, port: int, pipe: Any, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    from minillama.distributed import process_group
+
+    try:
+        with process_group("cpu") as mesh:
+            result = ("ok", function(mesh, *args))
+    except BaseException:
+        result = ("failed", traceback.format_exc())
+    pipe.send(result)

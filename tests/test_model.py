@@ -1,0 +1,131 @@
+"""The model against transformers, in fp32."""
+
+import pytest
+import torch
+from conftest import TINY, random_model
+from transformers import LlamaConfig as HFConfig
+from transformers import LlamaForCausalLM
+
+from minillama.errors import UserError
+from minillama.model import Llama, LlamaConfig, rope_frequencies, rope_table, rotate
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+VARIANTS = {
+    "gqa": {},
+    "mha": {"num_key_value_heads": 4},
+    "kv heads not given": {"num_key_value_heads": None},
+    "tied": {"tie_word_embeddings": True},
+    "llama3 scaling 8": {"rope_scaling": LLAMA3, "rope_theta": 500000.0},
+    "llama3 scaling 32": {
+        "rope_scaling": LLAMA3 | {"factor": 32.0},
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+    },
+    "linear scaling": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "head_dim": {"head_dim": 24},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+}
+
+
+def hf_twin(model: Llama, **changes) -> LlamaForCausalLM:
+    twin = LlamaForCausalLM(HFConfig(**(TINY | changes), attn_implementation="eager")).eval()
+    missing, unexpected = twin.load_state_dict(model.state_dict(), strict=True)
+    assert not missing and not unexpected
+    return twin
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_logits_equal_transformers(changes):
+    model = random_model(**changes)
+    tokens = torch.randint(0, 512, (2, 200))
+    with torch.no_grad():
+        ours, theirs = model(tokens), hf_twin(model, **changes)(tokens).logits
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_gradients_equal_transformers():
+    model = random_model()
+    twin = hf_twin(model)
+    tokens = torch.randint(0, 512, (2, 50))
+    twin(tokens, labels=tokens).loss.backward()
+    labels = torch.cat((tokens[:, 1:], torch.full((2, 1), -100)), dim=1)
+    (model(tokens, labels=labels) / (labels != -100).sum()).backward()
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_documents_do_not_see_each_other():
+    model = random_model()
+    lengths = [[7, 1, 12], [20]]
+    tokens = torch.randint(0, 512, (2, 20))
+    ids = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    with torch.no_grad():
+        packed = model(tokens, positions=positions, document_ids=ids)
+        alone = torch.stack(
+            [torch.cat([model(d[None])[0] for d in t.split(n)]) for t, n in zip(tokens, lengths, strict=True)]
+        )
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_rope_is_fp32_whatever_the_model_is_cast_to():
+    model = random_model().to(torch.bfloat16)
+    positions = torch.tensor([[0, 1023, 4095]])
+    cos, sin = rope_table(model.config, positions)
+    exact = positions.double()[..., None] * 10000.0 ** (-torch.arange(0, 8, 2).double() / 8)
+    assert cos.dtype == sin.dtype == torch.float32
+    torch.testing.assert_close(cos[0, :, 0].double(), exact[0].cos(), rtol=0, atol=5e-4)  # fp32 angles up to 4095
+    assert not list(model.buffers())
+    x = torch.randn(1, 3, 2, 8)
+    assert rotate(x.bfloat16(), (cos, sin)).dtype == torch.bfloat16
+
+
+def test_llama3_frequencies_keep_slow_and_mix():
+    config = LlamaConfig.from_dict(TINY | {"rope_scaling": LLAMA3, "head_dim": 64, "rope_theta": 500000.0})
+    plain = rope_frequencies(LlamaConfig.from_dict(TINY | {"head_dim": 64, "rope_theta": 500000.0}))
+    ratio = rope_frequencies(config) / plain
+    turns = 64 * plain / (2 * torch.pi)
+    assert torch.equal(ratio[turns >= 4], torch.ones_like(ratio[turns >= 4]))
+    torch.testing.assert_close(ratio[turns <= 1], torch.full_like(ratio[turns <= 1], 1 / 8))
+    between = ratio[(turns > 1) & (turns < 4)]
+    assert len(between) and ((between > 1 / 8) & (between < 1)).all()
+
+
+def test_config_of_transformers_5_reads_the_same():
+    new = {k: v for k, v in TINY.items() if k != "rope_theta"} | {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}
+    old = TINY | {
+        "rope_theta": 5e5,
+        "rope_scaling": {("type" if k == "rope_type" else k): v for k, v in LLAMA3.items()},
+    }
+    assert LlamaConfig.from_dict(new) == LlamaConfig.from_dict(old)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"architectures": None}, "architecture"),
+        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_attention_heads": 5}, "num_attention_heads"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
+def test_unsupported_configs_are_named(changes, named):
+    with pytest.raises(UserError, match=named):
+        LlamaConfig.from_dict(TINY | changes)
+
+
+def test_tied_head_is_one_parameter():
+    model = random_model(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "lm_head.weight" not in dict(model.named_parameters())
