@@ -270,7 +270,6 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         rslora=config.get("use_rslora", False),
     )
     apply_lora(model, lora)
-    training = model.training
     wanted = adapter_parameters(model)
     file = folder / "adapter_model.safetensors"
     with _open(file) as tensors:
@@ -286,7 +285,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
                 )
             parameter.data.copy_(value)
             parameter.requires_grad_(False)
-    return model.train(training)
+    return model
 
 
 def _difference(missing: Iterable[str], unexpected: Iterable[str]) -> str:

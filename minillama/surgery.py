@@ -13,12 +13,13 @@ M = TypeVar("M", bound=nn.Module)
 def replace_modules(model: M, match: Callable[[str, nn.Module], bool], make: Callable[[nn.Module], nn.Module]) -> M:
     """Puts make(module) in the place of every module of `model` for which match(name, module) is true.
 
-    Names are those of model.named_modules(). Changes the model and returns it. Raises UserError if nothing matched.
+    Names are those of model.named_modules(). Changes the model and returns it; what is new is in the mode (training or
+    evaluation) of what it replaces. Raises UserError if nothing matched.
     """
     found = [(name, module) for name, module in model.named_modules() if name and match(name, module)]
     if not found:
         raise UserError(f"no module of {type(model).__name__} matched: nothing to replace")
     for name, module in found:
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, make(module))
+        setattr(model.get_submodule(parent), child, make(module).train(module.training))
     return model
