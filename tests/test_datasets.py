@@ -143,9 +143,8 @@ def test_bundled_sets(dataset):
 def test_csv_quotes_newlines_blank_lines_and_long_fields(tmp_path):
     long = "x" * 200_000
     text = f'input,target\n"a, ""b""\nc",d\n\n{long},e\n'
-    limit = csv.field_size_limit()
     documents = load(write(tmp_path / "a.csv", text), "grammar")
-    assert csv.field_size_limit() == limit
+    assert csv.field_size_limit() == 131_072  # the whole process's, so left as Python has it
     assert [pieces(document)[1] for document in documents] == ["d", "e"]
     assert pieces(documents[0])[0] == 'Correct this to standard English: a, "b"\nc\n---\nCorrected: '
     assert documents.lengths[1] == 1 + 34 + 200_000 + 16 + 2
