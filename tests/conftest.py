@@ -4,6 +4,7 @@ import base64
 import json
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from minillama.model import Llama, LlamaConfig
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # peft and transformers, the references, look no name up
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -81,7 +84,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         for pipe in pipes:
             assert pipe.poll(120), "a rank hangs"
             try:
-                results.append(pipe.recv())
+                results.append(pickle.loads(pipe.recv_bytes()))
             except EOFError:
                 results.append(("died", None))
     finally:
@@ -106,4 +109,4 @@ def _run_rank(
             result = ("ok", function(mesh, *args))
     except BaseException:
         result = ("failed", traceback.format_exc())
-    pipe.send(result)
+    pipe.send_bytes(pickle.dumps(result))  # by value: send() would share the memory of a process about to end
