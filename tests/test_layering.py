@@ -1,0 +1,92 @@
+"""Who may import whom: tests -> recipes, tools -> minillama, never back, and heavy libraries only where they belong."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ONLY_IN = {
+    "tyro": {"recipes", "tools"},
+    "datasets": {"minillama/datasets.py"},
+    "tiktoken": {"minillama/tokenizer.py"},
+    "sentencepiece": {"minillama/tokenizer.py"},
+    "jinja2": {"minillama/chat.py"},
+    "safetensors": {"minillama/hf.py", "tools"},
+    "wandb": {"minillama/metrics.py"},
+    "matplotlib": {"minillama/metrics.py"},
+    "gguf": {"tools"},
+    "transformers": set(),
+    "peft": set(),
+}
+
+
+def imports(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names.add(node.module or "")
+    return names
+
+
+def sources():
+    files = [f for folder in ("minillama", "recipes", "tools") for f in sorted((ROOT / folder).rglob("*.py"))]
+    assert len(files) > 20
+    return [(f.relative_to(ROOT), imports(f)) for f in files]
+
+
+def test_layers():
+    recipes_and_tools = {f.stem for folder in ("recipes", "tools") for f in (ROOT / folder).glob("*.py")}
+    for file, names in sources():
+        tops = {name.partition(".")[0] for name in names}
+        assert not tops & {"tests", "recipes", "tools"}, file
+        if file.parts[0] != "minillama":
+            # a script's own folder is on its path, so a sibling would import by its bare name
+            assert not tops & (recipes_and_tools - {"generate", "evaluate"}), file
+        for library, places in ONLY_IN.items():
+            if library in tops:
+                assert file.parts[0] in places or str(file) in places, f"{file} imports {library}"
+
+
+def test_the_model_needs_torch_alone():
+    allowed = {"torch", "minillama.attention", "minillama.errors", "minillama.loss", *sys.stdlib_module_names}
+    for name in ("model", "attention", "loss", "errors"):
+        names = imports(ROOT / f"minillama/{name}.py")
+        assert all(n in allowed or n.partition(".")[0] in allowed for n in names), name
+
+
+def test_importing_the_library_does_nothing_and_imports_nothing_heavy():
+    code = """
+import os, sys, logging
+before = dict(os.environ), logging.root.handlers[:]
+import minillama, minillama.metrics, minillama.packing
+assert (dict(os.environ), logging.root.handlers) == before
+import torch
+assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
+heavy = {"transformers", "datasets", "matplotlib", "wandb", "tensorboard", "tiktoken", "sentencepiece", "jinja2", "tyro"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT / "tests"
+    )
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
+
+
+def test_public_names_are_those_of_the_contract():
+    import minillama
+
+    contract = {"Llama", "LlamaConfig", "LoraConfig", "apply_lora", "from_pretrained", "generate", "load_adapter"}
+    contract |= {
+        "load_tokenizer",
+        "load_weights",
+        "merge_lora",
+        "replace_modules",
+        "save_adapter",
+        "shard",
+        "train_step",
+    }
+    assert contract <= set(minillama.__all__)
+    assert all(hasattr(minillama, name) for name in minillama.__all__)
