@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def render(template: str, messages: Messages, bos: str, eos: str, add_generation
             documents=None,
         )
     except (TemplateError, TypeError) as error:
-        raise UserError(f"{where}: the chat template refuses this conversation: {error}") from error
+        raise UserError(f"{where}: the chat template fails on this conversation: {error}") from error
 
 
 def trained_spans(
@@ -83,19 +84,29 @@ def trained_spans(
             continue
         upto = render(messages[: n + 1], False)
         if n == 0:
-            # A template may put a default system message before the first one but not before none.
+            # A template may put a default system message before the first message, but not before none.
             header = render(messages[:1], True).removeprefix(upto)
-            prompt = upto[: upto.find(header) + len(header)]
+            before = upto.partition(header)[0] if header else ""
+            prompt = before + header
         else:
-            prompt = render(messages[:n], True)
-        if not text.startswith(prompt) or not upto.startswith(prompt):
+            before, prompt = render(messages[:n], False), render(messages[:n], True)
+        content = message["content"].strip()
+        known = text.startswith(prompt)
+        if not known:
+            # Some generation prompts go on after the assistant's header, say with "<think>": keep what is shared.
+            pairs = zip(prompt, text, strict=False)
+            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            at = text.find(content, len(before)) if content else -1
+            prompt = prompt[: min(shared, at) if at >= 0 else shared]
+            known = text.startswith(before) and len(prompt) > len(before)
+        if not known or not upto.startswith(prompt):
             raise UserError(
                 f"{where}: cannot tell which part of the text message {n} is: the chat template renders what comes "
                 "before it differently when the conversation goes on; split the conversation at this message"
             )
         start = len(prompt)
-        content = message["content"].strip()
-        ended = special.search(upto, start + max(upto[start:].find(content), 0) + len(content))
+        at = upto.find(content, start)
+        ended = special.search(upto, at + len(content) if at >= 0 else start)
         if text.startswith(upto):
             end = ended.end() if ended else len(upto)
         else:

@@ -61,18 +61,23 @@ class Tokenizer:
 
         Raises UserError for `bos=True` where there is no BOS.
         """
-        ids = [id_ for _, _, segment in self._segments(text) for id_ in segment]
-        if bos and self.bos_id is None:
-            raise UserError(f"{self._where}: this tokenizer has no BOS token; encode with bos=False")
-        return ([self.bos_id] if bos and self.bos_id is not None else []) + ids + ([self.eos_id] if eos else [])
+        ids: list[int] = []
+        if bos:
+            if self.bos_id is None:
+                raise UserError(f"{self._where}: this tokenizer has no BOS token; encode with bos=False")
+            ids.append(self.bos_id)
+        for _, _, segment in self._segments(_without_surrogates(text)):
+            ids += segment
+        return [*ids, self.eos_id] if eos else ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`. Special tokens appear as their text; invalid UTF-8 and unknown ids as U+FFFD."""
         out: list[str] = []
         run: list[int] = []
         for id_ in ids:
-            if id_ in self._special_text:
-                out += [self._engine.decode(run), self._special_text[id_]]
+            known = 0 <= id_ <= self._engine.highest_id
+            if id_ in self._special_text or not known:
+                out += [self._engine.decode(run), self._special_text.get(id_, "\ufffd")]
                 run = []
             else:
                 run.append(id_)
@@ -90,6 +95,8 @@ class Tokenizer:
         UserError for bad messages, a template that refuses them, or if it cannot be told which part an answer is.
         """
         check_messages(messages)
+        # The spans count characters of the text as rendered, so surrogates go before the rendering.
+        messages = [message | {"content": _without_surrogates(message["content"])} for message in messages]
         text, spans = trained_spans(self._render, messages, self._special_re, self._where)
         ids: list[int] = []
         mask: list[bool] = []
@@ -163,13 +170,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         )
     folder = path if path.is_dir() else path.parent
     names = _names(folder)
-    json_file = path if path.suffix == ".json" else folder / "tokenizer.json"
-    if path.suffix != ".model" and json_file.exists():
+    json_file = folder / "tokenizer.json" if path.is_dir() or path.suffix != ".json" else path
+    if (path.is_dir() or path == json_file) and json_file.exists():
         data = _read_json(json_file)
         if data.get("model", {}).get("type") == "BPE" and '"ByteLevel"' in json.dumps(data.get("pre_tokenizer")):
             return _from_json(json_file, data, names)
-    candidates = [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]
-    model = path if path.is_file() and path.suffix != ".json" else next((f for f in candidates if f.exists()), None)
+    candidates = [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]  # the latter in Meta's HF repos
+    if path.is_file() and path != json_file:
+        candidates = [path]
+    model = next((file for file in candidates if file.exists()), None)
     if model is None and json_file.exists():
         raise UserError(
             f"{json_file}: not byte-level BPE; put the checkpoint's sentencepiece tokenizer.model beside it"
@@ -237,7 +246,10 @@ def _from_json(path: Path, data: dict[str, Any], names: dict[str, Any]) -> Token
             f"{path}: ignore_merges with tokens that no merge makes is not supported: {[*unmerged.values()][:5]}"
         )
     tokens = [bytes(byte_of[char] for char in token) for token in ranked]
-    engine = _BytePair(tokens, list(ranked.values()), pattern, normalizer is not None)
+    try:
+        engine = _BytePair(tokens, list(ranked.values()), pattern, nfc=normalizer is not None)
+    except ValueError as error:
+        raise UserError(f"{path}: tiktoken does not take the pre-tokenizer's expression: {error}") from None
     engine.bytes_of.update((id_, token.encode()) for id_, token in unmerged.items())
     return Tokenizer(engine, added, names, path)
 
@@ -330,11 +342,10 @@ class _SentencePiece:
         self.highest_id = model.get_piece_size() - 1
 
     def encode(self, text: str) -> list[int]:
-        return self._model.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return self._model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        unknown = self._model.unk_id()  # decodes as U+2047 with spaces around it, or as what the model was trained with
-        return self._model.decode([id_ if 0 <= id_ <= self.highest_id else unknown for id_ in ids])
+        return self._model.decode(ids)
 
     def id_of(self, token: str) -> int | None:
         id_ = self._model.piece_to_id(token)
@@ -378,6 +389,15 @@ def _special_regex(special: dict[str, dict[str, Any]]) -> re.Pattern[str]:
         left, right = (r"\s*" if special[text].get(side) else "" for side in ("lstrip", "rstrip"))
         alternatives.append(left + re.escape(text) + right)
     return re.compile("|".join(alternatives) or r"(?!)")
+
+
+def _without_surrogates(text: str) -> str:
+    """JSON can bring half characters. A pair becomes its character, half a one U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _cut_long_space(text: str) -> Iterator[str]:
