@@ -64,7 +64,10 @@ def user_errors() -> Iterator[None]:
     except UserError as error:
         first = rank() == 0
         if dist.is_initialized():  # all ranks usually make the same mistake, but sometimes only one does
-            first = dist.distributed_c10d._get_default_store().add("minillama/errors", 1) == 1
+            try:
+                first = dist.distributed_c10d._get_default_store().add("minillama/errors", 1) == 1
+            except dist.DistError:  # rank 0, which keeps the store without torchrun, has ended: it has spoken
+                first = False
         if first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -5,7 +5,9 @@ import json
 import multiprocessing
 import os
 import pickle
+import runpy
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -68,13 +70,29 @@ _context.set_forkserver_preload(["minillama", "torch.distributed.tensor", "torch
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """function(mesh, *args) in `world_size` real processes on gloo; what each returned. Fails if one fails or hangs."""
+    results = _processes(_call_with_mesh, world_size, function, args)
+    problems = [value for kind, value in results if kind != "ok"]
+    assert not problems, "\n".join(map(str, problems))
+    return [value for _, value in results]
+
+
+def run_script(script: Path, *args: Any, world_size: int = 1, log: Path) -> tuple[list[int], str]:
+    """The script with these flags, as torchrun would start it: exit code of each rank, and what all of them printed."""
+    log.unlink(missing_ok=True)
+    results = _processes(_call_script, world_size, script, [str(a) for a in args], log)
+    return [value for _, value in results], log.read_text()
+
+
+def _processes(target: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pipes, processes = [], []
     for rank in range(world_size):
         here, there = _context.Pipe(duplex=False)
-        process = _context.Process(target=_run_rank, args=(rank, world_size, port, there, function, args))
+        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        process = _context.Process(target=_child, args=(env, there, target, args))
         process.start()
         there.close()
         pipes.append(here)
@@ -91,22 +109,39 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         for process in processes:
             process.join(10)
             process.kill()
-    problems = [value for kind, value in results if kind != "ok"]
-    assert not problems, "\n".join(map(str, problems))
-    return [value for _, value in results]
+    return results
 
 
-def _run_rank(
-    rank: int, world_size: int, port: int, pipe: Any, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _child(env: dict[str, str], pipe: Any, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ |= env
     torch.set_num_threads(1)
-    from minillama.distributed import process_group
-
     try:
-        with process_group("cpu") as mesh:
-            result = ("ok", function(mesh, *args))
+        result = ("ok", target(*args))
     except BaseException:
         result = ("failed", traceback.format_exc())
     pipe.send_bytes(pickle.dumps(result))  # by value: send() would share the memory of a process about to end
+
+
+def _call_with_mesh(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    from minillama.distributed import process_group
+
+    with process_group("cpu") as mesh:
+        return function(mesh, *args)
+
+
+def _call_script(script: Path, args: list[str], log: Path) -> int:
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [str(script), *args]
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+        return 0
+    except SystemExit as exit:
+        return exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+        return 70
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()

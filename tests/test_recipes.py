@@ -1,0 +1,339 @@
+"""The recipes as users run them: what they leave behind, and what they say to mistakes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, random_model, run_script, save_folder
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_model import hf_twin
+
+from minillama.datasets import DataConfig, load_datasets
+from minillama.packing import pack
+from minillama.tokenizer import load_tokenizer
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "lora_fsdp.py"
+ROWS = [{"dialogue": f"A: {'hi ' * (i % 5)}\nB: bye {i}", "summary": f"They part, {i}."} for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "train.json").write_text(json.dumps(ROWS))
+    (folder / "val.jsonl").write_text("\n".join(map(json.dumps, ROWS[:5])))
+    return folder
+
+
+@pytest.fixture
+def run(tiny_folder, data, tmp_path):
+    def run(*flags, model=tiny_folder, out="out", world_size=1, rows=True):
+        paths = ["--data.path", data / "train.json", "--data.val-path", data / "val.jsonl"] if rows else []
+        common = [
+            "--model",
+            model,
+            "--output-dir",
+            tmp_path / out,
+            "--device",
+            "cpu",
+            "--data.context-length",
+            200,
+            *paths,
+        ]
+        codes, text = run_script(RECIPE, *common, *flags, world_size=world_size, log=tmp_path / "log")
+        return codes, text, tmp_path / out
+
+    return run
+
+
+def metrics(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [m for m in lines if "loss" in m], [m for m in lines if "eval_loss" in m]
+
+
+FAST = ("--optim.lr", 0.02, "--optim.schedule", "constant", "--train.batch-size", 2, "--fsdp.precision", "fp32")
+
+
+def test_a_run_on_two_ranks_leaves_what_it_should(run, tiny_folder, data):
+    codes, text, out = run(*FAST, "--train.epochs", 2, "--train.clip-norm", 1.0, world_size=2)
+    assert codes == [0, 0], text
+    assert sorted(p.name for p in out.iterdir()) == ["adapter", "loss.png", "metrics.jsonl", "run.json"]
+    trained, evaluated = metrics(out)
+    packs = len(
+        pack(
+            load_datasets(DataConfig(path=data / "train.json"), load_tokenizer(tiny_folder), validation=False)[0],
+            200,
+            42,
+        ).packs
+    )
+    per_epoch = -(-packs // 4)
+    assert [m["step"] for m in trained] == list(range(1, 2 * per_epoch + 1))
+    assert [m["step"] for m in evaluated] == [0, per_epoch, 2 * per_epoch]
+    assert trained[-1]["epoch"] == 2 and evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"] - 0.5
+    keys = "step epoch loss lr grad_norm tokens trained_tokens tokens_per_s tflops mfu peak_memory_gib data_wait_s"
+    assert all(set(m) == set(keys.split()) for m in trained)
+    assert sum(m["trained_tokens"] for m in trained) == 2 * sum(len(r["summary"].encode()) + 1 for r in ROWS)
+    assert evaluated[0]["eval_tokens"] == sum(len(r["summary"].encode()) + 1 for r in ROWS[:5])
+    assert evaluated[0]["eval_perplexity"] == pytest.approx(
+        torch.tensor(evaluated[0]["eval_loss"]).exp().item(), rel=1e-4
+    )
+    saved = json.loads((out / "run.json").read_text())
+    assert (
+        saved["world_size"] == 2
+        and saved["flags"]["optim"]["lr"] == 0.02
+        and saved["flags"]["data"]["dataset"] == "samsum"
+    )
+    assert text.count("validation loss") == 3 and text.count("parameters,") == 1  # rank 0 alone speaks
+
+    # peft, on the rows as they are and one by one, finds the loss that we logged
+    twin = PeftModel.from_pretrained(hf_twin(random_model()), out / "adapter").eval()
+    tokenizer, total, count = load_tokenizer(tiny_folder), 0.0, 0
+    for row in ROWS[:5]:
+        prompt = tokenizer.encode(f"Summarize this dialog:\n{row['dialogue']}\n---\nSummary:\n", bos=True)
+        answer = tokenizer.encode(row["summary"], eos=True)
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        with torch.no_grad():
+            total += twin(torch.tensor([prompt + answer]), labels=labels).loss.item() * len(answer)
+        count += len(answer)
+    assert evaluated[-1]["eval_loss"] == pytest.approx(total / count, abs=1e-4)
+
+
+def test_accumulation_on_one_rank_is_two_ranks(run):
+    flags = (*FAST, "--lora.dropout", 0, "--train.max-steps", 3)
+    _, text, one = run(*flags, "--train.accumulate", 2, out="one")
+    codes, text, two = run(*flags, out="two", world_size=2)
+    assert codes == [0, 0], text
+    for a, b in zip(metrics(one)[0], metrics(two)[0], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-5
+        )
+    a, b = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (one, two))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+
+
+def test_flags_of_a_run_again_with_config(run, tmp_path):
+    _, _, first = run(
+        *FAST, "--train.max-steps", 2, "--lora.dropout", 0.3, "--lora.targets", "q_proj", "o_proj", out="first"
+    )
+    codes, text = run_script(
+        RECIPE, "--config", first / "run.json", "--output-dir", tmp_path / "second", log=tmp_path / "log"
+    )
+    assert codes == [0], text
+    assert [m["loss"] for m in metrics(first)[0]] == [m["loss"] for m in metrics(tmp_path / "second")[0]]
+
+
+def test_logging_every_other_step_averages(run):
+    _, _, each = run(*FAST, "--train.epochs", 2, "--eval.no-enabled", out="each")
+    _, _, other = run(
+        *FAST, "--train.epochs", 2, "--eval.no-enabled", "--log.every", 2, "--log.tensorboard", out="other"
+    )
+    a, b = metrics(each)[0], metrics(other)[0]
+    assert len(b) == -(-len(a) // 2)
+    assert b[0]["loss"] == pytest.approx((a[0]["loss"] + a[1]["loss"]) / 2)
+    assert b[0]["trained_tokens"] == a[0]["trained_tokens"] + a[1]["trained_tokens"]
+    assert list((other / "tensorboard").iterdir())
+
+
+def test_evaluation_every_few_steps(run):
+    _, _, out = run(*FAST, "--train.max-steps", 3, "--eval.every", 2, "--eval.max-steps", 1)
+    evaluated = metrics(out)[1]
+    assert [m["step"] for m in evaluated] == [0, 2, 3]
+    assert 0 < evaluated[0]["eval_tokens"] < sum(len(r["summary"].encode()) + 1 for r in ROWS[:5])
+
+
+@pytest.mark.parametrize("dataset", ["samsum", "alpaca", "grammar", "chat"])
+def test_every_bundled_set_trains(run, dataset):
+    codes, text, out = run(
+        *FAST, "--data.dataset", dataset, "--data.context-length", 1024, "--train.max-steps", 1, rows=False
+    )
+    assert codes == [0], text
+    assert "DROPPED" not in text and len(metrics(out)[1]) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mistakes: one message on all ranks together that names the thing, exit code 1, nothing written
+
+
+def config_without(key):
+    return {k: v for k, v in TINY.items() if k != key}
+
+
+def broken_model(tmp_path, change):
+    folder = save_folder(random_model(), tmp_path / "broken")
+    change(folder)
+    return folder
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+MODELS = {
+    "config without architecture": (
+        lambda f: (f / "config.json").write_text(json.dumps(config_without("architectures"))),
+        "architecture is not supported",
+    ),
+    "truncated weights": (lambda f: os.truncate(f / "model.safetensors", 9000), "truncated"),
+    "missing tensor": (lambda f: rewrite(f, lambda t: t.pop("model.norm.weight")), "model.norm.weight is missing"),
+    "wrong tokenizer": (
+        lambda f: (f / "tokenizer.model").write_text((f / "tokenizer.model").read_text() + "YWI= 256\n"),
+        "tokenizer has 513 ids, the model 512",
+    ),
+    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MODELS.values(), ids=MODELS)
+def test_bad_models(run, tmp_path, change, message):
+    check_refused(*run(model=broken_model(tmp_path, change)), message)
+
+
+FLAGS = {
+    "missing model": (["--model", "/nowhere"], "/nowhere does not exist"),
+    "unknown dataset": (["--data.dataset", "poems"], "poems is unknown: choose one of samsum"),
+    "rows too long": (["--data.context-length", 20], "all 12 rows are longer than --data.context-length 20"),
+    "lora target": (["--lora.targets", "z_proj"], '"z_proj" matches no linear layer'),
+    "output folder": (["--output-dir", "/proc/out"], "--output-dir /proc/out cannot be written"),
+    "missing data": (["--data.path", "/none.json"], "/none.json does not exist"),
+    "config": (["--config", "/none.json"], "--config /none.json is not the run.json of a run"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), FLAGS.values(), ids=FLAGS)
+def test_bad_flags(run, flags, message):
+    check_refused(*run(*flags), message)
+
+
+DATA = {
+    "empty": ("", "has no rows"),
+    "malformed line": ('{"dialogue": "a", "summary": "b"}\n{"dialogue": ', "line 2"),
+    "missing field": ('{"dialogue": "a", "summary": "b"}\n\n{"dialogue": "a"}', "line 3: field 'summary' is missing"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), DATA.values(), ids=DATA)
+def test_bad_data(run, tmp_path, content, message):
+    (tmp_path / "bad.jsonl").write_text(content)
+    check_refused(*run("--data.path", tmp_path / "bad.jsonl"), message)
+
+
+def test_the_same_mistake_on_two_ranks_is_said_once(run):
+    check_refused(*run("--lora.targets", "z_proj", world_size=2), '"z_proj" matches no linear layer')
+    check_refused(*run("--output-dir", "/proc/out", world_size=2), "--output-dir /proc/out cannot be written")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--lora.rnak", "8"], ["--optim.lr", "fast"], ["--fsdp.precision", "fp12"], ["--train.batch-size", "-3"]],
+    ids=str,
+)
+def test_unknown_flags_and_values_are_named_once(run, flags):
+    codes, text, out = run(*flags, world_size=2)
+    assert 0 not in codes and not out.exists()
+    assert flags[0].lstrip("-") in text and "Traceback" not in text
+    assert len(re.findall(re.escape(flags[1]), text)) <= 2 and len(text.splitlines()) < 20
+
+
+def test_an_earlier_run_is_not_overwritten(run):
+    _, _, out = run(*FAST, "--train.max-steps", 1)
+    before = (out / "metrics.jsonl").read_bytes()
+    codes, text, _ = run(*FAST, "--train.max-steps", 1)
+    assert codes == [1] and "already holds a run" in text
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def check_refused(codes, text, out, message):
+    assert set(codes) == {1}, text
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0], text
+    assert "Traceback" not in text
+    assert not (out / "metrics.jsonl").exists() and not (out / "adapter").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# under torchrun
+
+
+def torchrun(*args):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        *map(str, args),
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+
+
+def test_torchrun(tiny_folder, data, tmp_path):
+    flags = [
+        "--model",
+        tiny_folder,
+        "--output-dir",
+        tmp_path / "out",
+        "--data.path",
+        data / "train.json",
+        "--device",
+        "cpu",
+    ]
+    done = torchrun(RECIPE, *flags, "--data.context-length", 200, "--eval.no-enabled", "--train.epochs", 1)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/run.json").read_text())["world_size"] == 2
+    assert len(load_file(tmp_path / "out/adapter/adapter_model.safetensors")) == 12
+
+
+def test_a_rank_that_dies_ends_the_run(tiny_folder, data, tmp_path):
+    """Rank 1 is killed in its second step; the other does not hang and nothing looks finished."""
+    script = tmp_path / "dying.py"
+    script.write_text(
+        "import os, runpy, signal, minillama.train as train\n"
+        "step, calls = train.train_step, []\n"
+        "def dying(*args, **kwargs):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 2 and os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(*args, **kwargs)\n"
+        "train.train_step = dying\n"
+        f"runpy.run_path({str(RECIPE)!r}, run_name='__main__')\n"
+    )
+    flags = [
+        "--model",
+        tiny_folder,
+        "--output-dir",
+        tmp_path / "out",
+        "--data.path",
+        data / "train.json",
+        "--device",
+        "cpu",
+    ]
+    done = torchrun(script, *flags, "--data.context-length", 200, "--eval.no-enabled", "--train.batch-size", 1)
+    assert done.returncode != 0
+    assert "rank      : 1" in done.stderr and "SIGKILL" in done.stderr
+    assert not (tmp_path / "out/adapter").exists()
+
+
+def test_help_names_every_group():
+    done = subprocess.run([sys.executable, RECIPE, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    for flag in (
+        "--model",
+        "--data.dataset",
+        "--train.batch-size",
+        "--eval.no-enabled",
+        "--optim.lr",
+        "--lora.targets",
+        "--fsdp.recompute",
+    ):
+        assert flag in done.stdout
