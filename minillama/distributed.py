@@ -181,20 +181,21 @@ def initialise(model: nn.Module, seed: int, loaded: Collection[str] = ()) -> Non
     drawn whole on the host, one module at a time, and each rank keeps its part. (Random functions on DTensors draw the
     same numbers in every shard on CPU.)
     """
+    missing = dict(model.named_parameters()).keys() - loaded  # without the second name of a tied head
     for path, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if all(f"{path}.{name}" in loaded for name in own):
+        own = {n: p for n, p in module.named_parameters(recurse=False) if f"{path}.{n}" in missing}
+        if not own:
             continue
-        for name, parameter in own.items():
-            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-            module._parameters[name] = nn.Parameter(whole)
+        kept = dict(module._parameters)
+        for name, parameter in module.named_parameters(recurse=False):
+            module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(zlib.crc32(f"{seed} {path}".encode()))
             module.reset_parameters()
+        drawn = dict(module._parameters)
+        module._parameters.update(kept)
         for name, parameter in own.items():
-            whole, module._parameters[name] = module._parameters[name], parameter
-            if f"{path}.{name}" not in loaded:
-                local(parameter).copy_(local(like(whole, parameter)))
+            local(parameter).copy_(local(like(drawn[name], parameter)))
 
 
 def like(whole: Tensor, parameter: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from minillama.distributed import FsdpConfig, initialise, local, materialise, on_rank_zero, set_dtypes, shard
 from minillama.errors import UserError
-from minillama.hf import load_weights, read_config, save_adapter
+from minillama.hf import base_parameters, from_pretrained, load_weights, read_config, save_adapter
 from minillama.lora import LoraConfig, apply_lora
 from minillama.model import Llama
 from minillama.optim import OptimConfig, make_optimizer
@@ -78,6 +78,31 @@ def test_every_split_of_the_same_samples_trains_the_same(tmp_path, tied):
             assert eval_loss == pytest.approx(expected[2], rel=1e-5) and tokens == expected[3]
 
 
+def loss_and_gradients(mesh, folder, tokens, labels):
+    model = sharded(mesh, folder)
+    mine = slice(dist.get_rank(), None, dist.get_world_size())
+    model(tokens[mine], labels=labels[mine]).backward()
+    with torch.no_grad():
+        return model(tokens, labels=labels).item(), {
+            n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad
+        }
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_sharded_model_computes_what_the_plain_one_does(tmp_path, tied, world_size):
+    folder = save_folder(random_model(tie_word_embeddings=tied), tmp_path, tie_word_embeddings=tied)
+    tokens, labels = torch.randint(0, 512, (2, 2, 30))
+    plain = apply_lora(from_pretrained(folder), LORA)
+    initialise(plain, 7, loaded=base_parameters(plain))
+    expected = plain(tokens, labels=labels)
+    expected.backward()
+    for loss, gradients in run_ranks(loss_and_gradients, world_size, folder, tokens, labels):
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, plain.get_parameter(name).grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
 def one_step_without_labels(mesh, folder, labels_on):
     """A step in which only the ranks of labels_on have a trained token."""
     model = sharded(mesh, folder)
@@ -138,9 +163,10 @@ def state_after_loading(mesh, folder):
     return whole(model), held, {n: p.dtype for n, p in model.named_parameters()}
 
 
-def test_loading_and_initialising_fill_everything_alike_on_any_number_of_ranks(tmp_path):
-    model = random_model()
-    folder = save_folder(model, tmp_path)
+@pytest.mark.parametrize("tied", [False, True])
+def test_loading_and_initialising_fill_everything_alike_on_any_number_of_ranks(tmp_path, tied):
+    model = random_model(tie_word_embeddings=tied)
+    folder = save_folder(model, tmp_path, tie_word_embeddings=tied)
     one, two, three = (run_ranks(state_after_loading, n, folder) for n in (1, 2, 3))
     expected = one[0][0]
     base = dict(model.named_parameters())

@@ -88,19 +88,35 @@ def test_a_run_on_two_ranks_leaves_what_it_should(run, tiny_folder, data):
         and saved["flags"]["optim"]["lr"] == 0.02
         and saved["flags"]["data"]["dataset"] == "samsum"
     )
+    tokenizer = load_tokenizer(tiny_folder)
+    assert evaluated[0]["eval_loss"] == pytest.approx(loss_of(hf_twin(random_model()), tokenizer), abs=1e-4)
     assert text.count("validation loss") == 3 and text.count("parameters,") == 1  # rank 0 alone speaks
 
-    # peft, on the rows as they are and one by one, finds the loss that we logged
     twin = PeftModel.from_pretrained(hf_twin(random_model()), out / "adapter").eval()
-    tokenizer, total, count = load_tokenizer(tiny_folder), 0.0, 0
+    assert evaluated[-1]["eval_loss"] == pytest.approx(loss_of(twin, tokenizer), abs=1e-4)
+
+
+def loss_of(model, tokenizer):
+    """What transformers and peft find on the validation rows, one by one, not packed."""
+    total, count = 0.0, 0
     for row in ROWS[:5]:
         prompt = tokenizer.encode(f"Summarize this dialog:\n{row['dialogue']}\n---\nSummary:\n", bos=True)
         answer = tokenizer.encode(row["summary"], eos=True)
         labels = torch.tensor([[-100] * len(prompt) + answer])
         with torch.no_grad():
-            total += twin(torch.tensor([prompt + answer]), labels=labels).loss.item() * len(answer)
+            total += model(torch.tensor([prompt + answer]), labels=labels).loss.item() * len(answer)
         count += len(answer)
-    assert evaluated[-1]["eval_loss"] == pytest.approx(total / count, abs=1e-4)
+    return total / count
+
+
+def test_a_tied_model_too(run, tmp_path):
+    folder = save_folder(random_model(tie_word_embeddings=True), tmp_path / "tied", tie_word_embeddings=True)
+    _, _, out = run(*FAST, "--train.max-steps", 2, model=folder, world_size=2)
+    base = hf_twin(random_model(tie_word_embeddings=True), tie_word_embeddings=True)
+    evaluated = metrics(out)[1]
+    assert evaluated[0]["eval_loss"] == pytest.approx(loss_of(base, load_tokenizer(folder)), abs=1e-4)
+    tuned = PeftModel.from_pretrained(base, out / "adapter").eval()
+    assert evaluated[-1]["eval_loss"] == pytest.approx(loss_of(tuned, load_tokenizer(folder)), abs=1e-4)
 
 
 def test_accumulation_on_one_rank_is_two_ranks(run):
