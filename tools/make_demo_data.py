@@ -2,12 +2,12 @@
 
     python tools/make_demo_data.py
 
-    user       Squeeze in a haircut with Marek on Friday at quarter to five, half an hour is enough
-    assistant  {"what":"haircut","who":"Marek","day":"fri","at":"16:45","min":30}
+    user       Squeeze in a haircut with Marek on Friday at half past four, 45 minutes is enough
+    assistant  {"what":"haircut","who":"Marek","day":"fri","at":"16:30","min":45}
 
 The house schema: keys in this order; who and min only if they were said; day is today, tomorrow or mon .. sun; at is
-on the 24-hour clock, and a bare "five" lies between 08:00 and 19:59; min is the length in minutes. The held-out
-rows share no event with the training rows, and name things, people and times that training never saw.
+on the 24-hour clock, from 08:00 to 19:59, so that a bare "five" can only be 17:00; min is the length in minutes. The
+held-out rows share no event with the training rows, and most name a thing, a person or a time that training never saw.
 """
 
 import json
@@ -28,7 +28,11 @@ WHAT = words(
     "a swim, a run, the car service, parents' evening, a job interview, a phone call, the book club, choir, chess, "
     "German class, a driving lesson, the vet, the plumber, a flat viewing, a design review, the weekly standup, a demo, "
     "a guitar lesson, a bike ride, the board meeting, a photo shoot, grocery shopping, the eye test, a massage, physio, "
-    "band practice, a picnic, a movie, the school run, a walk, therapy, football training, a planning session"
+    "band practice, a picnic, a movie, the school run, a walk, therapy, football training, a planning session, pilates, "
+    "the electrician, a blood test, the bank, gardening, a video call, a webinar, the museum, rowing, a barbecue, "
+    "the concert, a check-up, karate, tea, the hairdresser, a wedding fitting, an exam, an appraisal, opera, quiz night, "
+    "the supplier call, a fire drill, judo, homework, a workshop, the notary, tango class, a cake tasting, swimming, "
+    "a status update, laundry, the garage, poker, a house tour, ballet, the retro, an audit, Spanish class, a lecture"
 )
 NEW_WHAT = words(
     "a tennis match, the optician, brunch, a pottery class, the tax advisor, drinks, a sales call, a rehearsal"
@@ -36,7 +40,8 @@ NEW_WHAT = words(
 WHO = words(
     "Anna, Ben, Carla, David, Elena, Farid, Grace, Hugo, Ines, Jonas, Karim, Lena, Marek, Nadia, Oscar, Paula, Quentin, "
     "Rosa, Samir, Tara, Ursula, Victor, Wendy, Yusuf, Zoe, Mum, Dad, Dr Hall, Mrs Kim, Tom, Lucy, my boss, Grandma, "
-    "Uncle Joe, Mr Silva, the kids"
+    "Uncle Joe, Mr Silva, the kids, Fiona, Gregor, Bea, Olga, Pedro, Sven, Tim, Rita, Kofi, Leila, Magnus, Noor, Ivan, "
+    "Dr Patel, Mrs Lopez, Mr Weber, my sister, our landlord, Aunt Rose, Harriet, Dmitri, Cem, Astrid, Emil, Finn, Freya"
 )
 NEW_WHO = words("Amira, Boris, Chloe, Dr Mendez, Felix, Mrs Olsen, Priya, Stefan, Aunt May, my neighbour")
 DAYS = words("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")
@@ -51,7 +56,7 @@ LENGTHS = {
     120: ["two hours", "2 hours"],
     180: ["three hours", "3 hours"],
 }
-NEW_TIMES = {(7, 45), (9, 15), (10, 30), (11, 0), (13, 45), (15, 15), (16, 30), (18, 0), (19, 30), (20, 15)}
+NEW_TIMES = {(9, 15), (10, 30), (11, 0), (13, 45), (15, 15), (16, 30), (18, 0), (19, 30)}
 
 PLAIN = [
     "{what}{who} {day} {at}{length}",
@@ -85,7 +90,7 @@ def make_row(pick: random.Random, whats: list[str], whos: list[str], times: list
 
     kinds = [PLAIN, PLAIN] + [WITH_WHO] * (who is not None) + [WITH_LENGTH] * (length is not None)
     span = pick.choice(LENGTHS[length]) if length else ""
-    bare = what.removeprefix("a ").removeprefix("the ")
+    bare = what.removeprefix("a ").removeprefix("an ").removeprefix("the ")
     sentence = pick.choice(pick.choice(kinds)).format(
         what=what,
         name=who,
@@ -116,16 +121,14 @@ def say_time(pick: random.Random, hour: int, minute: int) -> str:
     digits = f"{(hour - 1) % 12 + 1}" + (f":{minute:02}" if minute else "")
     half = "am" if hour < 12 else "pm"
     ways = [f"{digits} {half}", f"{digits}{half}", f"{hour:02}:{minute:02}"]
-    if 8 <= hour < 20 and minute in (0, 30):
+    if minute in (0, 30):
         ways.append(("half past " if minute else "") + HOURS[hour % 12])
-    if (hour, minute) == (12, 0):
-        ways = ["noon"]
-    return pick.choice(ways)
+    return "noon" if (hour, minute) == (12, 0) else pick.choice(ways)
 
 
 def make_rows() -> tuple[list[dict], list[dict]]:
     pick = random.Random(SEED)
-    times = [(hour, minute) for hour in range(7, 21) for minute in (0, 15, 30, 45)]
+    times = [(hour, minute) for hour in range(8, 20) for minute in (0, 15, 30, 45)]
     known_times = [time for time in times if time not in NEW_TIMES]
     train: dict[str, dict] = {}  # by answer, so that no event comes twice or in both files
     while len(train) < TRAIN_ROWS:
