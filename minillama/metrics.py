@@ -46,10 +46,14 @@ class LogConfig:
 
 
 def start_run(output_dir: Path, flags: Any) -> None:
-    """Makes the output folder and writes run.json: the resolved flags and what they run on. Every rank must call it."""
+    """Makes the output folder and writes run.json: the resolved flags and what they run on. Every rank must call it.
+
+    Raises UserError if the folder cannot be written, or holds an earlier run that got as far as a training step.
+    """
 
     def write() -> None:
-        if (output_dir / "metrics.jsonl").exists():
+        metrics = output_dir / "metrics.jsonl"
+        if (output_dir / "adapter").exists() or (metrics.exists() and read_metrics(metrics)[0]):
             raise UserError(f"{output_dir} already holds a run: give another --output-dir, or remove that folder")
         run = {
             "command": sys.argv,
@@ -121,7 +125,7 @@ class Metrics:
     ) -> None:
         self.config, self.model, self.device = config, model, device
         self.rate = matmul_rate(device, dtype)
-        self.file = (output_dir / "metrics.jsonl").open("a") if rank() == 0 else None
+        self.file = (output_dir / "metrics.jsonl").open("w") if rank() == 0 else None
         self.bar = tqdm(total=steps, desc="training", unit="step", disable=rank() != 0)
         self.tensorboard = self.wandb = None
         if rank() == 0 and config.tensorboard:
