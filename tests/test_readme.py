@@ -1,0 +1,72 @@
+"""What the README says exists."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+CODE = re.findall(r"```\w*\n(.*?)```", README, re.S)
+
+
+def test_the_tree_lists_every_file_and_no_other():
+    tree = next(block for block in CODE if block.startswith("minillama/"))
+    listed, folder = set(), ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name
+        elif name.endswith(".py"):
+            listed.add(folder + name)
+    there = {str(f.relative_to(ROOT)) for d in ("minillama", "recipes", "tools") for f in (ROOT / d).glob("*.py")}
+    assert listed == there - {"minillama/__init__.py"}
+
+
+@pytest.fixture(scope="module")
+def help_text():
+    run = subprocess.run(
+        [sys.executable, ROOT / "recipes/lora_fsdp.py", "--help"], capture_output=True, text=True, check=True
+    )
+    return set(re.findall(r"--[a-z][\w.-]*", run.stdout))
+
+
+def test_every_flag_it_names_exists(help_text):
+    table = README.split("## Coming from llama-recipes")[1].split("## The code")[0]
+    cells = [row.split("|")[2:] for row in table.splitlines() if row.startswith("| `--")]
+    assert len(cells) > 20
+    named = set()
+    for ours, changed in ((c[0], c[1]) for c in cells):
+        named |= set(re.findall(r"--[a-z][\w.-]*[a-z]", ours))
+        named |= set(re.findall(r"--(?:data|train|eval|optim|fsdp|log|lora)\.[\w.-]*[a-z]", changed))
+    for command in commands():
+        named |= {word for word in command if word.startswith("--") and word != "--nproc_per_node"}
+    assert len(named) > 20
+    assert not named - help_text
+
+
+def commands():
+    lines = "\n".join(CODE).replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if "recipes/lora_fsdp.py --" in line]
+
+
+def test_every_flag_the_recipe_has_for_a_default_of_the_seed_is_stated_truly():
+    from dataclasses import asdict
+
+    from minillama.lora import LoraConfig
+    from minillama.train import TrainConfig
+
+    assert "--train.batch-size 4" in README and TrainConfig().batch_size == 4
+    assert "--train.epochs 3" in README and TrainConfig().epochs == 3
+    lora = asdict(LoraConfig())
+    assert "--lora.rank 8 --lora.alpha 32 --lora.dropout 0.05 --lora.targets q_proj v_proj" in README
+    assert (lora["rank"], lora["alpha"], lora["dropout"], lora["targets"]) == (8, 32, 0.05, ("q_proj", "v_proj"))
+
+
+def test_its_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.M):
+        assert re.search(rf"^{target}:", makefile, re.M)
