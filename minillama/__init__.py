@@ -1,13 +1,18 @@
 """Fine-tune Llama 3 in plain PyTorch on FSDP2."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from minillama.distributed import shard
 from minillama.generate import generate
-from minillama.hf import from_pretrained, load_adapter, load_weights, save_adapter
 from minillama.lora import LoraConfig, apply_lora, merge_lora
 from minillama.model import Llama, LlamaConfig
 from minillama.surgery import replace_modules
-from minillama.tokenizer import load_tokenizer
-from minillama.train import train_step
+
+if TYPE_CHECKING:
+    from minillama.hf import from_pretrained, load_adapter, load_weights, save_adapter
+    from minillama.tokenizer import load_tokenizer
+    from minillama.train import train_step
 
 __all__ = [
     "Llama",
@@ -25,3 +30,17 @@ __all__ = [
     "shard",
     "train_step",
 ]
+
+# What needs more than torch is imported when it is asked for: `import minillama.model` needs torch alone.
+_LATER = {
+    "hf": ("from_pretrained", "load_adapter", "load_weights", "save_adapter"),
+    "tokenizer": ("load_tokenizer",),
+    "train": ("train_step",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _LATER.items():
+        if name in names:
+            return getattr(import_module(f"minillama.{module}"), name)
+    raise AttributeError(f"module 'minillama' has no attribute {name!r}")

@@ -10,6 +10,7 @@ from array import array
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,7 +61,7 @@ class Documents:
         span = slice(self.offsets[i], self.offsets[i + 1])
         return self.tokens[span], self.trained[span]
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """int64 (n,)"""
         return np.diff(self.offsets)
@@ -262,7 +263,7 @@ def _lines(path: Path) -> Iterator[str]:
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         rows = json.loads("".join(_lines(path)))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}): a file of one object a line must end in .jsonl") from error
     if not isinstance(rows, list):
         raise UserError(f"{path} must be a list of objects, found {_shown(rows)}")
@@ -275,8 +276,9 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                problem = f"not JSON ({error.msg} at column {error.colno})"
+            except (ValueError, RecursionError) as error:
+                where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+                problem = f"not JSON ({getattr(error, 'msg', error)}{where})"
                 raise UserError(f"{path}, line {number}: {problem}: put one object on each line") from error
             yield f"line {number}", row
 
@@ -296,6 +298,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
         csv.field_size_limit(limit)  # the limit is the whole process's
     rows = [(line, values) for line, values in rows if values]  # csv gives [] for a blank line
     header = rows[0][1] if rows else []
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}: the header names a field twice ({', '.join(header)})")
     for line, values in rows[1:]:
         if len(values) != len(header):
             raise UserError(

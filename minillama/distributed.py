@@ -6,7 +6,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeVar
@@ -46,10 +46,6 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def say(text: str) -> None:
     """Prints once, on rank 0."""
     if rank() == 0:
@@ -57,10 +53,26 @@ def say(text: str) -> None:
 
 
 @contextmanager
+def quiet_but_on_rank_zero() -> Iterator[None]:
+    """Nothing is printed on other ranks: what all would say, say about wrong flags, is said once."""
+    with open(os.devnull, "w") as nowhere, ExitStack() as stack:
+        if rank() != 0:
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield
+
+
+@contextmanager
 def user_errors() -> Iterator[None]:
     """Ends the process with code 1 on a UserError, printed without a traceback, and once however many ranks make it."""
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except RuntimeError:
+        if _someone_erred():  # the others are gone because of a mistake that one has named
+            sys.exit(1)
+        raise
     except UserError as error:
         first = rank() == 0
         if dist.is_initialized():  # all ranks usually make the same mistake, but sometimes only one does
@@ -71,6 +83,13 @@ def user_errors() -> Iterator[None]:
         if first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def _someone_erred() -> bool:
+    try:
+        return dist.is_initialized() and dist.distributed_c10d._get_default_store().check(["minillama/errors"])
+    except dist.DistError:
+        return False
 
 
 @contextmanager
@@ -84,9 +103,14 @@ def process_group(device: Device = "auto") -> Iterator[DeviceMesh]:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use; try --device cpu")
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"process {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}")
+        torch.cuda.set_device(local_rank)
     backend = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}[device]
     if "RANK" in os.environ:
+        if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise UserError(f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK")
         dist.init_process_group(backend)
     else:  # no launcher, so no address to meet at either
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -101,17 +125,20 @@ def process_group(device: Device = "auto") -> Iterator[DeviceMesh]:
 
 
 def on_rank_zero(task: Callable[[], T]) -> T | None:
-    """Runs task on rank 0 while the others wait; if it raises OSError or UserError there, every rank raises UserError.
+    """Runs task on rank 0 while the others wait; if it raises there, every rank raises: UserError where it was an OSError.
 
     Returns the task's result on rank 0, None elsewhere. Every rank must call it.
     """
-    result, problem = None, [None]
+    result, failure = None, None
     if dist.get_rank() == 0:
         try:
             result = task()
-        except (OSError, UserError) as error:
-            problem = [str(error)]  # type: ignore[list-item]
+        except Exception as error:
+            failure = error
+    problem = [None if failure is None else str(failure)]
     dist.broadcast_object_list(problem, src=0)
+    if failure is not None and not isinstance(failure, (OSError, UserError)):
+        raise failure
     if problem[0] is not None:
         raise UserError(problem[0])
     return result
@@ -167,6 +194,13 @@ def shard(model: Llama, mesh: DeviceMesh, config: FsdpConfig, *, reshard_after_f
     return model
 
 
+def reshard(model: nn.Module) -> None:
+    """Frees what a forward without a backward leaves gathered: until then parameters are whole, in the compute dtype."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def materialise(model: Llama, device: torch.device | str) -> None:
     """Gives the parameters of a model on the meta device memory, not values."""
     model.to_empty(device=device)
@@ -190,7 +224,7 @@ def initialise(model: nn.Module, seed: int, loaded: Collection[str] = ()) -> Non
         for name, parameter in module.named_parameters(recurse=False):
             module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(f"{seed} {path}".encode()))
+            torch.default_generator.manual_seed(zlib.crc32(f"{seed} {path}".encode()))
             module.reset_parameters()
         drawn = dict(module._parameters)
         module._parameters.update(kept)

@@ -5,6 +5,8 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
+from minillama.errors import UserError
+
 
 @torch.no_grad()
 def generate(
@@ -21,6 +23,8 @@ def generate(
     temperature 0 takes the likeliest token, above 0 samples from softmax(logits / temperature). Each token runs the
     whole sequence through the model again: fit for looking at a few answers, not for serving.
     """
+    if not tokens:
+        raise UserError("generate needs a prompt of at least one token")
     device = next(model.parameters()).device
     random = torch.Generator(device).manual_seed(seed)
     sequence = torch.tensor([tokens], device=device)

@@ -1,9 +1,11 @@
 """Hugging Face folders in, each rank reading only what it holds; PEFT adapter folders in and out."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from tqdm import tqdm
 
-from minillama.distributed import local, materialise, on_rank_zero, rank
+from minillama.distributed import local, materialise, on_rank_zero, rank, reshard
 from minillama.errors import UserError
 from minillama.lora import LoraConfig, apply_lora
 from minillama.model import Llama, LlamaConfig
@@ -24,6 +26,14 @@ READ_BYTES = 32 * 2**20
 """Size of the pieces in which tensors are read: host memory on top of the model's own is this, times READERS."""
 READERS = 4
 PEFT_PREFIX = "base_model.model."
+OTHER_PEFT = (
+    "fan_in_fan_out",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+)
+"""Settings of PEFT's that change what an adapter computes, and that we do not know."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,7 +70,7 @@ def find_tensors(folder: str | Path) -> dict[str, Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f'{index} has no "weight_map"')
-        files = {name: folder / file for name, file in weight_map.items()}
+        files = {name: folder / str(file) for name, file in weight_map.items()}
         if missing := sorted({file.name for file in files.values() if not file.exists()}):
             raise UserError(f"{index} names files that are not there: {', '.join(missing)}")
         return files
@@ -134,6 +144,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
     check_weights does.
     """
     files = check_weights(model, folder)
+    twin = None if "lm_head.weight" in files else find_tensors(folder).get("lm_head.weight")
     parameters = base_parameters(model)
     bytes_of = {name: local(p).numel() * p.element_size() for name, p in parameters.items()}
 
@@ -149,11 +160,20 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
         def load(name: str) -> None:
             target, offset = local(parameters[name]).detach(), _row_offset(parameters[name])
             step = max(1, READ_BYTES * len(target) // max(1, bytes_of[name]))
-            with _open(files[name]) as tensors:
-                rows = tensors.get_slice(name)
+            with ExitStack() as stack:
+                rows = stack.enter_context(_open(files[name])).get_slice(name)
+                head_rows = None
+                if name == "model.embed_tokens.weight" and twin is not None:
+                    head_rows = stack.enter_context(_open(twin)).get_slice("lm_head.weight")
                 for start in range(0, len(target), step):
                     piece = target[start : start + step]
-                    piece.copy_(rows[offset + start : offset + start + len(piece)])
+                    place = slice(offset + start, offset + start + len(piece))
+                    piece.copy_(rows[place])
+                    if head_rows is not None and not torch.equal(rows[place], head_rows[place]):
+                        raise UserError(
+                            f"{folder}: lm_head.weight is not the embedding, yet config.json has tie_word_embeddings: "
+                            "set it to false"
+                        )
                     bar.update(piece.numel() * piece.element_size())
 
         with ThreadPoolExecutor(READERS) as pool:
@@ -201,6 +221,7 @@ def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, base_
 
     base_model: the name or path that goes into the config as base_model_name_or_path. Only the adapters are gathered.
     """
+    reshard(model)
     tensors = {}
     for name, parameter in adapter_parameters(model).items():
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
@@ -212,9 +233,14 @@ def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, base_
         partial = final.with_name(final.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        text = json.dumps(peft_config(config, base_model), indent=2, sort_keys=True)
-        (partial / "adapter_config.json").write_text(text + "\n")
+        settings = partial / "adapter_config.json"
+        settings.write_text(json.dumps(peft_config(config, base_model), indent=2, sort_keys=True) + "\n")
+        try:
+            save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:
+            shutil.rmtree(partial)
+            raise UserError(f"the adapter cannot be written to {final}: {error}") from None
+        shutil.copymode(settings, partial / "adapter_model.safetensors")  # safetensors leaves it to its owner alone
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
@@ -258,14 +284,33 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     config = read_json(folder / "adapter_config.json")
     if config.get("peft_type") != "LORA":
         raise UserError(f"{folder}: peft_type {config.get('peft_type')!r} is not supported, only LORA is")
-    for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias"):
+    for key in (
+        "use_dora",
+        "modules_to_save",
+        "rank_pattern",
+        "alpha_pattern",
+        "layers_to_transform",
+        "lora_bias",
+        *OTHER_PEFT,
+    ):
         if config.get(key):
             raise UserError(f"{folder}: {key} = {config[key]!r} is not supported")
-    targets = config["target_modules"]
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        raise UserError(
+            f"{folder}: init_lora_weights = {config['init_lora_weights']!r} is not supported: it changes the base"
+        )
+    targets = config.get("target_modules")
+    if isinstance(targets, str) and targets != "all-linear":  # a regular expression for the whole name
+        targets = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
+    numbers = (config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0))
+    if not targets or not all(type(number) in (int, float) for number in numbers):
+        raise UserError(
+            f"{folder}/adapter_config.json needs the numbers r and lora_alpha, and target_modules that match"
+        )
     lora = LoraConfig(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0),
+        rank=numbers[0],  # type: ignore[arg-type]
+        alpha=numbers[1],  # type: ignore[arg-type]
+        dropout=numbers[2],
         targets=(targets,) if isinstance(targets, str) else tuple(targets),
         rslora=config.get("use_rslora", False),
     )

@@ -30,6 +30,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"--lora.rank {self.rank}: must be at least 1")
+        if not math.isfinite(self.alpha):
+            raise UserError(f"--lora.alpha {self.alpha}: must be a number")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--lora.dropout {self.dropout}: must be at least 0 and below 1")
         if not self.targets:

@@ -21,7 +21,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     rows = labels.flatten().ne(IGNORE).nonzero().flatten()
     targets = labels.flatten()[rows]
     x = hidden.flatten(0, 1)[rows.to(hidden.device, non_blocking=True)]
-    return _LinearCrossEntropy.apply(x, weight, targets.to(hidden.device, non_blocking=True))
+    return _LinearCrossEntropy.apply(x, weight, targets.to(hidden.device, non_blocking=True), torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -31,8 +31,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        x_needs_grad, weight_needs_grad, _ = ctx.needs_input_grad
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, grad_enabled: bool) -> Tensor:
+        x_needs_grad, weight_needs_grad = (needed and grad_enabled for needed in ctx.needs_input_grad[:2])
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if x_needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
@@ -55,6 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_x, grad_weight = (None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
-        return grad_x, grad_weight, None
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        # in fp32: grad_loss, 1 / trained tokens, would be rounded alike for the whole gradient
+        grad_x, grad_weight = (None if g is None else (g.float() * grad_loss).to(g.dtype) for g in ctx.saved_tensors)
+        return grad_x, grad_weight, None, None

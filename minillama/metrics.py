@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -10,18 +11,19 @@ from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from minillama.distributed import all_reduce, on_rank_zero, rank, world_size
+from minillama.distributed import all_reduce, on_rank_zero, rank
 from minillama.errors import UserError
 from minillama.model import Llama
 from minillama.packing import Batch, Packed
-from minillama.profiling import count_parameters, matmul_rate, peak_memory_gib, step_flops
+from minillama.profiling import MFU_FORMULA, count_parameters, matmul_rate, peak_memory_gib, step_flops
 
 Config = TypeVar("Config")
 
@@ -31,7 +33,8 @@ class LogConfig:
     """Where the numbers go, besides metrics.jsonl."""
 
     every: int = 1
-    """Steps between lines of metrics.jsonl; what lies between is averaged into them."""
+    """Steps between lines of metrics.jsonl. Loss, counts and speed are those of all steps since the last line, lr and
+    grad_norm those of the last step."""
     tensorboard: bool = False
     """Also write TensorBoard files to OUTPUT_DIR/tensorboard (needs minillama[tensorboard])."""
     wandb: bool = False
@@ -53,12 +56,12 @@ def start_run(output_dir: Path, flags: Any) -> None:
 
     def write() -> None:
         metrics = output_dir / "metrics.jsonl"
-        if (output_dir / "adapter").exists() or (metrics.exists() and read_metrics(metrics)[0]):
+        if (output_dir / "adapter").exists() or (metrics.exists() and '"loss"' in metrics.read_text()):
             raise UserError(f"{output_dir} already holds a run: give another --output-dir, or remove that folder")
         run = {
             "command": sys.argv,
             "flags": asdict(flags),
-            "world_size": world_size(),
+            "world_size": dist.get_world_size(),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -82,30 +85,39 @@ def saved_flags(config_class: type[Config]) -> Config | None:
     Raises UserError if the file is not a run.json, or one of another recipe.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
+    parser.add_argument("--config", type=Path, nargs="?")  # without a value: the real parser says so
     file = parser.parse_known_args()[0].config
     if file is None:
         return None
 
+    def flag(where: str, name: str) -> str:
+        return (where + name).replace("_", "-")
+
     def build(kind: Any, values: dict[str, Any], where: str) -> Any:
         hints = get_type_hints(kind)
         if unknown := values.keys() - hints.keys():
-            raise UserError(f"--config {file}: this recipe has no flag --{where}{sorted(unknown)[0].replace('_', '-')}")
+            raise UserError(f"--config {file}: this recipe has no flag --{flag(where, sorted(unknown)[0])}")
         read = {}
         for name, value in values.items():
-            if is_dataclass(hints[name]):
-                read[name] = build(hints[name], value, f"{name}.")
-            elif Path in (hints[name], *get_args(hints[name])) and value is not None:
+            hint = hints[name]
+            allowed = get_args(hint) or (hint,)
+            if is_dataclass(hint):
+                read[name] = build(hint, value, f"{name}.")
+            elif value is None and type(None) in allowed:
+                read[name] = None
+            elif Path in allowed and isinstance(value, str):
                 read[name] = Path(value)
+            elif get_origin(hint) is tuple and isinstance(value, list) and all(isinstance(v, str) for v in value):
+                read[name] = tuple(value)
+            elif value in allowed or type(value) in allowed or (float in allowed and type(value) is int):
+                read[name] = value
             else:
-                read[name] = tuple(value) if isinstance(value, list) else value
+                raise UserError(f"--config {file}: {json.dumps(value)} is not a value of --{flag(where, name)}")
         return kind(**read)
 
     try:
         return build(config_class, json.loads(file.read_text())["flags"], "")
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"--config {file} is not the run.json of a run ({error!r})") from None
 
 
@@ -139,7 +151,7 @@ class Metrics:
         self._reset()
 
     def _reset(self) -> None:
-        self.losses: list[Tensor] = []
+        self.loss_sum: Tensor | float = 0.0  # this rank's part: each step's loss times this rank's trained tokens
         self.counts = [0, 0, 0]  # this rank's tokens, trained tokens and squares since the last line
         self.waited = 0.0
         self.started = time.perf_counter()
@@ -148,7 +160,7 @@ class Metrics:
         self, number: int, epoch: float, lr: float, loss: Tensor, norm: Tensor, batches: list[Batch], waited: float
     ) -> None:
         """Notes step `number`, counted from 1; waited: seconds this rank waited for its batches."""
-        self.losses.append(loss)
+        self.loss_sum = self.loss_sum + loss * float(sum(batch.trained for batch in batches))
         for batch in batches:
             for i, count in enumerate((batch.count, batch.trained, batch.squares)):
                 self.counts[i] += count
@@ -156,10 +168,11 @@ class Metrics:
         self.bar.update()
         if number % self.config.every and number != self.bar.total:
             return
-        mean_loss, grad_norm = torch.stack(self.losses).mean().item(), norm.item()  # waits for the device
+        loss_sum, grad_norm = float(self.loss_sum), norm.item()  # waits for the device
         seconds = time.perf_counter() - self.started
         flops = step_flops(self.model, *self.counts)
-        tokens, trained, flops, rate = all_reduce([*self.counts[:2], flops, self.rate])
+        tokens, trained, flops, rate, loss_sum = all_reduce([*self.counts[:2], flops, self.rate, loss_sum])
+        mean_loss = loss_sum / max(1, trained)
         memory, waited, seconds = all_reduce([peak_memory_gib(self.device), self.waited, seconds], "max")
         self.bar.set_postfix(loss=f"{mean_loss:.4f}", tokens_per_s=f"{tokens / seconds:.0f}")
         self._write(
@@ -178,22 +191,32 @@ class Metrics:
                 "data_wait_s": round(waited, 4),
             }
         )
+        if not math.isfinite(mean_loss) or not math.isfinite(grad_norm):
+            self.close()
+            raise UserError(
+                f"step {number}: the loss is {mean_loss}, the gradient's norm {grad_norm}: training has diverged; "
+                "try a lower --optim.lr, --optim.warmup-steps or --train.clip-norm"
+            )
         self._reset()
 
-    def evaluation(self, step: int, loss: float, tokens: int) -> None:
-        """Notes the loss on the validation set after `step` steps: mean nats a trained token over `tokens` of them."""
+    def evaluation(self, step: int, loss: float, tokens: int, seconds: float) -> None:
+        """Notes the loss on the validation set after `step` steps: mean nats a trained token over `tokens` of them.
+
+        seconds: what the evaluation took, which does not count for the speed of the steps around it.
+        """
         perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()  # inf, not an error, where it is too large
         self._write({"step": step, "eval_loss": loss, "eval_perplexity": perplexity, "eval_tokens": tokens})
         if rank() == 0:
             self.bar.write(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.3f} ({tokens} tokens)")
-        self.started = time.perf_counter()  # the time it took is not the next step's
+        self.started += seconds
 
-    def _write(self, line: dict[str, float]) -> None:
+    def _write(self, line: dict[str, Any]) -> None:
         if self.file is None:
             return
+        line = {key: value if math.isfinite(value) else None for key, value in line.items()}  # JSON has no NaN
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        values = {key: value for key, value in line.items() if key != "step"}
+        values = {key: value for key, value in line.items() if key != "step" and value is not None}
         if self.tensorboard is not None:
             for key, value in values.items():
                 self.tensorboard.add_scalar(key, value, line["step"])
@@ -229,20 +252,34 @@ def summary(
         if packed is None:
             lines.append(f"{name:11} none")
             continue
-        documents = len(packed.documents)
+        documents_, documents = packed.documents, len(packed.documents)
         dropped = f"; {packed.dropped} longer than that DROPPED" if packed.dropped else ""
+        if (
+            longest := max(documents_.lengths[i] for p in packed.packs for i in p)
+        ) > model.config.max_position_embeddings:
+            dropped += (
+                f"; the longest, {longest}, BEYOND the {model.config.max_position_embeddings} the model was made for"
+            )
         lines.append(
             f"{name:11} {documents - packed.dropped} rows, {packed.tokens:,} tokens, {len(packed.packs)} packs of "
             f"{packed.context_length} ({packed.efficiency:.1%} full){dropped}"
         )
     lines.append(f"steps       {steps}")
     lines.append(f"output      {output_dir}")
+    lines.append(f"mfu         {MFU_FORMULA}")
     return "\n".join(lines)
 
 
 def read_metrics(file: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """The lines of metrics.jsonl: (those of steps, those of evaluations)."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    """The lines of metrics.jsonl: (those of steps, those of evaluations). Raises UserError for one that is cut off."""
+    lines = []
+    for number, text in enumerate(file.read_text().splitlines(), 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            raise UserError(
+                f"{file}, line {number} is not JSON: was the run that wrote it killed? drop the line"
+            ) from None
     return [line for line in lines if "loss" in line], [line for line in lines if "eval_loss" in line]
 
 

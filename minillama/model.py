@@ -7,7 +7,7 @@ Shapes: B batch, T tokens, C width (hidden_size), H query heads, K key-value hea
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,6 @@ class LlamaConfig:
     """None: hidden_size / num_attention_heads."""
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
-    initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
@@ -70,8 +69,8 @@ class LlamaConfig:
         if kind not in ("default", "linear", "llama3"):
             raise UserError(f'rope type "{kind}" is not supported: only "default", "linear" and "llama3" are')
         needs = {"default": (), "linear": ("factor",), "llama3": LLAMA3_ROPE}[kind]
-        if missing := [key for key in needs if key not in scaling]:
-            raise UserError(f'rope_scaling of type "{kind}" lacks {", ".join(missing)}')
+        if missing := [key for key in needs if not isinstance(scaling.get(key), int | float)]:
+            raise UserError(f'rope_scaling of type "{kind}" lacks the number {", ".join(missing)}')
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "LlamaConfig":
@@ -87,16 +86,27 @@ class LlamaConfig:
             )
         if config.get("quantization_config"):
             raise UserError('"quantization_config": quantized checkpoints are not supported, give the plain one')
-        if missing := [key for key in REQUIRED if not isinstance(config.get(key), int)]:
+        if missing := [key for key in REQUIRED if config.get(key) is None]:
             raise UserError(f"the model's config lacks {', '.join(missing)}")
-        known = {field.name for field in fields(cls)}
-        values = {key: value for key, value in config.items() if key in known and value is not None}
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        values = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
+        for field in fields(cls):
+            kind = (get_args(field.type) or (field.type,))[0]
+            value = values.get(field.name)
+            if kind not in (int, float, bool, str) or value is None:
+                continue
+            if type(value) not in ((int, float) if kind is float else (kind,)) or (kind in (int, float) and value <= 0):
+                raise UserError(f"the model's config has {field.name} = {value!r}, where a {kind.__name__} belongs")
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"the model's config has the RoPE settings {rope!r}, which are no object")
+        rope = dict(rope)
         values["rope_theta"] = float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise UserError("partial_rotary_factor is not supported: Llama rotates the whole head")
         if "type" in rope:  # the key's older name
             rope.setdefault("rope_type", rope.pop("type"))
+        if "factor" in rope and "rope_type" not in rope:
+            raise UserError("rope_scaling has a factor but no rope_type")
         values["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
         return cls(**values)
 

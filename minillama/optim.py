@@ -27,10 +27,12 @@ class OptimConfig:
     """Steps in which the learning rate rises linearly to --optim.lr."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             raise UserError(f"--optim.lr {self.lr}: must be above 0")
-        if self.weight_decay < 0:
+        if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"--optim.weight-decay {self.weight_decay}: must not be negative")
+        if not 0 < self.gamma <= 1:
+            raise UserError(f"--optim.gamma {self.gamma}: must be above 0 and at most 1")
         if self.warmup_steps < 0:
             raise UserError(f"--optim.warmup-steps {self.warmup_steps}: must not be negative")
 

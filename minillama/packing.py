@@ -1,6 +1,7 @@
 """Documents -> packs of at most context_length tokens -> batches; which packs a step takes is a function of its cursor."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,9 +25,9 @@ class Packed:
     dropped: int
     """Documents longer than the context, which no pack holds."""
 
-    @property
+    @cached_property
     def tokens(self) -> int:
-        return sum(int(self.documents.lengths[pack].sum()) for pack in self.packs)
+        return int(self.documents.lengths[[i for pack in self.packs for i in pack]].sum())
 
     @property
     def efficiency(self) -> float:

@@ -8,9 +8,8 @@ from torch import nn
 from minillama.model import Llama
 
 MFU_FORMULA = (
-    "MFU = FLOPs the step needs / seconds / (processes x matmul FLOP/s measured at the start). A token needs 2 FLOPs a\n"
-    "weight forward, 2 backward, 2 more if the weight trains; only trained tokens meet the head; a document of L tokens\n"
-    "needs 6 x heads x head_dim x L^2 a layer for causal attention. Recomputation and padding are not counted."
+    "FLOPs needed / seconds / (processes x measured matmul FLOP/s); needed: a token 4 a weight, 6 if it trains\n"
+    "            (the head: trained tokens only), a row of L tokens 6 x heads x head_dim x L^2 a layer; no recomputation"
 )
 
 

@@ -148,6 +148,10 @@ class Tokenizer:
         token = token.get("content") if isinstance(token, dict) else token
         if token is None:
             return id_[0] if isinstance(id_, list) else id_  # config.json may list several EOS
+        if not isinstance(token, str):
+            raise UserError(
+                f"{self._where}: the special token {token!r} beside it is no text; mend tokenizer_config.json"
+            )
         found = self._special.get(token)
         found = self._engine.id_of(token) if found is None else found
         if found is None:
@@ -174,7 +178,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if (path.is_dir() or path == json_file) and json_file.exists():
         data = _read_json(json_file)
         if data.get("model", {}).get("type") == "BPE" and '"ByteLevel"' in json.dumps(data.get("pre_tokenizer")):
-            return _from_json(json_file, data, names)
+            try:
+                return _from_json(json_file, data, names)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{json_file}: damaged ({error!r}); download it again") from None
     candidates = [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]  # the latter in Meta's HF repos
     if path.is_file() and path != json_file:
         candidates = [path]
@@ -375,9 +382,12 @@ def _names(folder: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; download it again")
+    return content
 
 
 def _special_regex(special: dict[str, dict[str, Any]]) -> re.Pattern[str]:

@@ -1,5 +1,6 @@
 """The numerics that must be the same in every recipe: one optimizer step, and the evaluation."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from minillama.distributed import all_reduce
+from minillama.distributed import all_reduce, reshard
 from minillama.errors import UserError
 from minillama.packing import Batch, Packed, collate, epoch_order, split_window
 
@@ -31,7 +32,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("max_steps", 0), ("batch_size", 1), ("accumulate", 1), ("clip_norm", 0)):
-            if getattr(self, name) < least:
+            if not least <= getattr(self, name) < math.inf:
                 raise UserError(f"--train.{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
 
 
@@ -100,7 +101,7 @@ def train_step(
     on the device: reading them waits for it. No trained token at all: loss and gradient are 0.
     """
     device = micro_batches[0].tokens.device
-    trained = torch.tensor(float(sum(batch.trained for batch in micro_batches)), device=device)
+    trained = torch.full((), float(sum(batch.trained for batch in micro_batches)), device=device)
     dist.all_reduce(trained)
     trained.clamp_(min=1)
     total = torch.zeros((), device=device)
@@ -139,6 +140,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
         total = total.to(device) + batch_loss(model, batch)
         trained += batch.trained
     model.train(was_training)
+    reshard(model)
     loss, trained_everywhere = all_reduce([total.item(), trained], device=device)
     if not trained_everywhere:
         raise UserError("the validation set has no token to predict")

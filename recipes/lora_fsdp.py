@@ -22,12 +22,14 @@ from minillama.distributed import (
     initialise,
     materialise,
     process_group,
+    quiet_but_on_rank_zero,
     rank,
     say,
     set_dtypes,
     shard,
     user_errors,
 )
+from minillama.errors import UserError
 from minillama.hf import check_weights, load_weights, read_config, save_adapter
 from minillama.lora import LoraConfig, apply_lora
 from minillama.metrics import LogConfig, Metrics, plot_loss, saved_flags, start_run, summary
@@ -62,6 +64,10 @@ class Config:
     fsdp: FsdpConfig = FsdpConfig()
     log: LogConfig = LogConfig()
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed}: must be at least 0 and below 2^32")
+
 
 def main(config: Config) -> None:
     with process_group(config.device) as mesh:
@@ -91,7 +97,9 @@ def main(config: Config) -> None:
         def run_evaluation(step: int) -> None:
             if validation:
                 batches = eval_batches(validation, config.eval, tokenizer.pad_id, device, rank(), world_size)
-                metrics.evaluation(step, *evaluate(model, batches))
+                started = time.perf_counter()
+                loss, tokens = evaluate(model, batches)
+                metrics.evaluation(step, loss, tokens, seconds=time.perf_counter() - started)
 
         run_evaluation(0)
         model.train()
@@ -113,9 +121,11 @@ def main(config: Config) -> None:
         save_adapter(model, config.output_dir / "adapter", config.lora, str(config.model.resolve()))
         if rank() == 0:
             plot_loss(config.output_dir / "metrics.jsonl", config.output_dir / "loss.png")
-        say(f"adapter: {config.output_dir / 'adapter'} (PEFT's format); metrics and loss.png beside it")
+        say(f"adapter: {config.output_dir / 'adapter'}, in PEFT's format")
 
 
 if __name__ == "__main__":
     with user_errors():
-        main(tyro.cli(Config, default=saved_flags(Config), console_outputs=rank() == 0))
+        with quiet_but_on_rank_zero():
+            flags = tyro.cli(Config, default=saved_flags(Config))
+        main(flags)

@@ -203,6 +203,29 @@ def test_without_weights_everything_is_drawn_alike(tiny_folder):
         assert torch.equal(value, first[name]) and torch.equal(value, second[name])
 
 
+def save_after_evaluation(mesh, folder, out):
+    """Without resharding after the forward, which leaves bf16 copies where the fp32 masters should be looked for."""
+    with torch.device("meta"):
+        model = Llama(read_config(folder)).requires_grad_(False)
+    apply_lora(model, LORA)
+    set_dtypes(model, FsdpConfig())
+    shard(model, mesh, FsdpConfig(), reshard_after_forward=False)
+    materialise(model, "cpu")
+    initialise(model, 7, load_weights(model, folder))
+    before = whole(model)
+    packed = pack(documents_of([20] * 2), 20, 0)
+    evaluate(model, eval_batches(packed, EvalConfig(), 0, "cpu", dist.get_rank(), 2))
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    save_adapter(model, out, LORA, str(folder))
+    return before
+
+
+def test_evaluation_leaves_the_masters_in_place(tiny_folder, tmp_path):
+    before = run_ranks(save_after_evaluation, 2, tiny_folder, tmp_path / "a")[0]
+    for name, value in load_file(tmp_path / "a/adapter_model.safetensors").items():
+        assert value.dtype == torch.float32 and torch.equal(value, before[name.removeprefix("base_model.model.")])
+
+
 def mixed_against_fp32(mesh, folder):
     packed = pack(documents_of([40] * 2), 40, 0)
     batch = collate(packed, [dist.get_rank()], 0, "cpu")

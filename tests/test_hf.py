@@ -54,6 +54,12 @@ def test_tied_head(tmp_path, head_in_file):
     assert_same(parameters(loaded), parameters(model))
 
 
+def test_a_tied_config_with_another_head_in_the_file_is_refused(tmp_path):
+    folder = save_folder(random_model(), tmp_path, tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"lm_head.weight is not the embedding"):
+        from_pretrained(folder)
+
+
 def test_large_tensors_are_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr("minillama.hf.READ_BYTES", 1000)  # 7 rows and a bit of a (.., 32) fp32 matrix
     model = random_model()

@@ -22,6 +22,7 @@ from minillama.distributed import (
     local,
     materialise,
     process_group,
+    quiet_but_on_rank_zero,
     rank,
     say,
     set_dtypes,
@@ -117,4 +118,6 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     with user_errors():
-        main(tyro.cli(Args, console_outputs=rank() == 0))
+        with quiet_but_on_rank_zero():
+            args = tyro.cli(Args)
+        main(args)
