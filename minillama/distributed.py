@@ -68,6 +68,8 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        if rank() == 0:
+            print("\ninterrupted: what is saved only at the end, was not", file=sys.stderr, flush=True)
         sys.exit(130)
     except RuntimeError:
         if _someone_erred():  # the others are gone because of a mistake that one has named

@@ -85,6 +85,8 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
         return name in linear and (target == "all-linear" or name == target or name.endswith("." + target))
 
     for target in config.targets:
+        if target in ("lm_head", "embed_tokens"):
+            raise UserError(f'--lora.targets: LoRA on "{target}" is not supported')
         if not any(matches(name, target) for name in linear):
             known = sorted({name.rpartition(".")[2] for name in linear})
             raise UserError(
