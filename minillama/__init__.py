@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from minillama.distributed import shard
 from minillama.generate import generate
+from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.lora import LoraConfig, apply_lora, merge_lora
 from minillama.model import Llama, LlamaConfig
 from minillama.surgery import replace_modules
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Llama",
+    "LlamaAdapterConfig",
     "LlamaConfig",
     "LoraConfig",
+    "apply_llama_adapter",
     "apply_lora",
     "from_pretrained",
     "generate",

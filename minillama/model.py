@@ -160,12 +160,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int] | None) -> Tensor:
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (B, T, H, D), rotated keys and plain values (B, T, K, D) of x (B, T, C)."""
         heads = (-1, self.head_dim)
-        q = rotate(self.q_proj(x).unflatten(-1, heads), rope)  # (B, T, H, D)
-        k = rotate(self.k_proj(x).unflatten(-1, heads), rope)  # (B, T, K, D)
-        v = self.v_proj(x).unflatten(-1, heads)
-        return self.o_proj(attend(q, k, v, lengths).flatten(-2))
+        q = rotate(self.q_proj(x).unflatten(-1, heads), rope)
+        k = rotate(self.k_proj(x).unflatten(-1, heads), rope)
+        return q, k, self.v_proj(x).unflatten(-1, heads)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int] | None) -> Tensor:
+        return self.o_proj(attend(*self.project(x, rope), lengths).flatten(-2))
 
 
 class MLP(nn.Module):
