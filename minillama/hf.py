@@ -1,15 +1,16 @@
-"""Hugging Face folders in, each rank reading only what it holds; PEFT adapter folders in and out."""
+"""Hugging Face folders in, each rank reading only what it holds, and out; PEFT adapter folders in and out."""
 
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,12 +20,26 @@ from tqdm import tqdm
 
 from minillama.distributed import local, materialise, on_rank_zero, rank, reshard
 from minillama.errors import UserError
+from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.lora import LoraConfig, apply_lora
 from minillama.model import Llama, LlamaConfig
 
 READ_BYTES = 32 * 2**20
 """Size of the pieces in which tensors are read: host memory on top of the model's own is this, times READERS."""
 READERS = 4
+MAX_FILE_BYTES = 4 * 2**30
+"""Size of the files that save_pretrained writes (one tensor may be more), and so the host memory it takes on rank 0."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 PEFT_PREFIX = "base_model.model."
 OTHER_PEFT = (
     "fan_in_fan_out",
@@ -90,6 +105,11 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read, it may be truncated or not a safetensors file: {error}") from None
+
+
+def _dtype(file: Path, name: str) -> torch.dtype:
+    with _open(file) as tensors:
+        return tensors.get_slice(name)[:1].dtype
 
 
 def check_weights(model: nn.Module, folder: str | Path) -> dict[str, Path]:
@@ -203,8 +223,7 @@ def from_pretrained(
         files = find_tensors(folder)
         if name not in files:
             raise UserError(f"the weights in {folder} do not fit their config: {name} is missing")
-        with _open(files[name]) as tensors:
-            dtype = tensors.get_slice(name)[:1].dtype
+        dtype = _dtype(files[name], name)
     with torch.device("meta"):
         model = Llama(config).to(dtype)
     materialise(model, device)
@@ -213,50 +232,191 @@ def from_pretrained(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face folders out
+
+
+def save_pretrained(model: Llama, folder: str | Path, base: str | Path, tokenizer: str | Path | None = None) -> None:
+    """Writes a trained model, sharded or not, as a Hugging Face folder that transformers loads: whole, or not at all.
+
+    Every rank must call it; with or without a process group. Parameters are gathered one at a time, and only rank 0
+    keeps them, until they fill a file. Each tensor is cast to its dtype in `base`, the folder that the model was loaded
+    from; the model itself stays as it is. The config and generation settings are copied from `base` too, and so are the
+    tokenizer's files, unless `tokenizer` is given: another folder, or the tokenizer.json or tokenizer.model in it.
+
+    Raises UserError, on every rank, for a model with adapter parameters, a `base` of other shapes or one that `folder`
+    would overwrite, and for what goes wrong on the disk.
+    """
+    folder, base = Path(folder).resolve(), Path(base).resolve()
+    if adapter := next(iter(adapter_parameters(model)), None):
+        raise UserError(
+            f"the model has adapter parameters ({adapter}), of which a model folder knows nothing: save them with "
+            "save_adapter, or merge_lora first"
+        )
+    if base.is_relative_to(folder):
+        raise UserError(f"{folder} cannot be written: the base model is there, and its files are needed")
+    dtypes = {name: _dtype(file, name) for name, file in check_weights(model, base).items()}
+    copies = {file: base / file for file in ("config.json", "generation_config.json")}
+    copies |= _tokenizer_files(base if tokenizer is None else Path(tokenizer))
+
+    parameters = base_parameters(model)
+    sizes = {name: p.numel() * dtypes[name].itemsize for name, p in parameters.items()}
+    parts: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if parts[-1] and sum(sizes[other] for other in parts[-1]) + size > MAX_FILE_BYTES:
+            parts.append([])
+        parts[-1].append(name)
+    files = {f"model-{i:05}-of-{len(parts):05}.safetensors": names for i, names in enumerate(parts, start=1)}
+    if len(parts) == 1:
+        files = {"model.safetensors": parts[0]}
+
+    weight_map = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+
+    reshard(model)
+    with _new_folder(folder, mark="config.json") as (path, on_disk):
+        on_disk(_copy, copies, path)
+        if len(parts) > 1:
+            on_disk(_write_json, path / "model.safetensors.index.json", index)
+        for file, names in files.items():
+            on_disk(_write_tensors, path / file, {name: _gather(parameters[name], dtypes[name]) for name in names})
+
+
+def _tokenizer_files(path: Path) -> dict[str, Path]:
+    """Where a tokenizer's files are, there or not, by the names that they have in a Hugging Face folder."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder, so the tokenizer cannot be copied from it")
+    if path.is_dir():
+        return {file: path / file for file in TOKENIZER_FILES}
+    own_name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
+    return _tokenizer_files(path.parent) | {own_name: path}
+
+
+def _copy(sources: dict[str, Path], folder: Path) -> None:
+    for file, source in sources.items():
+        if source.exists():
+            shutil.copyfile(source, folder / file)
+
+
+def _gather(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The whole parameter on the host of rank 0, and nothing on the others. Every rank must call it."""
+    whole = parameter.detach()
+    if isinstance(whole, DTensor):
+        whole = whole.full_tensor()
+    return whole.to("cpu", dtype or whole.dtype).contiguous() if _is_rank_zero() else torch.empty(0)
+
+
+def _is_rank_zero() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextmanager
+def _new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., None]]]:
+    """Makes `folder` whole or not at all. Every rank must enter it, and make the same calls.
+
+    Gives the path to write to, and a function that calls another one on rank 0 while the others wait. If that fails,
+    every rank raises UserError: none is left waiting in the next collective. At the end the path takes `folder`'s place.
+    A folder that holds something, but no file `mark`, is none of ours: an error, never replaced.
+    """
+    path, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
+
+    def on_disk(function: Callable[..., object], *args: Any) -> None:
+        def attempt() -> None:
+            try:
+                function(*args)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{folder} cannot be written: {error}") from None
+
+        if dist.is_initialized():
+            on_rank_zero(attempt)
+        else:
+            attempt()
+
+    def begin() -> None:
+        if folder.exists() and any(folder.iterdir()) and not (folder / mark).exists():
+            raise UserError(f"{folder} holds other files: give a new folder, or one to replace that has {mark}")
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+
+    def finish() -> None:
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)  # not removed before the new one is in its place
+        path.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    try:
+        on_disk(begin)
+        yield path, on_disk
+        on_disk(finish)
+    except BaseException:
+        if _is_rank_zero():
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # PEFT's adapter folders: adapter_config.json and adapter_model.safetensors
 
+AdapterConfig = LoraConfig | LlamaAdapterConfig
 
-def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, base_model: str) -> None:
-    """Writes the LoRA matrices in PEFT's format. Every rank must call it; rank 0 writes, whole folder or nothing.
 
-    base_model: the name or path that goes into the config as base_model_name_or_path. Only the adapters are gathered.
+def _adapt(model: nn.Module, config: AdapterConfig) -> nn.Module:
+    return apply_lora(model, config) if isinstance(config, LoraConfig) else apply_llama_adapter(model, config)
+
+
+def _as_peft(name: str, tensor: Tensor) -> Tensor:
+    """The parameter in the shape that PEFT gives it, without a copy: a prompt as (1, prompt_len, C)."""
+    return tensor[None] if name.endswith(".adaption_prompt") else tensor
+
+
+def save_adapter(model: Llama, folder: str | Path, config: AdapterConfig, base_model: str) -> None:
+    """Writes the adapter that `config` made in PEFT's format: whole folder or nothing, every parameter in its dtype.
+
+    Every rank must call it, with or without a process group; only the adapter is gathered, and rank 0 writes.
+    base_model: the name or path that goes into the config as base_model_name_or_path. Raises UserError, on every rank,
+    for a model whose adapters are not just those of `config` (PEFT has no format for a mix), and for what goes wrong on
+    the disk.
     """
+    with torch.device("meta"):
+        fresh = _adapt(Llama(model.config), config)
+    expected, there = ({f"{n} {list(p.shape)}" for n, p in adapter_parameters(m).items()} for m in (fresh, model))
+    if expected != there:
+        raise UserError(
+            "the model's adapters are not those of the config, and PEFT's format holds one kind: "
+            + _difference(expected - there, there - expected)
+        )
     reshard(model)
-    tensors = {}
-    for name, parameter in adapter_parameters(model).items():
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        if rank() == 0:
-            tensors[PEFT_PREFIX + name] = whole.detach().cpu().contiguous()
-
-    def write() -> None:
-        final = Path(folder)
-        partial = final.with_name(final.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        settings = partial / "adapter_config.json"
-        settings.write_text(json.dumps(peft_config(config, base_model), indent=2, sort_keys=True) + "\n")
-        try:
-            save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        except SafetensorError as error:
-            shutil.rmtree(partial)
-            raise UserError(f"the adapter cannot be written to {final}: {error}") from None
-        shutil.copymode(settings, partial / "adapter_model.safetensors")  # safetensors leaves it to its owner alone
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-
-    if torch.distributed.is_initialized():
-        on_rank_zero(write)
-    else:
-        write()
+    tensors = {PEFT_PREFIX + n: _as_peft(n, _gather(p)) for n, p in adapter_parameters(model).items()}
+    settings = peft_config(config, base_model, model.config.num_hidden_layers)
+    with _new_folder(Path(folder).resolve(), mark="adapter_config.json") as (path, on_disk):
+        on_disk(_write_json, path / "adapter_config.json", settings)
+        on_disk(_write_tensors, path / "adapter_model.safetensors", tensors)
 
 
-def peft_config(config: LoraConfig, base_model: str) -> dict[str, Any]:
-    """What goes into adapter_config.json: only keys that older versions of PEFT, and vLLM, know too."""
-    return {
+def peft_config(config: AdapterConfig, base_model: str, num_layers: int) -> dict[str, Any]:
+    """What goes into adapter_config.json: only keys that older versions of PEFT, and vLLM, know too.
+
+    num_layers: how many the model has; PEFT takes no adapter_layers beyond it.
+    """
+    common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True}
+    if isinstance(config, LlamaAdapterConfig):
+        return common | {
+            "peft_type": "ADAPTION_PROMPT",
+            "adapter_len": config.prompt_len,
+            "adapter_layers": min(config.layers, num_layers),
+            "target_modules": "self_attn",
+        }
+    return common | {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
@@ -266,7 +426,6 @@ def peft_config(config: LoraConfig, base_model: str) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "inference_mode": True,
         "modules_to_save": None,
         "rank_pattern": {},
         "alpha_pattern": {},
@@ -274,16 +433,48 @@ def peft_config(config: LoraConfig, base_model: str) -> dict[str, Any]:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Adapts an unsharded model with a LoRA folder in PEFT's format, ours or PEFT's own.
+    """Adapts an unsharded base model with a LoRA or llama-adapter folder in PEFT's format, ours or PEFT's own.
 
-    Raises UserError if the folder's keys are not exactly the adapted model's, or their shapes differ.
+    What is added is frozen. Raises UserError for a model that has an adapter already, for settings of PEFT's that we do
+    not know, and if the folder's keys are not exactly the adapted model's, or their shapes differ.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"the adapter folder {folder} does not exist")
-    config = read_json(folder / "adapter_config.json")
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{folder}: peft_type {config.get('peft_type')!r} is not supported, only LORA is")
+    if adapter := next(iter(adapter_parameters(model)), None):
+        raise UserError(
+            f"{folder}: the model has an adapter already ({adapter}): load one, into the base model, or merge_lora "
+            "between two"
+        )
+    settings = read_json(folder / "adapter_config.json")
+    config: AdapterConfig
+    match settings.get("peft_type"):
+        case "LORA":
+            config = _lora_config(model, folder, settings)
+        case "ADAPTION_PROMPT":
+            config = _llama_adapter_config(folder, settings)
+        case kind:
+            raise UserError(f"{folder}: peft_type {kind!r} is not supported, only LORA and ADAPTION_PROMPT are")
+    _adapt(model, config)
+    wanted = adapter_parameters(model)
+    file = folder / "adapter_model.safetensors"
+    with _open(file) as tensors:
+        there = set(tensors.keys())
+        names = {PEFT_PREFIX + name for name in wanted}
+        if there != names:
+            raise UserError(f"{file} does not fit the model: {_difference(names - there, there - names)}")
+        for name, parameter in wanted.items():
+            value, target = tensors.get_tensor(PEFT_PREFIX + name), _as_peft(name, parameter.data)
+            if value.shape != target.shape:
+                raise UserError(
+                    f"{file} does not fit the model: {name} has shape {list(value.shape)}, not {list(target.shape)}"
+                )
+            target.copy_(value)
+            parameter.requires_grad_(False)
+    return model
+
+
+def _lora_config(model: nn.Module, folder: Path, settings: dict[str, Any]) -> LoraConfig:
     for key in (
         "use_dora",
         "modules_to_save",
@@ -293,44 +484,38 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         "lora_bias",
         *OTHER_PEFT,
     ):
-        if config.get(key):
-            raise UserError(f"{folder}: {key} = {config[key]!r} is not supported")
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        if settings.get(key):
+            raise UserError(f"{folder}: {key} = {settings[key]!r} is not supported")
+    if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
         raise UserError(
-            f"{folder}: init_lora_weights = {config['init_lora_weights']!r} is not supported: it changes the base"
+            f"{folder}: init_lora_weights = {settings['init_lora_weights']!r} is not supported: it changes the base"
         )
-    targets = config.get("target_modules")
+    targets = settings.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear":  # a regular expression for the whole name
         targets = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
-    numbers = (config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0))
+    numbers = (settings.get("r"), settings.get("lora_alpha"), settings.get("lora_dropout", 0.0))
     if not targets or not all(type(number) in (int, float) for number in numbers):
         raise UserError(
             f"{folder}/adapter_config.json needs the numbers r and lora_alpha, and target_modules that match"
         )
-    lora = LoraConfig(
+    return LoraConfig(
         rank=numbers[0],  # type: ignore[arg-type]
         alpha=numbers[1],  # type: ignore[arg-type]
         dropout=numbers[2],
         targets=(targets,) if isinstance(targets, str) else tuple(targets),
-        rslora=config.get("use_rslora", False),
+        rslora=settings.get("use_rslora", False),
     )
-    apply_lora(model, lora)
-    wanted = adapter_parameters(model)
-    file = folder / "adapter_model.safetensors"
-    with _open(file) as tensors:
-        there = set(tensors.keys())
-        names = {PEFT_PREFIX + name for name in wanted}
-        if there != names:
-            raise UserError(f"{file} does not fit the model: {_difference(names - there, there - names)}")
-        for name, parameter in wanted.items():
-            value = tensors.get_tensor(PEFT_PREFIX + name)
-            if value.shape != parameter.shape:
-                raise UserError(
-                    f"{file} does not fit the model: {name} has shape {list(value.shape)}, not {list(parameter.shape)}"
-                )
-            parameter.data.copy_(value)
-            parameter.requires_grad_(False)
-    return model
+
+
+def _llama_adapter_config(folder: Path, settings: dict[str, Any]) -> LlamaAdapterConfig:
+    if settings.get("target_modules") not in (None, "self_attn"):
+        raise UserError(
+            f'{folder}: target_modules = {settings["target_modules"]!r} is not supported, only "self_attn" is'
+        )
+    numbers = (settings.get("adapter_len"), settings.get("adapter_layers"))
+    if not all(type(number) is int and number > 0 for number in numbers):
+        raise UserError(f"{folder}/adapter_config.json needs the whole numbers adapter_len and adapter_layers, above 0")
+    return LlamaAdapterConfig(*numbers)  # type: ignore[arg-type]
 
 
 def _difference(missing: Iterable[str], unexpected: Iterable[str]) -> str:

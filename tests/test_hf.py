@@ -153,7 +153,8 @@ def test_saving_changes_nothing_and_replaces_the_whole_folder(tmp_path):
     model = adapted(config)
     before = {name: p.clone() for name, p in trainable(model).items()}
     (tmp_path / "a").mkdir()
-    (tmp_path / "a/old").touch()
+    for name in ("adapter_config.json", "old"):
+        (tmp_path / "a" / name).touch()
     save_adapter(model, tmp_path / "a", config, "base")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
