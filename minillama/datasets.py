@@ -33,8 +33,10 @@ class DataConfig:
     """Training rows: a .json, .jsonl or .csv file. None: a small set that comes with minillama, to try things on."""
     val_path: Path | None = None
     """Rows to evaluate on. Alpaca without one holds out the first twentieth of --data.path, as llama-recipes does."""
+    batching: Literal["packing", "padding"] = "packing"
+    """packing: rows share packs, whole and without seeing each other. padding: rows of like length share a batch."""
     context_length: int = 4096
-    """Tokens in a pack. Rows are packed whole; one that is longer is dropped, and the count is printed."""
+    """Tokens in a pack, or in a padded row. Packing drops longer rows, padding truncates them; the count is printed."""
 
     def __post_init__(self) -> None:
         if self.context_length < 2:

@@ -1,13 +1,18 @@
-"""Documents -> packs of at most context_length tokens -> batches; which packs a step takes is a function of its cursor."""
+"""Documents -> packs of at most context_length tokens -> batches.
+
+Packing puts many documents into a pack. Padding makes each document a pack of its own and batches those of like length.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minillama.datasets import Documents
+from minillama.datasets import DataConfig, Documents
 from minillama.errors import UserError
 from minillama.loss import IGNORE
 
@@ -15,24 +20,80 @@ Pack = list[int]
 """The documents of one pack, by number, in order."""
 
 
+BUCKET = 64
+"""Padded documents of like length that follow each other in an epoch."""
+
+
 @dataclass(frozen=True)
 class Packed:
-    """Documents and how they are packed."""
+    """Documents, in packs, and how an epoch goes through these."""
 
+    batching: Literal["packing", "padding"]
     documents: Documents
     packs: list[Pack]
     context_length: int
-    dropped: int
+    dropped: int = 0
     """Documents longer than the context, which no pack holds."""
+    truncated: int = 0
+    """Documents that were longer than the context; `documents` has what is left of them."""
 
     @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 (packs,): tokens in each pack"""
+        starts = np.cumsum([0, *map(len, self.packs[:-1])])
+        return np.add.reduceat(self.documents.lengths[list(chain.from_iterable(self.packs))], starts)
+
+    @property
     def tokens(self) -> int:
-        return int(self.documents.lengths[[i for pack in self.packs for i in pack]].sum())
+        return int(self.lengths.sum())
 
     @property
     def efficiency(self) -> float:
         """Tokens over the places that the packs have for them."""
         return self.tokens / (len(self.packs) * self.context_length)
+
+    def padded_efficiency(self, batch_size: int, world_size: int, accumulate: int) -> float:
+        """Tokens over the places of an epoch's batches, each as wide as its longest row."""
+        order, window = self.order(0, 0), batch_size * world_size * accumulate
+        places = 0
+        for cursor in range(0, len(order), window):
+            # all full steps fall into the same micro-batches whoever takes them: one rank is quicker to go through
+            for rows in self.micro_batches(order[cursor : cursor + window], batch_size, 0, 1):
+                places += len(rows) * int(self.lengths[rows].max())
+        return self.tokens / places
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The order (packs,) in which an epoch goes through the packs.
+
+        It depends on no batch size and no number of ranks: all ranks agree on it, and so does a resumed run on others.
+        """
+        random = np.random.default_rng((seed, epoch))
+        if self.batching == "packing":
+            return random.permutation(len(self.packs))
+        # The noise gives a document other neighbours in each epoch; sorted by bare length, a small set would make much
+        # the same steps again and again.
+        by_length = np.argsort(self.lengths * random.uniform(1, 1.1, len(self.packs)), kind="stable")
+        buckets = np.split(by_length, range(BUCKET, len(by_length), BUCKET))
+        random.shuffle(buckets)
+        return np.concatenate(buckets)
+
+    def micro_batches(self, window: np.ndarray, batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:
+        """The micro-batches of one rank for the packs of one step, at most batch_size packs each.
+
+        All ranks get equally many; where the packs do not go round, some are smaller, or empty. Padded documents are
+        dealt out by length: little padding, and ranks that wait for each other have much the same to do.
+        """
+        if self.batching == "padding":
+            window = window[np.argsort(self.lengths[window], kind="stable")]
+        rounds = -(-len(window) // (batch_size * world_size))
+        return np.array_split(window, rounds * world_size)[rank::world_size]
+
+
+def batch_documents(documents: Documents, config: DataConfig, seed: int) -> Packed:
+    """The documents as --data.batching has them. Raises UserError if the context length leaves nothing to train on."""
+    if config.batching == "packing":
+        return pack(documents, config.context_length, seed)
+    return pad(documents, config.context_length)
 
 
 def pack(documents: Documents, context_length: int, seed: int) -> Packed:
@@ -65,23 +126,31 @@ def pack(documents: Documents, context_length: int, seed: int) -> Packed:
         packs[chosen].append(document)
         with_room[room - length].append(chosen)
         rooms |= 1 << (room - length)
-    return Packed(
-        documents, [random.permutation(p).tolist() for p in packs], context_length, len(lengths) - len(fitting)
-    )
+    packs = [random.permutation(p).tolist() for p in packs]
+    return Packed("packing", documents, packs, context_length, dropped=len(lengths) - len(fitting))
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order (count,) in which an epoch goes through the packs; the same on every rank."""
-    return np.random.default_rng((seed, epoch)).permutation(count)
+def pad(documents: Documents, context_length: int) -> Packed:
+    """Each document alone in a pack, truncated to the context.
 
-
-def split_window(window: np.ndarray, batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:
-    """The micro-batches of one rank for the packs of one step, at most batch_size packs each.
-
-    All ranks get equally many; where the packs do not go round, some are smaller, or empty.
+    Raises UserError if no document has a trained token left.
     """
-    rounds = -(-len(window) // (batch_size * world_size))
-    return np.array_split(window, rounds * world_size)[rank::world_size]
+    lengths, offsets = documents.lengths, documents.offsets
+    too_long = np.flatnonzero(lengths > context_length)
+    keep = np.ones(offsets[-1], np.bool_)
+    for i in too_long:
+        keep[offsets[i] + context_length : offsets[i + 1]] = False
+    kept = Documents(
+        documents.tokens[keep],
+        documents.trained[keep],
+        np.concatenate(([0], np.cumsum(np.minimum(lengths, context_length)))),
+    )
+    if not kept.trained.any():
+        raise UserError(
+            f"no row has a token to train among its first --data.context-length {context_length} (the longest has "
+            f"{lengths.max()} tokens): raise it"
+        )
+    return Packed("padding", kept, [[i] for i in range(len(kept))], context_length, truncated=len(too_long))
 
 
 @dataclass(frozen=True)
