@@ -258,6 +258,7 @@ def save_pretrained(model: Llama, folder: str | Path, base: str | Path, tokenize
     copies = {file: base / file for file in ("config.json", "generation_config.json")}
     copies |= _tokenizer_files(base if tokenizer is None else Path(tokenizer))
 
+    reshard(model)  # first: it is the sharded parameters that stay
     parameters = base_parameters(model)
     sizes = {name: p.numel() * dtypes[name].itemsize for name, p in parameters.items()}
     parts: list[list[str]] = [[]]
@@ -268,11 +269,9 @@ def save_pretrained(model: Llama, folder: str | Path, base: str | Path, tokenize
     files = {f"model-{i:05}-of-{len(parts):05}.safetensors": names for i, names in enumerate(parts, start=1)}
     if len(parts) == 1:
         files = {"model.safetensors": parts[0]}
-
     weight_map = {name: file for file, names in files.items() for name in names}
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
 
-    reshard(model)
     with _new_folder(folder, mark="config.json") as (path, on_disk):
         on_disk(_copy, copies, path)
         if len(parts) > 1:

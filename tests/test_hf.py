@@ -1,18 +1,29 @@
 """Hugging Face folders in, PEFT folders in and out."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from conftest import TINY, random_model, save_folder
+import torch.distributed as dist
+import transformers
+from conftest import TINY, random_model, run_ranks, save_folder
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_llama_adapter import adapted as prompted
+from test_llama_adapter import peft_twin as prompted_twin
 from test_lora import adapted, trainable
 from test_model import hf_twin
 
+from minillama.distributed import FsdpConfig, like, local, materialise, set_dtypes, shard
 from minillama.errors import UserError
-from minillama.hf import from_pretrained, load_adapter, save_adapter
-from minillama.lora import LoraConfig
+from minillama.hf import from_pretrained, load_adapter, load_weights, read_config, save_adapter, save_pretrained
+from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
+from minillama.lora import LoraConfig, apply_lora, merge_lora
+from minillama.model import Llama
+
+FP32 = FsdpConfig(strategy="full-shard", precision="fp32")
 
 
 def parameters(model):
@@ -153,9 +164,287 @@ def test_saving_changes_nothing_and_replaces_the_whole_folder(tmp_path):
     model = adapted(config)
     before = {name: p.clone() for name, p in trainable(model).items()}
     (tmp_path / "a").mkdir()
+    (tmp_path / "a/own").touch()
+    with pytest.raises(UserError, match="a holds other files: give a new folder"):
+        save_adapter(model, tmp_path / "a", config, "base")
+    assert (tmp_path / "a/own").exists() and len(list(tmp_path.iterdir())) == 1
     for name in ("adapter_config.json", "old"):
         (tmp_path / "a" / name).touch()
     save_adapter(model, tmp_path / "a", config, "base")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert_same(before, trainable(model))
+
+
+@pytest.mark.parametrize("layers", [2, 30])
+def test_peft_reads_our_llama_adapter_and_we_read_pefts(tmp_path, layers):
+    config = LlamaAdapterConfig(prompt_len=5, layers=layers)
+    model = prompted(config)
+    save_adapter(model, tmp_path / "ours", config, "some/base")
+    count = min(layers, 3)
+    assert json.loads((tmp_path / "ours/adapter_config.json").read_text()) == {
+        "adapter_layers": count,
+        "adapter_len": 5,
+        "base_model_name_or_path": "some/base",
+        "inference_mode": True,
+        "peft_type": "ADAPTION_PROMPT",
+        "target_modules": "self_attn",
+        "task_type": "CAUSAL_LM",
+    }
+    prompted_twin(model, config)[0].save_pretrained(tmp_path / "theirs")
+    files = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("ours", "theirs")]
+    assert_same(*files)
+    assert {(name.rpartition(".")[2], *value.shape) for name, value in files[0].items()} == {
+        ("adaption_prompt", 1, 5, 32),
+        ("adaption_gate", 1),
+    }
+    shutil.copytree(tmp_path / "theirs", tmp_path / "bare")
+    bare = {"peft_type": "ADAPTION_PROMPT", "adapter_len": 5, "adapter_layers": count}
+    (tmp_path / "bare/adapter_config.json").write_text(json.dumps(bare))
+
+    tokens = torch.randint(0, 512, (2, 30))
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(hf_twin(random_model()), tmp_path / "ours")(tokens).logits
+        for folder in ("ours", "theirs", "bare"):
+            loaded = load_adapter(random_model(), tmp_path / folder)
+            assert torch.equal(loaded(tokens), model(tokens))
+            assert (loaded(tokens) - expected).abs().max() <= 1e-5 * expected.abs().max()
+            assert not any(p.requires_grad for name, p in loaded.named_parameters() if "adaption" in name)
+
+
+def test_llama_adapters_that_do_not_fit_are_refused(tmp_path):
+    config = LlamaAdapterConfig(prompt_len=5, layers=3)
+    save_adapter(prompted(config), tmp_path, config, "base")
+    file = tmp_path / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    with pytest.raises(UserError, match=r"layers.2.self_attn.adaption_gate is unexpected"):
+        load_adapter(random_model(num_hidden_layers=2), tmp_path)
+    with pytest.raises(UserError, match=r"layers.3.self_attn.adaption_gate is missing"):
+        load_adapter(random_model(num_hidden_layers=4), tmp_path)
+    with pytest.raises(UserError, match=r"shape \[1, 5, 32\], not \[1, 5, 64\]"):
+        load_adapter(random_model(hidden_size=64), tmp_path)
+    for change, named in [
+        ({"adapter_len": 6}, r"shape \[1, 5, 32\], not \[1, 6, 32\]"),
+        ({"adapter_len": 0}, "needs the whole numbers adapter_len and adapter_layers"),
+        ({"adapter_layers": None}, "needs the whole numbers adapter_len and adapter_layers"),
+        ({"target_modules": "mlp"}, "target_modules = 'mlp' is not supported"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported"),
+    ]:
+        file.write_text(json.dumps(settings | change))
+        with pytest.raises(UserError, match=named):
+            load_adapter(random_model(), tmp_path)
+
+
+def test_a_second_adapter_is_refused_until_the_first_is_merged(tmp_path):
+    lora, prompts = LoraConfig(rank=4), LlamaAdapterConfig(prompt_len=5)
+    save_adapter(adapted(lora), tmp_path / "lora", lora, "base")
+    save_adapter(prompted(prompts), tmp_path / "prompts", prompts, "base")
+    model = load_adapter(random_model(), tmp_path / "lora")
+    for folder in ("lora", "prompts"):
+        with pytest.raises(
+            UserError, match=r"the model has an adapter already \(model.layers.0.self_attn.q_proj.lora_A"
+        ):
+            load_adapter(model, tmp_path / folder)
+    load_adapter(merge_lora(model), tmp_path / "prompts")
+
+
+def test_adapters_of_another_kind_than_the_config_are_not_saved(tmp_path):
+    lora, prompts = LoraConfig(rank=4), LlamaAdapterConfig(prompt_len=5)
+    both = apply_llama_adapter(adapted(lora), prompts)
+    for model, config, named in [
+        (both, lora, r"adaption_gate \[1\] is unexpected"),
+        (both, prompts, r"lora_A.weight \[4, 32\] is unexpected"),
+        (adapted(lora), prompts, r"adaption_gate \[1\] is missing"),
+        (random_model(), lora, r"lora_A.weight \[4, 32\] is missing"),
+        (adapted(lora), LoraConfig(rank=8), r"lora_A.weight \[8, 32\] is missing"),
+    ]:
+        with pytest.raises(UserError, match=f"not those of the config, and PEFT's format holds one kind.*{named}"):
+            save_adapter(model, tmp_path / "a", config, "base")
+    assert not list(tmp_path.iterdir())
+
+
+def full_model(mesh, folder):
+    """A sharded model as full fine-tuning has it: fp32 masters, not those of the file."""
+    with torch.device("meta"):
+        model = Llama(read_config(folder))
+    set_dtypes(model, FsdpConfig())
+    shard(model, mesh, FsdpConfig(strategy="full-shard"))
+    materialise(model, "cpu")
+    load_weights(model, folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    return model
+
+
+def save_from_ranks(mesh, base, outs):
+    import minillama.hf
+
+    model = full_model(mesh, base)
+    before = {name: local(p).clone() for name, p in model.named_parameters()}
+    for out, max_bytes in outs.items():
+        minillama.hf.MAX_FILE_BYTES = max_bytes
+        with torch.no_grad():
+            model(torch.zeros(1, 4, dtype=torch.long))  # leaves gathered bf16 copies of some parameters
+        save_pretrained(model, out, base)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    return all(torch.equal(local(p), before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_sharded_model_is_saved_as_transformers_reads_it(tmp_path, tied):
+    base = save_folder(random_model(tie_word_embeddings=tied).bfloat16(), tmp_path / "base", tie_word_embeddings=tied)
+    trained = from_pretrained(base, dtype=torch.float32)
+    for parameter in trained.parameters():
+        parameter.mul_(1.01)
+    expected = {name: p.bfloat16() for name, p in trained.named_parameters()}
+    size = sum(2 * p.numel() for p in expected.values())
+    one, several = tmp_path / "one", tmp_path / "several"
+    assert run_ranks(save_from_ranks, 2, base, {one: 2**32, several: 30_000}) == [True, True]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "one", "several"]
+
+    assert sorted(p.name for p in one.iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
+    index = json.loads((several / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": size} and index["weight_map"].keys() == expected.keys()
+    files = sorted(p.name for p in several.glob("*.safetensors"))
+    assert len(files) > 2 and files == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    for file in [one / "model.safetensors", *(several / file for file in files)]:
+        with safe_open(file, "pt") as tensors:
+            assert tensors.metadata() == {"format": "pt"}
+        held = load_file(file)
+        if file.parent == several:
+            assert len(held) == 1 or sum(2 * p.numel() for p in held.values()) <= 30_000
+            assert set(held) == {name for name, where in index["weight_map"].items() if where == file.name}
+        assert file.stat().st_mode == (one / "config.json").stat().st_mode
+
+    tokens = torch.randint(0, 512, (2, 30))
+    for out in (one, several):
+        loaded = from_pretrained(out)
+        assert_same(parameters(loaded), expected)
+        twin = transformers.LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
+        with torch.no_grad():
+            ours, theirs = loaded.float()(tokens), twin(tokens).logits
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_every_tensor_keeps_the_dtype_of_the_base(tmp_path):
+    base = save_folder(random_model(), tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    save_file({n: t if "norm" in n else t.bfloat16() for n, t in tensors.items()}, base / "model.safetensors")
+    for name in ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "notes.txt"):
+        (base / name).write_text(f'{{"from": "{name}"}}')
+    model = random_model(seed=1)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for _ in range(2):  # the second replaces the first
+        save_pretrained(model, tmp_path / "out", base)
+        (tmp_path / "out/leftover").touch()
+    save_pretrained(model, tmp_path / "out", base)
+    assert_same(before, parameters(model))
+    saved = load_file(tmp_path / "out/model.safetensors")
+    assert_same(saved, {n: p if "norm" in n else p.bfloat16() for n, p in before.items()})
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == sorted({p.name for p in base.iterdir()} - {"notes.txt"})
+    for name in set(names) - {"model.safetensors"}:
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_the_tokenizer_given_apart_is_the_one_saved(tmp_path):
+    base = save_folder(random_model(), tmp_path / "base")
+    (base / "tokenizer_config.json").write_text("base")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "llama.model").write_text("other")
+    (other / "special_tokens_map.json").write_text("{}")
+    save_pretrained(random_model(), tmp_path / "file", base, other / "llama.model")
+    (other / "llama.model").rename(other / "tokenizer.model")
+    save_pretrained(random_model(), tmp_path / "folder", base, other)
+    for out in (tmp_path / "file", tmp_path / "folder"):
+        assert sorted(p.name for p in out.iterdir()) == [
+            "config.json",
+            "model.safetensors",
+            "special_tokens_map.json",
+            "tokenizer.model",
+        ]
+        assert (out / "tokenizer.model").read_text() == "other"
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+        save_pretrained(random_model(), tmp_path / "out", base, tmp_path / "nowhere")
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path):
+    base = save_folder(random_model(), tmp_path / "in/base")
+    for out in (base, tmp_path / "in", tmp_path / "in/base/../base"):
+        with pytest.raises(UserError, match="cannot be written: the base model is there"):
+            save_pretrained(random_model(), out, base)
+    with pytest.raises(UserError, match=r"has adapter parameters \(.*lora_A.weight\).*merge_lora first"):
+        save_pretrained(apply_lora(random_model(), LoraConfig()), tmp_path / "out", base)
+    with pytest.raises(UserError, match="do not fit their config"):
+        save_pretrained(random_model(hidden_size=64), tmp_path / "out", base)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"out cannot be written: .*Not a directory"):
+        save_pretrained(random_model(), tmp_path / "file/out", base)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "in"]
+
+
+def fail_in_the_middle(mesh, base, out):
+    import minillama.hf
+
+    written = []
+
+    def full_disk(file, tensors):
+        if len(written) == 2:
+            file.write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(file))
+        written.append(file)
+        write(file, tensors)
+
+    minillama.hf.MAX_FILE_BYTES = 30_000
+    write, minillama.hf._write_tensors = minillama.hf._write_tensors, full_disk
+    model = full_model(mesh, base)
+    messages = []
+    for folder in (out, base / "config.json/out"):
+        try:
+            save_pretrained(model, folder, base)
+        except UserError as error:
+            messages.append(str(error))
+    return messages, len(written) if dist.get_rank() == 0 else 2
+
+
+def test_a_failing_disk_leaves_what_was_there_and_fails_on_every_rank(tiny_folder, tmp_path):
+    earlier = save_folder(random_model(), tmp_path / "out")
+    (first, written), (second, _) = run_ranks(fail_in_the_middle, 2, tiny_folder, tmp_path / "out")
+    assert written == 2 and len(first) == 2 and first == second
+    assert "out cannot be written: [Errno 28] No space left on device" in first[0]
+    assert "out cannot be written: [Errno 20] Not a directory" in first[1]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert_same(parameters(from_pretrained(earlier)), parameters(random_model()))
+
+
+def save_prompts(mesh, folder, out):
+    config = LlamaAdapterConfig(prompt_len=5, layers=2)
+    with torch.device("meta"):
+        model = apply_llama_adapter(Llama(read_config(folder)).requires_grad_(False), config)
+    set_dtypes(model, FP32)
+    shard(model, mesh, FP32)
+    materialise(model, "cpu")
+    load_weights(model, folder)
+    values = trainable(prompted(config))
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            local(parameter).copy_(local(like(values[name], parameter)))
+    save_adapter(model, out, config, "base")
+    tokens = torch.arange(40).view(1, 40)
+    with torch.no_grad():
+        return model(tokens)
+
+
+def test_a_sharded_llama_adapter_computes_and_saves_as_a_whole_one(tiny_folder, tmp_path):
+    config = LlamaAdapterConfig(prompt_len=5, layers=2)
+    whole = prompted(config)
+    save_adapter(whole, tmp_path / "one", config, "base")
+    logits = run_ranks(save_prompts, 2, tiny_folder, tmp_path / "two")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    with torch.no_grad():
+        for found in logits:
+            torch.testing.assert_close(found, whole(torch.arange(40).view(1, 40)), rtol=1e-5, atol=1e-5)
