@@ -2,22 +2,29 @@
 
 import atexit
 import gc
+import math
 import os
 import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from minillama.errors import UserError
 from minillama.model import Llama
@@ -30,15 +37,42 @@ Device = Literal["auto", "cpu", "cuda"]
 class FsdpConfig:
     """How the model is spread over processes, and in which precision it computes."""
 
-    precision: Literal["mixed", "fp32"] = "mixed"
-    """mixed: compute in bf16, trainable parameters, gradients and their sums over ranks fp32, a frozen base stored in
-    bf16. fp32: everything in fp32."""
-    recompute: Literal["none", "full"] = "none"
-    """full: keep only each block's input and run the block again in the backward (less memory, a third more work)."""
+    strategy: Literal["auto", "full-shard", "shard-grad-op", "no-shard", "hybrid-shard"] = "auto"
+    """full-shard: each process holds its part of the parameters, gradients and optimizer state, and gathers a block
+    when it computes it. shard-grad-op: the same, but what the forward gathered stays for the backward. no-shard: each
+    process holds all. hybrid-shard: groups of --fsdp.shard-size processes hold one copy each. auto: no-shard if most
+    of the model is frozen and it fits in half of the device's memory, else full-shard."""
+    shard_size: int = 0
+    """Processes that hold one copy together under hybrid-shard; 0: those of one machine."""
+    precision: Literal["mixed", "bf16", "fp16", "fp32"] = "mixed"
+    """mixed: compute in bf16, trained parameters, their gradients and sums over processes fp32, a frozen base bf16.
+    bf16: trained parameters bf16 too. fp16: as mixed with fp16 for bf16, and a loss scale. fp32: everything fp32."""
+    recompute: Literal["none", "full", "selective"] = "none"
+    """full: keep only each block's input and run the block again in the backward (less memory, a third more work).
+    selective: keep also the results of attention and of every other matrix product."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory, and run the optimizer there."""
+    timeout_minutes: float = 30.0
+    """How long a process waits for the others before it gives up."""
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 0:
+            raise UserError(f"--fsdp.shard-size {self.shard_size}: must be at least 1, or 0 for those of one machine")
+        if self.shard_size and self.strategy != "hybrid-shard":
+            raise UserError(
+                f"--fsdp.shard-size {self.shard_size} is for --fsdp.strategy hybrid-shard, not for {self.strategy}"
+            )
+        if not 0 < self.timeout_minutes < math.inf:
+            raise UserError(f"--fsdp.timeout-minutes {self.timeout_minutes}: must be above 0")
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return {"mixed": torch.bfloat16, "fp32": torch.float32}[self.precision]
+        half = {"mixed": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}
+        return half.get(self.precision, torch.float32)
+
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
 def rank() -> int:
@@ -95,8 +129,8 @@ def _someone_erred() -> bool:
 
 
 @contextmanager
-def process_group(device: Device = "auto") -> Iterator[DeviceMesh]:
-    """The processes that torchrun (or another launcher) started, or this one alone, as a 1-D mesh named "shard".
+def process_group(device: Device = "auto", timeout_minutes: float = 30.0) -> Iterator[str]:
+    """Joins the processes that torchrun (or another launcher) started, or this one alone; yields "cuda" or "cpu".
 
     Ends them all, as user_errors does, on a UserError of one.
     """
@@ -113,12 +147,12 @@ def process_group(device: Device = "auto") -> Iterator[DeviceMesh]:
     if "RANK" in os.environ:
         if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
             raise UserError(f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK")
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     else:  # no launcher, so no address to meet at either
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         with user_errors():
-            yield init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("shard",))
+            yield device
     finally:
         dist.destroy_process_group()
         # A sharded model holds its group, and gloo's threads with it, in reference cycles. A thread that drops its last
@@ -156,30 +190,83 @@ def all_reduce(
 
 
 def set_dtypes(model: Llama, config: FsdpConfig) -> None:
-    """Trainable parameters fp32, frozen ones the compute dtype. On the meta device, before sharding."""
+    """Gives trained and frozen parameters the dtypes of config.precision. On the meta device, before sharding."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            dtype = torch.float32 if parameter.requires_grad else config.compute_dtype
+            dtype = config.trained_dtype if parameter.requires_grad else config.compute_dtype
             if parameter.dtype != dtype:
                 module.register_parameter(name, nn.Parameter(parameter.to(dtype), parameter.requires_grad))
     model.tie_weights()
 
 
-def shard(model: Llama, mesh: DeviceMesh, config: FsdpConfig, *, reshard_after_forward: bool = True) -> Llama:
+def choose_strategy(model: nn.Module, config: FsdpConfig, device: str) -> FsdpConfig:
+    """config with "auto" resolved for a model whose dtypes are set.
+
+    A replicated frozen base is never gathered and has no gradient to exchange: nothing is faster where it fits. Half of
+    the device's memory is left to activations and to what is trained.
+    """
+    if config.strategy != "auto":
+        return config
+    if device == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _local_world_size()
+    size = {True: 0, False: 0}
+    for parameter in model.parameters():
+        size[parameter.requires_grad] += parameter.numel() * parameter.element_size()
+    replicate = size[False] > size[True] and size[False] + size[True] <= memory / 2 and not config.cpu_offload
+    return replace(config, strategy="no-shard" if replicate else "full-shard")
+
+
+def make_mesh(config: FsdpConfig, device: str) -> DeviceMesh:
+    """All processes as a 1-D mesh "shard", or as 2-D "replicate" x "shard" where several copies are held.
+
+    Neighbouring ranks share a copy, so that the busier dimension stays within a machine. Raises UserError if
+    config.shard_size does not divide the number of processes.
+    """
+    world_size = dist.get_world_size()
+    if config.strategy not in ("no-shard", "hybrid-shard"):
+        return init_device_mesh(device, (world_size,), mesh_dim_names=("shard",))
+    size = 1 if config.strategy == "no-shard" else config.shard_size or _local_world_size()
+    if world_size % size:
+        raise UserError(
+            f"--fsdp.shard-size {size} does not divide the {world_size} processes: each copy of the model needs as many"
+        )
+    return init_device_mesh(device, (world_size // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def _local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or dist.get_world_size())
+
+
+def shard(model: Llama, mesh: DeviceMesh, config: FsdpConfig) -> Llama:
     """FSDP2: one group a block; final norm and head one group, with the embedding if it is the head's twin.
 
-    The head's group is not resharded after the forward, as the backward starts with it. Gradients are summed over
-    ranks, never averaged: the loss is divided by the trained tokens of all ranks beforehand.
+    mesh: as make_mesh makes it. The head's group is not resharded after the forward, as the backward starts with it.
+    Gradients are summed over ranks in fp32, never averaged: the loss is divided by the trained tokens of all ranks
+    beforehand. Under no-shard, frozen parameters stay plain tensors that FSDP does not touch.
     """
-    dtype = config.compute_dtype
-    # cast_forward_inputs would round the fp32 RoPE tables.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    group = partial(fully_shard, mesh=mesh, mp_policy=policy)
+    reshard_after_forward = config.strategy not in ("shard-grad-op", "no-shard")
+    offload = OffloadPolicy()
+    if config.cpu_offload:
+        # Pinned copies are asynchronous, and with replicas they race with the all-reduce (PyTorch #160291, #180665).
+        offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda" and mesh.ndim == 1)
+    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    group = partial(
+        fully_shard,
+        mesh=mesh,
+        # cast_forward_inputs would round the fp32 RoPE tables.
+        mp_policy=MixedPrecisionPolicy(config.compute_dtype, torch.float32, cast_forward_inputs=False),
+        offload_policy=offload,
+        ignored_params=frozen if config.strategy == "no-shard" and not config.cpu_offload else None,
+    )
     trunk, head = model.model, model.lm_head
     for block in trunk.layers:
+        # Inside FSDP's hooks: what runs again in the backward finds its parameters already gathered.
         if config.recompute == "full":
-            # Inside FSDP's hooks: what runs again in the backward finds its parameters already gathered.
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        elif config.recompute == "selective":
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=_keep_some)
         group(block, reshard_after_forward=reshard_after_forward)
     ends = [trunk.norm, head]
     if model.config.tie_word_embeddings:
@@ -196,6 +283,28 @@ def shard(model: Llama, mesh: DeviceMesh, config: FsdpConfig, *, reshard_after_f
     return model
 
 
+MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+ATTENTION = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+)
+
+
+def _keep_some() -> tuple[Any, Any]:
+    """What --fsdp.recompute selective keeps of one run of a block."""
+    seen = {False: 0, True: 0}  # matrix products, in the forward and when it runs again
+
+    def policy(ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op in MATMULS:
+            seen[ctx.is_recompute] += 1
+        keep = op in ATTENTION or (op in MATMULS and seen[ctx.is_recompute] % 2)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
 def reshard(model: nn.Module) -> None:
     """Frees what a forward without a backward leaves gathered: until then parameters are whole, in the compute dtype."""
     for module in model.modules():
@@ -204,7 +313,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def materialise(model: Llama, device: torch.device | str) -> None:
-    """Gives the parameters of a model on the meta device memory, not values."""
+    """Gives the parameters of a model on the meta device memory, not values. Offloaded ones belong on "cpu"."""
     model.to_empty(device=device)
     model.tie_weights()
 

@@ -8,11 +8,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from minillama.distributed import all_reduce, reshard
+from minillama.distributed import all_reduce, local, reshard
 from minillama.errors import UserError
-from minillama.packing import Batch, Packed, collate, epoch_order, split_window
+from minillama.optim import LossScaler
+from minillama.packing import Batch, Packed, collate
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,17 @@ class TrainConfig:
     max_steps: int = 0
     """Stop after this many optimizer steps; 0: after the epochs."""
     batch_size: int = 4
-    """Packs of --data.context-length tokens that each process takes at a time."""
+    """Packs (padding: rows of data) that each process takes at a time."""
     accumulate: int = 1
-    """Micro-batches whose gradients are added up to one step. A step sees batch-size x accumulate x processes packs."""
+    """Micro-batches whose gradients are added up to one step, of batch-size x accumulate x processes packs."""
     clip_norm: float = 0.0
     """Scale the gradient down to this norm where it is longer; 0: never."""
+    freeze_layers: int = 0
+    """Full fine-tuning: keep this many of the first blocks, and the embedding, as they are."""
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("max_steps", 0), ("batch_size", 1), ("accumulate", 1), ("clip_norm", 0)):
+        least_values = {"epochs": 1, "max_steps": 0, "batch_size": 1, "accumulate": 1, "clip_norm": 0}
+        for name, least in (least_values | {"freeze_layers": 0}).items():
             if not least <= getattr(self, name) < math.inf:
                 raise UserError(f"--train.{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
 
@@ -47,12 +52,16 @@ class EvalConfig:
     max_steps: int = 0
     """Batches per process in an evaluation; 0: all."""
     batch_size: int = 1
-    """Packs that each process evaluates at a time."""
+    """Packs (padding: rows of data) that each process evaluates at a time."""
 
     def __post_init__(self) -> None:
         for name, least in (("every", 0), ("max_steps", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"--eval.{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
+
+    def due(self, step: "Step") -> bool:
+        """Whether to evaluate once this step is made."""
+        return step.is_last or ((step.number + 1) % self.every == 0 if self.every else step.ends_epoch)
 
 
 @dataclass(frozen=True)
@@ -66,57 +75,76 @@ class Step:
     progress: float
     """Epochs done when this step is, like 1.25"""
     ends_epoch: bool
+    is_last: bool
+    """Of the run"""
     micro_batches: list[np.ndarray]
     """The packs of each micro-batch of this rank"""
 
 
-def count_steps(packs: int, config: TrainConfig, world_size: int) -> int:
-    """Optimizer steps of a run over `packs` packs."""
-    per_epoch = -(-packs // (config.batch_size * config.accumulate * world_size))
+def count_steps(packed: Packed, config: TrainConfig, world_size: int) -> int:
+    """Optimizer steps of a run."""
+    per_epoch = -(-len(packed.packs) // (config.batch_size * config.accumulate * world_size))
     return min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
 
 
-def steps(packs: int, config: TrainConfig, seed: int, rank: int, world_size: int) -> Iterator[Step]:
+def steps(packed: Packed, config: TrainConfig, seed: int, rank: int, world_size: int) -> Iterator[Step]:
     """What each step trains on. Every epoch takes every pack once, in an order of its own; its last step may be short."""
-    number, window = 0, config.batch_size * config.accumulate * world_size
-    last = count_steps(packs, config, world_size)
+    packs, window = len(packed.packs), config.batch_size * config.accumulate * world_size
+    number, total = 0, count_steps(packed, config, world_size)
     for epoch in range(config.epochs):
-        order = epoch_order(packs, seed, epoch)
+        order = packed.order(seed, epoch)
         for cursor in range(0, packs, window):
-            if number == last:
+            if number == total:
                 return
-            mine = split_window(order[cursor : cursor + window], config.batch_size, rank, world_size)
+            mine = packed.micro_batches(order[cursor : cursor + window], config.batch_size, rank, world_size)
             end = min(cursor + window, packs)
-            yield Step(number, epoch, epoch + end / packs, end == packs, mine)
+            yield Step(number, epoch, epoch + end / packs, end == packs, number + 1 == total, mine)
             number += 1
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[Batch], *, clip_norm: float = 0.0
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[Batch],
+    *,
+    clip_norm: float = 0.0,
+    scaler: LossScaler | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step over the micro-batches of all ranks, of which each rank must bring equally many.
 
     The loss is the sum over all trained tokens of the step, of all micro-batches and ranks, divided by their number, so
-    it does not depend on how the samples are split. Returns (loss, norm of the gradient before clipping), both fp32 ()
-    on the device: reading them waits for it. No trained token at all: loss and gradient are 0.
+    it does not depend on how the samples are split. Returns (loss, norm of the gradient before clipping), both fp32 ():
+    reading them waits for the device. No trained token at all: loss and gradient are 0.
+
+    With a scaler, for fp16, the gradients are those of the loss times scaler.scale until they are summed up; a step whose
+    norm is not finite is skipped. The norm is one number for all ranks, so they all skip or none does.
     """
     device = micro_batches[0].tokens.device
+    scale = scaler.scale if scaler else 1.0
     trained = torch.full((), float(sum(batch.trained for batch in micro_batches)), device=device)
     dist.all_reduce(trained)
     trained.clamp_(min=1)
     total = torch.zeros((), device=device)
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches, 1):
+        if isinstance(model, FSDPModule):  # replicas add up their micro-batches before they meet
+            model.set_requires_all_reduce(number == len(micro_batches))
         loss = batch_loss(model, batch) / trained
-        loss.backward()
+        (loss * scale).backward()
         total += loss.detach()
     dist.all_reduce(total)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    norm = nn.utils.get_total_norm(parameter.grad for parameter in parameters if parameter.grad is not None)
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    if scaler:
+        torch._foreach_mul_([local(parameter.grad) for parameter in parameters], 1 / scale)
+    norm = nn.utils.get_total_norm(parameter.grad for parameter in parameters)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     if clip_norm:
         nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
-    optimizer.step()
+    finite = scaler is None or bool(norm.isfinite())
+    if finite:
+        optimizer.step()
+    if scaler:
+        scaler.update(finite)
     optimizer.zero_grad()
     return total, norm
 
@@ -150,8 +178,10 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
 def eval_batches(
     packed: Packed, config: EvalConfig, pad_id: int, device: torch.device | str, rank: int, world_size: int
 ) -> Iterator[Batch]:
-    """The validation packs of this rank, each pack once over all ranks; equally many batches on every rank."""
-    for packs in split_window(np.arange(len(packed.packs)), config.batch_size, rank, world_size)[
-        : config.max_steps or None
-    ]:
+    """The validation packs of this rank, each pack once over all ranks; equally many batches on every rank.
+
+    config.max_steps takes the same mixed sample of them each time, whatever the run's seed.
+    """
+    batches = packed.micro_batches(packed.order(0, 0), config.batch_size, rank, world_size)
+    for packs in batches[: config.max_steps or None]:
         yield collate(packed, packs, pad_id, device)

@@ -69,7 +69,7 @@ _context.set_forkserver_preload(["minillama", "torch.distributed.tensor", "torch
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """function(mesh, *args) in `world_size` real processes on gloo; what each returned. Fails if one fails or hangs."""
+    """function(1-D mesh, *args) in `world_size` processes on gloo; what each returned. Fails if one fails or hangs."""
     results = _processes(_call_with_mesh, world_size, function, args)
     problems = [value for kind, value in results if kind != "ok"]
     assert not problems, "\n".join(map(str, problems))
@@ -123,10 +123,10 @@ def _child(env: dict[str, str], pipe: Any, target: Callable[..., Any], args: tup
 
 
 def _call_with_mesh(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    from minillama.distributed import process_group
+    from minillama.distributed import FsdpConfig, make_mesh, process_group
 
-    with process_group("cpu") as mesh:
-        return function(mesh, *args)
+    with process_group("cpu") as device:
+        return function(make_mesh(FsdpConfig(strategy="full-shard"), device), *args)
 
 
 def _call_script(script: Path, args: list[str], log: Path) -> int:
@@ -145,3 +145,7 @@ def _call_script(script: Path, args: list[str], log: Path) -> int:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole-matrix", action="store_true", help="every combination in test_matrix.py, not a choice")

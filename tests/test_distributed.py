@@ -1,6 +1,7 @@
 """Sharded training in real processes: any split gives the numbers of one process."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -9,8 +10,19 @@ from conftest import random_model, run_ranks, save_folder
 from safetensors.torch import load_file
 from test_packing import documents_of
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from minillama.distributed import FsdpConfig, initialise, local, materialise, on_rank_zero, set_dtypes, shard
+from minillama.distributed import (
+    FsdpConfig,
+    choose_strategy,
+    initialise,
+    local,
+    make_mesh,
+    materialise,
+    on_rank_zero,
+    set_dtypes,
+    shard,
+)
 from minillama.errors import UserError
 from minillama.hf import base_parameters, from_pretrained, load_weights, read_config, save_adapter
 from minillama.lora import LoraConfig, apply_lora
@@ -47,7 +59,7 @@ def train(mesh, folder, batch_size, accumulate, context, recompute="none"):
     config = TrainConfig(epochs=1, batch_size=batch_size, accumulate=accumulate)
     numbers = []
     for _ in range(3):
-        for step in steps(len(packed.packs), config, 0, dist.get_rank(), dist.get_world_size()):
+        for step in steps(packed, config, 0, dist.get_rank(), dist.get_world_size()):
             batches = [collate(packed, packs, 0, "cpu") for packs in step.micro_batches]
             loss, norm = train_step(model, optimizer, batches, clip_norm=0.5)
             numbers.append((loss.item(), norm.item()))
@@ -184,6 +196,137 @@ def test_loading_and_initialising_fill_everything_alike_on_any_number_of_ranks(t
     assert len({expected[n].flatten()[0].item() for n in names}) == len(names)  # each module draws its own numbers
 
 
+def memory(mesh, folder, strategy):
+    """Shares of parameters, gradients and optimizer state held here; gathered bytes of each block after the forward."""
+    fsdp = FsdpConfig(strategy=strategy, precision="fp32")
+    with torch.device("meta"):
+        model = Llama(read_config(folder))
+    shard(model, make_mesh(fsdp, "cpu"), fsdp)
+    materialise(model, "cpu")
+    initialise(model, 7, load_weights(model, folder))
+    optimizer = make_optimizer(model.parameters(), OptimConfig())
+    gathered = []
+    for block in model.model.layers:
+        block.self_attn.register_forward_pre_hook(
+            lambda _, args, block=block: gathered.append([p.untyped_storage() for p in block.parameters()])
+        )
+    loss = model(torch.arange(20)[None], labels=torch.arange(20)[None])
+    during = [sum(storage.nbytes() for storage in block) for block in gathered]
+    loss.backward()
+    after = [sum(storage.nbytes() for storage in block) for block in gathered]
+    optimizer.step()
+    numel = sum(p.numel() for p in model.parameters())
+    shares = [
+        sum(local(p).numel() for p in model.parameters()) / numel,
+        sum(local(p.grad).numel() for p in model.parameters()) / numel,
+        sum(local(state[key]).numel() for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+        / numel,
+    ]
+    block = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
+    return shares, [n / block for n in during], [n / block for n in after]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "share", "kept"), [("full-shard", 0.5, 0), ("shard-grad-op", 0.5, 1), ("no-shard", 1, 1)]
+)
+def test_each_rank_holds_its_share_and_frees_what_it_gathered(tiny_folder, strategy, share, kept):
+    for shares, during, after in run_ranks(memory, 2, tiny_folder, strategy):
+        assert shares == pytest.approx([share, share, 2 * share], abs=0.02)
+        assert during == [kept] * 3 and after == [0] * 3
+
+
+def replicated_base(mesh, folder):
+    """Under no-shard the frozen base is neither copied nor wrapped."""
+    fsdp = FsdpConfig(strategy="no-shard")
+    model = sharded(make_mesh(fsdp, "cpu"), folder, fsdp)
+    pointers = {n: p.data_ptr() for n, p in model.named_parameters() if not p.requires_grad}
+    assert not any(isinstance(model.get_parameter(n), DTensor) for n in pointers)
+    used = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.RMSNorm):
+            module.register_forward_pre_hook(lambda m, _, name=name: used.update({f"{name}.weight": m.weight}))
+    model(torch.arange(20)[None], labels=torch.arange(20)[None]).backward()
+    assert used and all(weight.data_ptr() == pointers[name] for name, weight in used.items())
+
+
+def test_no_shard_leaves_a_frozen_base_alone(tiny_folder):
+    run_ranks(replicated_base, 2, tiny_folder)
+
+
+def impossible_meshes(mesh):
+    for size, world in ((3, 4), (8, 4)):
+        with pytest.raises(UserError, match=f"--fsdp.shard-size {size} does not divide the {world} processes"):
+            make_mesh(FsdpConfig(strategy="hybrid-shard", shard_size=size), "cpu")
+    two = make_mesh(FsdpConfig(strategy="hybrid-shard", shard_size=2), "cpu")
+    assert two.mesh_dim_names == ("replicate", "shard") and two.mesh.tolist() == [[0, 1], [2, 3]]
+
+
+def test_the_sizes_of_a_hybrid_mesh_are_checked():
+    run_ranks(impossible_meshes, 4)
+    with pytest.raises(UserError, match=r"is for --fsdp\.strategy hybrid-shard"):
+        FsdpConfig(strategy="full-shard", shard_size=2)
+
+
+def chosen(mesh, folder, memory):
+    os.sysconf = lambda name: memory if name == "SC_PHYS_PAGES" else 1  # bytes
+    result = []
+    for trained, offload in ((False, False), (True, False), (False, True)):
+        with torch.device("meta"):
+            model = Llama(read_config(folder)).requires_grad_(trained)
+        apply_lora(model, LORA)
+        set_dtypes(model, FP32)
+        result.append(choose_strategy(model, FsdpConfig(cpu_offload=offload), "cpu").strategy)
+    return result
+
+
+def test_auto_replicates_a_frozen_base_that_fits(tiny_folder):
+    size = 4 * sum(p.numel() for p in apply_lora(random_model(), LORA).parameters())
+    assert run_ranks(chosen, 2, tiny_folder, 4 * size)[0] == ["no-shard", "full-shard", "full-shard"]
+    assert run_ranks(chosen, 2, tiny_folder, 4 * size - 8)[0] == ["full-shard"] * 3
+
+
+def block_runs(mesh, folder, recompute):
+    """How often each block's attention, its kernel and its matrix products run in a forward and its backward."""
+    model = sharded(mesh, folder, FsdpConfig(precision="fp32", recompute=recompute))
+    runs = [0] * len(model.model.layers)
+
+    def count(i):
+        runs[i] += 1
+
+    for i, block in enumerate(model.model.layers):
+        block.self_attn.register_forward_pre_hook(lambda *_, i=i: count(i))
+    with Counting() as counted:
+        loss = model(torch.arange(20)[None], labels=torch.arange(20)[None])
+        forward = dict(counted.calls)
+        loss.backward()
+    return runs, forward, counted.calls
+
+
+class Counting(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = {"mm": 0, "attention": 0}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        self.calls["mm"] += name == "aten::mm"
+        self.calls["attention"] += "scaled_dot_product" in name and "backward" not in name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_recompute_runs_each_block_exactly_twice(tiny_folder, world_size):
+    (runs, forward, none), *_ = run_ranks(block_runs, world_size, tiny_folder, "none")
+    assert runs == [1] * 3 and none["attention"] == 3
+    (runs, same, full), *_ = run_ranks(block_runs, world_size, tiny_folder, "full")
+    assert runs == [2] * 3 and full["attention"] == 6 and same == forward
+    (runs, same, selective), *_ = run_ranks(block_runs, world_size, tiny_folder, "selective")
+    assert runs == [2] * 3 and selective["attention"] == 3 and same == forward
+    # An adapted block has 13 products. Nothing needs the last one's result, so it does not run again; of the other 12
+    # every other one is kept.
+    assert full["mm"] - none["mm"] == 3 * 12 and selective["mm"] - none["mm"] == 3 * 6
+
+
 def random_base(mesh, folder):
     fsdp = FsdpConfig(precision="fp32")
     with torch.device("meta"):
@@ -209,7 +352,7 @@ def save_after_evaluation(mesh, folder, out):
         model = Llama(read_config(folder)).requires_grad_(False)
     apply_lora(model, LORA)
     set_dtypes(model, FsdpConfig())
-    shard(model, mesh, FsdpConfig(), reshard_after_forward=False)
+    shard(model, mesh, FsdpConfig(strategy="shard-grad-op"))
     materialise(model, "cpu")
     initialise(model, 7, load_weights(model, folder))
     before = whole(model)

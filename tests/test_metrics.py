@@ -1,6 +1,5 @@
 """What a run writes, and the arithmetic in it."""
 
-import dataclasses
 import json
 
 import pytest
@@ -12,8 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minillama.errors import UserError
 from minillama.lora import LoraConfig, apply_lora
-from minillama.metrics import LogConfig, plot_loss, read_metrics, saved_flags
-from minillama.optim import OptimConfig
+from minillama.metrics import LogConfig, plot_loss, read_metrics
 from minillama.packing import collate, pack
 from minillama.profiling import count_parameters, matmul_rate, step_flops
 from minillama.train import batch_loss
@@ -61,30 +59,6 @@ def test_plot_and_read(tmp_path):
     assert [m["loss"] for m in trained] == [2, 1] and [m["eval_loss"] for m in evaluated] == [3, 2]
     assert plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-@dataclasses.dataclass(frozen=True)
-class Flags:
-    model: str
-    config: str | None = None
-    optim: OptimConfig = OptimConfig()
-    lora: LoraConfig = LoraConfig()
-
-
-def test_flags_of_an_earlier_run(tmp_path, monkeypatch):
-    flags = Flags("m", optim=OptimConfig(lr=0.5), lora=LoraConfig(targets=("o_proj",)))
-    file = tmp_path / "run.json"
-    file.write_text(json.dumps({"flags": dataclasses.asdict(flags)}))
-    monkeypatch.setattr("sys.argv", ["x", "--optim.lr", "1", "--config", str(file)])
-    assert saved_flags(Flags) == flags
-    file.write_text(json.dumps({"flags": {"model": "m", "optim": {"speed": 1}}}))
-    with pytest.raises(UserError, match=r"no flag --optim.speed"):
-        saved_flags(Flags)
-    file.write_text("[]")
-    with pytest.raises(UserError, match=r"is not the run\.json of a run"):
-        saved_flags(Flags)
-    monkeypatch.setattr("sys.argv", ["x", "--optim.lr", "1"])
-    assert saved_flags(Flags) is None
 
 
 def test_a_logger_that_is_not_installed_is_named(monkeypatch):

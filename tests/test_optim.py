@@ -1,8 +1,20 @@
+import math
+from functools import partial
+
 import pytest
 import torch
+from conftest import run_ranks
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
 
+from minillama import optim
+from minillama.distributed import like, local
 from minillama.errors import UserError
-from minillama.optim import OptimConfig, learning_rate, make_optimizer
+from minillama.optim import CompensatedAdamW, LossScaler, OptimConfig, learning_rate, make_optimizer
+
+bf16, fp32 = torch.bfloat16, torch.float32
+plain_adamw = partial(torch.optim.AdamW, weight_decay=0.0, foreach=False)
 
 
 def rates(steps, epoch_of=lambda step: 0, **changes):
@@ -29,13 +41,251 @@ def test_impossible_settings(wrong):
 
 
 def test_adamw_by_hand_and_frozen_left_alone():
-    trained, frozen = (
-        torch.nn.Parameter(torch.tensor([1.0])),
-        torch.nn.Parameter(torch.tensor([1.0]), requires_grad=False),
-    )
+    trained, frozen = nn.Parameter(torch.tensor([[1.0]])), nn.Parameter(torch.tensor([[1.0]]), requires_grad=False)
     optimizer = make_optimizer([trained, frozen], OptimConfig(lr=0.1, weight_decay=0.5))
-    trained.grad = torch.tensor([3.0])
+    trained.grad = torch.tensor([[3.0]])
     optimizer.step()
     # decay first, then the first step's full length lr * g / |g|
     assert trained.item() == pytest.approx(1 - 0.1 * 0.5 - 0.1, abs=1e-6)
     assert frozen.item() == 1
+
+
+@pytest.mark.parametrize("kind", ["adamw", "anyprecision"])
+@pytest.mark.parametrize("decay_norms", [False, True])
+def test_norms_and_biases_are_decayed_only_on_demand(kind, decay_norms):
+    norm, weight = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 3))
+    optimizer = make_optimizer([norm, weight], OptimConfig(0.1, weight_decay=0.5, decay_norms=decay_norms, kind=kind))
+    norm.grad, weight.grad = torch.zeros(3), torch.zeros(2, 3)
+    optimizer.step()
+    torch.testing.assert_close(weight.data, torch.full((2, 3), 0.95))
+    torch.testing.assert_close(norm.data, torch.full((3,), 0.95 if decay_norms else 1.0))
+    assert len(optimizer.param_groups) == (1 if decay_norms else 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "expected", "type_"),
+    [
+        ("adamw", fp32, 4 + 4, torch.optim.AdamW),
+        ("adamw", bf16, 4 + 4 + 2, CompensatedAdamW),
+        ("anyprecision", fp32, 2 + 2, CompensatedAdamW),
+        ("anyprecision", bf16, 2 + 2 + 2, CompensatedAdamW),
+    ],
+)
+def test_bytes_of_state_a_parameter(kind, dtype, expected, type_):
+    parameter = nn.Parameter(torch.ones(10, 10, dtype=dtype))
+    optimizer = make_optimizer([parameter], OptimConfig(kind=kind))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert type(optimizer) is type_
+    state = optimizer.state[parameter]
+    assert sum(t.nbytes for key, t in state.items() if key != "step") == expected * parameter.numel()
+
+
+def test_compensated_adamw_in_fp32_is_torchs(monkeypatch):
+    monkeypatch.setattr(optim, "PART", 7)  # the last part is shorter
+    torch.manual_seed(0)
+    start, gradients = torch.randn(5, 9), torch.randn(50, 5, 9)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizers = (
+        CompensatedAdamW([ours], lr=1e-2, weight_decay=0.1),
+        torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1),
+    )
+    for gradient in gradients:
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert (ours - start).abs().mean() > 0.05
+
+
+def trained_value(optimizer, parameter):
+    """What the parameter stands for: with its remainder, where it has one."""
+    return parameter.detach().float() + optimizer.state[parameter].get("remainder", torch.zeros(())).float()
+
+
+def test_small_steps_are_not_rounded_away():
+    """A weight of 0.5 at lr 1e-5, and a norm's of 1 at 1e-6, where the remainder itself is too coarse for one step."""
+    for start, lr, steps in ((0.5, 1e-5, 1000), (1.0, 1e-6, 3000)):
+        for make, moves in ((plain_adamw, False), (partial(CompensatedAdamW, moments=bf16), True)):
+            parameter = nn.Parameter(torch.tensor([start, -start], dtype=bf16))
+            optimizer = make([parameter], lr=lr)
+            parameter.grad = torch.tensor([1.0, -1.0], dtype=bf16)
+            for _ in range(steps):
+                optimizer.step()
+            exact = (start - lr * steps) if moves else start
+            expected = torch.tensor([exact, -exact])
+            torch.testing.assert_close(trained_value(optimizer, parameter), expected, rtol=0, atol=lr * steps * 0.01)
+
+
+def test_the_second_moment_neither_stops_growing_nor_shrinking():
+    for make, tolerance, expected in (
+        (plain_adamw, 1e-9, (0.5, 0.5)),
+        (partial(CompensatedAdamW, moments=bf16), 0.03, (1 - 0.999**2000, (1 - 0.999**2000) * 0.999**5000)),
+    ):
+        parameter = nn.Parameter(torch.ones(1, dtype=bf16))
+        optimizer = make([parameter], lr=1e-5)
+        for steps, gradient, value in ((2000, 1.0, expected[0]), (5000, 0.0, expected[1])):
+            parameter.grad = torch.full((1,), gradient, dtype=bf16)
+            for _ in range(steps):
+                optimizer.step()
+            assert optimizer.state[parameter]["exp_avg_sq"].item() == pytest.approx(value, rel=tolerance)
+
+
+def noisy_regression(make, dtype, steps=400):
+    """(value at the end, loss without noise) of a linear model fitted to noisy samples."""
+    random = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=random)
+    target, start = 0.05 * draw(64, 16), (0.02 * draw(64, 16)).to(bf16)
+    weight = nn.Parameter(start.to(dtype))
+    optimizer = make([weight])
+    for _ in range(steps):
+        x = draw(16, 64)
+        difference = x @ weight.float() - (x @ target + 0.5 * draw(16, 16))
+        difference.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    value = trained_value(optimizer, weight)
+    return value, (value - start.float()).norm(), (value - target).square().mean()
+
+
+def test_bf16_training_tracks_fp32():
+    reference, moved, loss = noisy_regression(partial(plain_adamw, lr=1e-5), fp32)
+    for make, low, high in (
+        (partial(CompensatedAdamW, lr=1e-5, moments=fp32), 0, 0.002),
+        (partial(CompensatedAdamW, lr=1e-5, moments=bf16), 0, 0.01),
+        (partial(plain_adamw, lr=1e-5), 0.8, 1),
+    ):
+        value, _, its_loss = noisy_regression(make, bf16)
+        assert low <= (value - reference).norm() / moved <= high
+        if high < 0.1:
+            assert its_loss == pytest.approx(loss.item(), rel=1e-3)
+
+
+def test_what_is_not_finite_stays_so():
+    for gradient in (math.inf, -math.inf, math.nan):
+        parameter = nn.Parameter(torch.ones(1, dtype=bf16))
+        optimizer = CompensatedAdamW([parameter], lr=0.1, moments=bf16)
+        parameter.grad = torch.full((1,), gradient, dtype=bf16)
+        for _ in range(3):
+            optimizer.step()
+            state = optimizer.state[parameter]
+            assert not any(t.isfinite() for t in (parameter, state["exp_avg"], state["exp_avg_sq"]))
+    # a GPU's NaN, the largest bits that are one, would overflow
+    largest = torch.tensor([2**31 - 1, -1, 0x7F800000], dtype=torch.int32).view(fp32)
+    for step in range(1, 50):
+        assert not optim._dither(largest.clone(), step).isfinite().any()
+
+
+def test_dither_gives_the_two_neighbours_in_the_right_shares():
+    x = torch.tensor([1 + 0.25 / 128, -1 - 0.25 / 128, 3.0, 0.0, -0.0])
+    rounded = torch.stack([optim._dither(x.clone(), step) for step in range(1, 1001)])
+    assert torch.equal(rounded, rounded.to(bf16).float())
+    assert rounded.unique().tolist() == [-1 - 1 / 128, -1, 0, 1, 1 + 1 / 128, 3]
+    torch.testing.assert_close(rounded.mean(0), x, rtol=0, atol=2e-3 / 128)
+
+
+SHAPES = {"matrix": (5, 3), "one": (1,), "bias": (7,)}  # of "one" the second rank has nothing
+
+
+class Some(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        random = torch.Generator().manual_seed(0)
+        for name, shape in SHAPES.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=random).to(dtype)))
+
+
+def some_steps(model, optimizer, steps):
+    for step in steps:
+        random = torch.Generator().manual_seed(step)
+        for parameter in model.parameters():
+            parameter.grad = like(torch.randn(parameter.shape, generator=random).to(parameter.dtype), parameter)
+        optimizer.step()
+
+
+def bits(model, optimizer):
+    """Every parameter and state as whole numbers, so that equal means equal bits."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        for key, tensor in {"parameter": parameter.detach(), **optimizer.state[parameter]}.items():
+            whole = getattr(tensor, "full_tensor", lambda t=tensor: t)()
+            integers = {bf16: torch.int16, fp32: torch.int32}[whole.dtype]
+            found[f"{name} {key} {whole.dtype}"] = whole.reshape(-1).view(integers).tolist()
+    return found
+
+
+def train_and_resume(mesh, dtype, config):
+    """Bits after 6 steps at one go, and after 3 and 3 in another optimizer, which got the state of the first."""
+    models, optimizers = [], []
+    for _ in range(3):
+        model = Some(dtype)
+        models.append(fully_shard(model, mesh=mesh) if mesh else model)
+        optimizers.append(make_optimizer(model.parameters(), config))
+    some_steps(models[0], optimizers[0], range(6))
+    some_steps(models[1], optimizers[1], range(3))
+    for ours, theirs in zip(models[2].parameters(), models[1].parameters(), strict=True):
+        local(ours).data.copy_(local(theirs).data)
+    set_optimizer_state_dict(models[2], optimizers[2], get_optimizer_state_dict(models[1], optimizers[1]))
+    assert bits(models[2], optimizers[2]) == bits(models[1], optimizers[1])
+    some_steps(models[2], optimizers[2], range(3, 6))
+    return bits(models[0], optimizers[0]), bits(models[2], optimizers[2])
+
+
+def train_and_resume_all(mesh):
+    configs = {kind: OptimConfig(1e-2, weight_decay=0.1, kind=kind) for kind in ("adamw", "anyprecision")}
+    return [train_and_resume(mesh, dtype, configs[kind]) for kind, dtype in COMPENSATED]
+
+
+COMPENSATED = [("adamw", bf16), ("anyprecision", fp32), ("anyprecision", bf16)]
+
+
+def test_any_number_of_ranks_and_a_resumed_run_give_the_same_bits():
+    alone = train_and_resume_all(None)
+    for straight, resumed in alone:
+        assert straight == resumed
+    assert run_ranks(train_and_resume_all, 2) == [alone, alone]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), COMPENSATED)
+def test_state_dict_keeps_every_bit(kind, dtype, tmp_path):
+    config = OptimConfig(1e-2, kind=kind)
+    model, other = Some(dtype), Some(dtype)
+    optimizer, fresh = (make_optimizer(m.parameters(), config) for m in (model, other))
+    some_steps(model, optimizer, range(3))
+    torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "saved.pt")
+    weights, state = torch.load(tmp_path / "saved.pt")
+    other.load_state_dict(weights)
+    fresh.load_state_dict(state)
+    some_steps(model, optimizer, range(3, 6))
+    some_steps(other, fresh, range(3, 6))
+    assert bits(other, fresh) == bits(model, optimizer)
+
+
+def test_only_fp32_and_bf16_are_trained():
+    with pytest.raises(ValueError, match="float16"):
+        make_optimizer([nn.Parameter(torch.ones(1, dtype=torch.float16))], OptimConfig())
+
+
+def test_loss_scale():
+    scaler = LossScaler()
+    scaler.update(True)
+    scaler.update(False)
+    assert scaler.scale == 2**15
+    for _ in range(1999):
+        scaler.update(True)
+    assert scaler.scale == 2**15
+
+    resumed = LossScaler()
+    resumed.load_state_dict(scaler.state_dict())
+    for each in (scaler, resumed):
+        each.update(True)
+        assert each.scale == 2**16
+    for _ in range(10 * 2000):
+        scaler.update(True)
+    assert scaler.scale == 2**24
+
+    for _ in range(16):
+        resumed.update(False)
+    assert resumed.scale == 1
+    with pytest.raises(UserError, match=r"training has diverged.*--optim.lr.*--fsdp.precision bf16 or mixed"):
+        resumed.update(False)

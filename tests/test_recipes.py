@@ -14,12 +14,16 @@ from conftest import TINY, random_model, run_script, save_folder
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_model import hf_twin
+from transformers import AutoModelForCausalLM
 
 from minillama.datasets import DataConfig, load_datasets
+from minillama.generate import generate
+from minillama.hf import from_pretrained
 from minillama.packing import pack
 from minillama.tokenizer import load_tokenizer
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "lora_fsdp.py"
+RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPE = RECIPES / "lora_fsdp.py"
 ROWS = [{"dialogue": f"A: {'hi ' * (i % 5)}\nB: bye {i}", "summary": f"They part, {i}."} for i in range(12)]
 
 
@@ -33,7 +37,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def run(tiny_folder, data, tmp_path):
-    def run(*flags, model=tiny_folder, out="out", world_size=1, rows=True):
+    def run(*flags, recipe="lora", model=tiny_folder, out="out", world_size=1, rows=True):
         paths = ["--data.path", data / "train.json", "--data.val-path", data / "val.jsonl"] if rows else []
         common = [
             "--model",
@@ -46,7 +50,9 @@ def run(tiny_folder, data, tmp_path):
             200,
             *paths,
         ]
-        codes, text = run_script(RECIPE, *common, *flags, world_size=world_size, log=tmp_path / "log")
+        codes, text = run_script(
+            RECIPES / f"{recipe}_fsdp.py", *common, *flags, world_size=world_size, log=tmp_path / "log"
+        )
         return codes, text, tmp_path / out
 
     return run
@@ -118,6 +124,59 @@ def test_a_tied_model_too(run, tmp_path):
     assert evaluated[0]["eval_loss"] == pytest.approx(loss_of(base, load_tokenizer(folder)), abs=1e-4)
     tuned = PeftModel.from_pretrained(base, out / "adapter").eval()
     assert evaluated[-1]["eval_loss"] == pytest.approx(loss_of(tuned, load_tokenizer(folder)), abs=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_full_fine_tuning_leaves_a_model_that_transformers_loads(run, tmp_path, tied):
+    folder = save_folder(random_model(tie_word_embeddings=tied), tmp_path / "base", tie_word_embeddings=tied)
+    codes, text, out = run(
+        *FAST, "--optim.lr", 0.002, "--train.max-steps", 6, recipe="full", model=folder, world_size=2
+    )
+    assert codes == [0, 0], text
+    assert sorted(p.name for p in out.iterdir()) == ["loss.png", "metrics.jsonl", "model", "run.json"]
+    evaluated = metrics(out)[1]
+    assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"] - 0.1
+    twin = AutoModelForCausalLM.from_pretrained(out / "model").eval()
+    tokenizer = load_tokenizer(out / "model")
+    assert evaluated[-1]["eval_loss"] == pytest.approx(loss_of(twin, tokenizer), abs=1e-4)
+    prompt = torch.tensor([tokenizer.encode("Summarize this dialog:\nA: hi", bos=True)])
+    expected = twin.generate(prompt, max_new_tokens=32, do_sample=False, eos_token_id=None)
+    found = generate(from_pretrained(out / "model"), prompt[0].tolist(), max_new_tokens=32)
+    assert found == expected[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_frozen_layers_stay_as_they_are(run, tmp_path, tied):
+    folder = save_folder(random_model(tie_word_embeddings=tied), tmp_path / "base", tie_word_embeddings=tied)
+    flags = (*FAST, "--train.freeze-layers", 2, "--train.max-steps", 2, "--eval.no-enabled")
+    _, text, out = run(*flags, recipe="full", model=folder, world_size=2)
+    assert ("frozen      the first 2 blocks, and the embedding" + " with the tied head" * tied) in text
+    before, after = (load_file(f / "model.safetensors") for f in (folder, out / "model"))
+    assert before.keys() == after.keys()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    frozen = ("model.layers.0.", "model.layers.1.", "model.embed_tokens.")
+    assert same == {name for name in before if name.startswith(frozen)}
+
+
+def test_llama_adapter_leaves_what_peft_loads(run, tiny_folder):
+    codes, text, out = run(*FAST, "--optim.lr", 0.1, "--train.epochs", 8, recipe="llama_adapter", world_size=2)
+    assert codes == [0, 0], text
+    evaluated = metrics(out)[1]
+    assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"] - 0.05
+    twin = PeftModel.from_pretrained(hf_twin(random_model()), out / "adapter").eval()
+    assert evaluated[-1]["eval_loss"] == pytest.approx(loss_of(twin, load_tokenizer(tiny_folder)), abs=1e-4)
+    config = json.loads((out / "adapter/adapter_config.json").read_text())
+    assert config["adapter_layers"] == 3 and config["adapter_len"] == 10  # 30 asked for, 3 there
+
+
+@pytest.mark.parametrize("recipe", ["full", "lora", "llama_adapter"])
+@pytest.mark.parametrize("precision", ["mixed", "bf16", "fp16"])
+def test_every_recipe_in_every_precision(run, recipe, precision):
+    flags = ("--fsdp.precision", precision, "--fsdp.recompute", "selective", "--data.batching", "padding")
+    codes, text, out = run(*flags, "--train.max-steps", 2, "--optim.warmup-steps", 1, recipe=recipe)
+    assert codes == [0], text
+    assert f"precision {precision}, recompute selective" in text
+    assert all(m["grad_norm"] > 0 for m in metrics(out)[0])
 
 
 def test_accumulation_on_one_rank_is_two_ranks(run):
@@ -243,6 +302,15 @@ FLAGS = {
     "missing data": (["--data.path", "/none.json"], "/none.json does not exist"),
     "impossible number": (["--optim.lr", "nan"], "--optim.lr nan: must be above 0"),
     "impossible seed": (["--seed", -1], "--seed -1: must be at least 0"),
+    "fp16 moments": (
+        ["--fsdp.precision", "fp16", "--optim.kind", "anyprecision"],
+        "fp16 with --optim.kind anyprecision",
+    ),
+    "shard size": (
+        ["--fsdp.strategy", "hybrid-shard", "--fsdp.shard-size", 3],
+        "--fsdp.shard-size 3 does not divide the 1 processes",
+    ),
+    "frozen layers": (["--train.freeze-layers", 1], "--train.freeze-layers is for full_fsdp.py"),
     "config": (["--config", "/none.json"], "--config /none.json is not the run.json of a run"),
 }
 
@@ -250,6 +318,14 @@ FLAGS = {
 @pytest.mark.parametrize(("flags", "message"), FLAGS.values(), ids=FLAGS)
 def test_bad_flags(run, flags, message):
     check_refused(*run(*flags), message)
+
+
+def test_bad_flags_of_the_other_recipes(run):
+    message = "--train.freeze-layers 4: the model has 3 layers"
+    check_refused(*run("--train.freeze-layers", 4, recipe="full", world_size=2), message)
+    check_refused(*run("--adapter.layers", 0, recipe="llama_adapter"), "--adapter.layers 0: must be at least 1")
+    message = "--train.freeze-layers is for full_fsdp.py"
+    check_refused(*run("--train.freeze-layers", 1, recipe="llama_adapter"), message)
 
 
 DATA = {
@@ -296,7 +372,8 @@ def check_refused(codes, text, out, message, trained=False):
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0], text
     assert "Traceback" not in text
-    assert (out / "metrics.jsonl").exists() == trained and not (out / "adapter").exists()
+    assert (out / "metrics.jsonl").exists() == trained
+    assert not (out / "adapter").exists() and not (out / "model").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,8 +441,13 @@ def test_a_rank_that_dies_ends_the_run(tiny_folder, data, tmp_path):
     assert not (tmp_path / "out/adapter").exists()
 
 
-def test_help_names_every_group():
-    done = subprocess.run([sys.executable, RECIPE, "--help"], capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize(
+    ("recipe", "own"),
+    [("full", "--train.freeze-layers"), ("lora", "--lora.targets"), ("llama_adapter", "--adapter.layers")],
+)
+def test_help_names_every_group(recipe, own):
+    script = RECIPES / f"{recipe}_fsdp.py"
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     for flag in (
         "--model",
@@ -373,7 +455,7 @@ def test_help_names_every_group():
         "--train.batch-size",
         "--eval.no-enabled",
         "--optim.lr",
-        "--lora.targets",
         "--fsdp.recompute",
+        own,
     ):
         assert flag in done.stdout

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from minillama.distributed import (
     FsdpConfig,
     local,
+    make_mesh,
     materialise,
     process_group,
     quiet_but_on_rank_zero,
@@ -75,14 +76,15 @@ def anonymous_mib() -> float:
 
 
 def main(args: Args) -> None:
-    with process_group("cpu") as mesh:
+    with process_group("cpu") as device:
         if rank() == 0 and not (args.folder / "model.safetensors.index.json").exists():
             make_checkpoint(args.folder)
         dist.barrier()
         with torch.device("meta"):
             model = Llama(read_config(args.folder)).requires_grad_(False)
         apply_lora(model, LoraConfig())
-        fsdp = FsdpConfig()
+        fsdp = FsdpConfig(strategy="full-shard")
+        mesh = make_mesh(fsdp, device)
         set_dtypes(model, fsdp)
         shard(model, mesh, fsdp)
 

@@ -1,0 +1,192 @@
+"""A training run: the flags that all recipes share, run.json, and what is said before it starts."""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from minillama.datasets import DataConfig, check_vocabulary, load_datasets
+from minillama.distributed import Device, FsdpConfig, on_rank_zero
+from minillama.errors import UserError
+from minillama.metrics import LogConfig
+from minillama.model import Llama
+from minillama.optim import OptimConfig
+from minillama.packing import Packed, batch_documents
+from minillama.profiling import MFU_FORMULA, count_parameters
+from minillama.tokenizer import load_tokenizer
+from minillama.train import EvalConfig, TrainConfig, count_steps
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The flags of every training recipe."""
+
+    model: Path
+    """Folder of the base model, in Hugging Face's format."""
+    output_dir: Path
+    """Folder for what the run leaves; made if need be."""
+    tokenizer: Path | None = None
+    """Folder or file of the tokenizer; None: the model's folder."""
+    seed: int = 42
+    """Decides what starts at random, the order of the data and the dropout."""
+    device: Device = "auto"
+    """auto: CUDA if there is one."""
+    config: Path | None = None
+    """The run.json of an earlier run: its flags are the defaults of this one."""
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    optim: OptimConfig = OptimConfig()
+    fsdp: FsdpConfig = FsdpConfig()
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed}: must be at least 0 and below 2^32")
+        if self.fsdp.precision == "fp16" and self.optim.kind == "anyprecision":
+            raise UserError(
+                "--fsdp.precision fp16 with --optim.kind anyprecision: fp16 keeps fp32 parameters, for which adamw is "
+                "made; give --optim.kind adamw, or --fsdp.precision bf16"
+            )
+
+
+def start_run(config: RunConfig) -> None:
+    """Makes the output folder and writes run.json: the resolved flags and what they run on. Every rank must call it.
+
+    Raises UserError if the folder cannot be written, or holds an earlier run that got as far as a training step.
+    """
+    output_dir = config.output_dir
+
+    def write() -> None:
+        metrics = output_dir / "metrics.jsonl"
+        done = (output_dir / "adapter").exists() or (output_dir / "model").exists()
+        if done or (metrics.exists() and '"loss"' in metrics.read_text()):
+            raise UserError(f"{output_dir} already holds a run: give another --output-dir, or remove that folder")
+        run = {
+            "command": sys.argv,
+            "flags": asdict(config),
+            "world_size": dist.get_world_size(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "minillama": version("minillama"),
+            },
+            "git_commit": _git_commit(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            (output_dir / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n")
+        except OSError as error:
+            raise UserError(f"--output-dir {output_dir} cannot be written: {error.strerror}") from None
+
+    on_rank_zero(write)
+
+
+def saved_flags(config_class: type[Config]) -> Config | None:
+    """The flags of the run.json that --config names on the command line, to be the defaults of this run; None without.
+
+    Raises UserError if the file is not a run.json, or one of another recipe.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, nargs="?")  # without a value: the real parser says so
+    file = parser.parse_known_args()[0].config
+    if file is None:
+        return None
+
+    def flag(where: str, name: str) -> str:
+        return (where + name).replace("_", "-")
+
+    def build(kind: Any, values: dict[str, Any], where: str) -> Any:
+        hints = get_type_hints(kind)
+        if unknown := values.keys() - hints.keys():
+            raise UserError(f"--config {file}: this recipe has no flag --{flag(where, sorted(unknown)[0])}")
+        read = {}
+        for name, value in values.items():
+            hint = hints[name]
+            allowed = get_args(hint) or (hint,)
+            if is_dataclass(hint):
+                read[name] = build(hint, value, f"{name}.")
+            elif value is None and type(None) in allowed:
+                read[name] = None
+            elif Path in allowed and isinstance(value, str):
+                read[name] = Path(value)
+            elif get_origin(hint) is tuple and isinstance(value, list) and all(isinstance(v, str) for v in value):
+                read[name] = tuple(value)
+            elif value in allowed or type(value) in allowed or (float in allowed and type(value) is int):
+                read[name] = value
+            else:
+                raise UserError(f"--config {file}: {json.dumps(value)} is not a value of --{flag(where, name)}")
+        return kind(**read)
+
+    try:
+        return build(config_class, json.loads(file.read_text())["flags"], "")
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"--config {file} is not the run.json of a run ({error!r})") from None
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def load_data(config: RunConfig, model: Llama) -> tuple[Any, Packed, Packed | None]:
+    """The tokenizer, what to train on, and what to evaluate on. Raises UserError for what is wrong with the data."""
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    check_vocabulary(tokenizer, model.config.vocab_size)
+    train, validation = load_datasets(config.data, tokenizer, validation=config.eval.enabled)
+    return (
+        tokenizer,
+        batch_documents(train, config.data, config.seed),
+        batch_documents(validation, config.data, config.seed) if validation else None,
+    )
+
+
+def summary(
+    config: RunConfig, fsdp: FsdpConfig, mesh: DeviceMesh, model: Llama, train: Packed, validation: Packed | None
+) -> str:
+    """What a run is about to do, in a few lines. fsdp: config.fsdp with its strategy resolved."""
+    total, trained = count_parameters(model)
+    spread = fsdp.strategy + (f" of {mesh.size(1)}" if fsdp.strategy == "hybrid-shard" else "")
+    if fsdp.strategy != config.fsdp.strategy:
+        spread += f" (chosen by {config.fsdp.strategy})"
+    lines = [
+        f"model       {total:,} parameters, {trained:,} of them trained ({trained / total:.3%})",
+        f"processes   {mesh.size()} on {mesh.device_type}, {spread}{', offloaded' if fsdp.cpu_offload else ''}, "
+        f"precision {fsdp.precision}, recompute {fsdp.recompute}",
+    ]
+    for name, packed in (("training", train), ("validation", validation)):
+        lines.append(f"{name:11} {'none' if packed is None else _described(packed, model)}")
+    lines.append(f"steps       {count_steps(train, config.train, mesh.size())}")
+    lines.append(f"output      {config.output_dir}")
+    lines.append(f"mfu         {MFU_FORMULA}")
+    return "\n".join(lines)
+
+
+def _described(packed: Packed, model: Llama) -> str:
+    lengths = packed.documents.lengths[[i for pack in packed.packs for i in pack]]
+    text = f"{len(lengths)} rows, {packed.tokens:,} tokens, "
+    if packed.batching == "padding":
+        text += f"padded to rows of like length; {packed.truncated} TRUNCATED to {packed.context_length}"
+    else:
+        text += f"{len(packed.packs)} packs of {packed.context_length} ({packed.efficiency:.1%} full)"
+    if packed.dropped:
+        text += f"; {packed.dropped} longer than that DROPPED"
+    if (longest := max(lengths)) > (limit := model.config.max_position_embeddings):
+        text += f"; the longest, {longest}, BEYOND the {limit} the model was made for"
+    return text

@@ -1,0 +1,111 @@
+"""Fine-tune all weights of a Llama, or all but the first blocks, under FSDP2.
+
+    python recipes/full_fsdp.py --model DIR --output-dir out/one                                one process
+    torchrun --nproc_per_node 8 recipes/full_fsdp.py --model DIR --output-dir out/eight \\
+        --data.dataset alpaca --data.path alpaca_data.json --fsdp.recompute full                eight GPUs
+
+DIR is a local folder in Hugging Face's format: config.json, *.safetensors, tokenizer files. Leaves such a folder with
+the trained weights in OUTPUT_DIR/model, a line a step in metrics.jsonl, and loss.png. All flags: --help.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import tyro
+
+from minillama.distributed import (
+    choose_strategy,
+    initialise,
+    make_mesh,
+    materialise,
+    process_group,
+    quiet_but_on_rank_zero,
+    rank,
+    say,
+    set_dtypes,
+    shard,
+    user_errors,
+)
+from minillama.errors import UserError
+from minillama.hf import check_weights, load_weights, read_config, save_pretrained
+from minillama.metrics import Metrics, plot_loss
+from minillama.model import Llama
+from minillama.optim import LossScaler, OptimConfig, learning_rate, make_optimizer
+from minillama.packing import collate
+from minillama.run import RunConfig, load_data, saved_flags, start_run, summary
+from minillama.train import count_steps, eval_batches, evaluate, steps, train_step
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Fine-tune all weights of a Llama, or all but the first blocks, under FSDP2."""
+
+    optim: OptimConfig = OptimConfig(lr=2e-5)  # a fifth of LoRA's: all weights move
+
+
+def freeze_first(model: Llama, count: int) -> None:
+    """Freezes the first `count` blocks and, unless that is 0, the embedding (and so the head that is its twin)."""
+    blocks = model.model.layers
+    if count > len(blocks):
+        raise UserError(f"--train.freeze-layers {count}: the model has {len(blocks)} layers")
+    for module in (model.model.embed_tokens, *blocks[:count]) if count else ():
+        module.requires_grad_(False)
+
+
+def main(config: Config) -> None:
+    with process_group(config.device, config.fsdp.timeout_minutes) as device:
+        with torch.device("meta"):
+            model = Llama(read_config(config.model))
+        check_weights(model, config.model)
+        freeze_first(model, config.train.freeze_layers)
+        set_dtypes(model, config.fsdp)
+        fsdp = choose_strategy(model, config.fsdp, device)
+        mesh = make_mesh(fsdp, device)
+
+        tokenizer, train, validation = load_data(config, model)
+        start_run(config)
+        say(summary(config, fsdp, mesh, model, train, validation))
+        if config.train.freeze_layers:
+            head = " with the tied head" if model.config.tie_word_embeddings else ""
+            say(f"frozen      the first {config.train.freeze_layers} blocks, and the embedding{head}")
+
+        shard(model, mesh, fsdp)
+        materialise(model, "cpu" if fsdp.cpu_offload else device)
+        initialise(model, config.seed, loaded=load_weights(model, config.model))
+        optimizer = make_optimizer(model.parameters(), config.optim)
+        scaler = LossScaler() if fsdp.precision == "fp16" else None
+        total = count_steps(train, config.train, mesh.size())
+        metrics = Metrics(config, model, device, total)
+
+        def run_evaluation(done: int) -> None:
+            if validation:
+                batches = eval_batches(validation, config.eval, tokenizer.pad_id, device, rank(), mesh.size())
+                with metrics.paused():
+                    metrics.evaluation(done, *evaluate(model, batches))
+
+        run_evaluation(0)
+        model.train()
+        torch.manual_seed(config.seed + rank())  # dropout differs between ranks
+        for step in steps(train, config.train, config.seed, rank(), mesh.size()):
+            with metrics.waiting():
+                batches = [collate(train, packs, tokenizer.pad_id, device) for packs in step.micro_batches]
+            lr = learning_rate(step.number, step.epoch, total, config.optim)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, norm = train_step(model, optimizer, batches, clip_norm=config.train.clip_norm, scaler=scaler)
+            metrics.step(step, lr, loss, norm, batches)
+            if config.eval.due(step):
+                run_evaluation(step.number + 1)
+        metrics.close()
+
+        save_pretrained(model, config.output_dir / "model", config.model, config.tokenizer)
+        say(f"model: {config.output_dir / 'model'}, in Hugging Face's format")
+        if rank() == 0:
+            plot_loss(config.output_dir / "metrics.jsonl", config.output_dir / "loss.png")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        with quiet_but_on_rank_zero():
+            flags = tyro.cli(Config, default=saved_flags(Config))
+        main(flags)

@@ -1,0 +1,106 @@
+"""Fine-tune a Llama with llama-adapter (https://arxiv.org/abs/2303.16199) under FSDP2.
+
+    python recipes/llama_adapter_fsdp.py --model DIR --output-dir out/one                       one process
+    torchrun --nproc_per_node 4 recipes/llama_adapter_fsdp.py --model DIR --output-dir out/four four GPUs
+
+DIR is a local folder in Hugging Face's format. Trains a prompt and a gate in the top layers' attention. Leaves them,
+as PEFT's AdaptionPrompt, in OUTPUT_DIR/adapter, a line a step in metrics.jsonl, and loss.png. All flags: --help.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import tyro
+
+from minillama.distributed import (
+    choose_strategy,
+    initialise,
+    make_mesh,
+    materialise,
+    process_group,
+    quiet_but_on_rank_zero,
+    rank,
+    say,
+    set_dtypes,
+    shard,
+    user_errors,
+)
+from minillama.errors import UserError
+from minillama.hf import check_weights, load_weights, read_config, save_adapter
+from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
+from minillama.metrics import Metrics, plot_loss
+from minillama.model import Llama
+from minillama.optim import LossScaler, OptimConfig, learning_rate, make_optimizer
+from minillama.packing import collate
+from minillama.run import RunConfig, load_data, saved_flags, start_run, summary
+from minillama.train import count_steps, eval_batches, evaluate, steps, train_step
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Fine-tune a Llama with llama-adapter under FSDP2."""
+
+    adapter: LlamaAdapterConfig = LlamaAdapterConfig()
+    optim: OptimConfig = OptimConfig(lr=5e-3)  # the gate starts at 0 and has far to go
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train.freeze_layers:
+            raise UserError("--train.freeze-layers is for full_fsdp.py: under llama-adapter the whole base is frozen")
+
+
+def main(config: Config) -> None:
+    with process_group(config.device, config.fsdp.timeout_minutes) as device:
+        with torch.device("meta"):
+            model = Llama(read_config(config.model))
+            model.requires_grad_(False)
+        check_weights(model, config.model)
+        apply_llama_adapter(model, config.adapter)
+        set_dtypes(model, config.fsdp)
+        fsdp = choose_strategy(model, config.fsdp, device)
+        mesh = make_mesh(fsdp, device)
+
+        tokenizer, train, validation = load_data(config, model)
+        start_run(config)
+        say(summary(config, fsdp, mesh, model, train, validation))
+
+        shard(model, mesh, fsdp)
+        materialise(model, "cpu" if fsdp.cpu_offload else device)
+        initialise(model, config.seed, loaded=load_weights(model, config.model))
+        optimizer = make_optimizer(model.parameters(), config.optim)
+        scaler = LossScaler() if fsdp.precision == "fp16" else None
+        total = count_steps(train, config.train, mesh.size())
+        metrics = Metrics(config, model, device, total)
+
+        def run_evaluation(done: int) -> None:
+            if validation:
+                batches = eval_batches(validation, config.eval, tokenizer.pad_id, device, rank(), mesh.size())
+                with metrics.paused():
+                    metrics.evaluation(done, *evaluate(model, batches))
+
+        run_evaluation(0)
+        model.train()
+        torch.manual_seed(config.seed + rank())  # dropout differs between ranks
+        for step in steps(train, config.train, config.seed, rank(), mesh.size()):
+            with metrics.waiting():
+                batches = [collate(train, packs, tokenizer.pad_id, device) for packs in step.micro_batches]
+            lr = learning_rate(step.number, step.epoch, total, config.optim)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, norm = train_step(model, optimizer, batches, clip_norm=config.train.clip_norm, scaler=scaler)
+            metrics.step(step, lr, loss, norm, batches)
+            if config.eval.due(step):
+                run_evaluation(step.number + 1)
+        metrics.close()
+
+        save_adapter(model, config.output_dir / "adapter", config.adapter, str(config.model.resolve()))
+        say(f"adapter: {config.output_dir / 'adapter'}, in PEFT's format")
+        if rank() == 0:
+            plot_loss(config.output_dir / "metrics.jsonl", config.output_dir / "loss.png")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        with quiet_but_on_rank_zero():
+            flags = tyro.cli(Config, default=saved_flags(Config))
+        main(flags)

@@ -1,0 +1,146 @@
+"""Full fine-tuning, LoRA and llama-adapter train alike under every strategy, split and saving of memory.
+
+The suite runs a choice of pairs; `pytest tests/test_matrix.py --whole-matrix -s` runs every combination, some 300 of
+them, and prints the largest differences from one process with a plain, unsharded model.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import run_ranks
+from test_packing import documents_of
+
+from minillama.distributed import (
+    FsdpConfig,
+    choose_strategy,
+    initialise,
+    make_mesh,
+    materialise,
+    set_dtypes,
+    shard,
+)
+from minillama.hf import load_weights, read_config
+from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
+from minillama.lora import LoraConfig, apply_lora
+from minillama.model import Llama
+from minillama.optim import OptimConfig, make_optimizer
+from minillama.packing import collate, pack
+from minillama.train import TrainConfig, steps, train_step
+
+KINDS = {"full": 1e-3, "lora": 3e-3, "adapter": 1e-1}
+"""With the learning rate of each."""
+STRATEGIES = {"full-shard": 0, "shard-grad-op": 0, "no-shard": 0, "hybrid-shard": 2, "auto": 0}
+"""With the shard size of each."""
+WINDOW = 8
+"""Packs that a step takes, however they are split."""
+STEPS = 10
+
+
+def build(kind, folder):
+    with torch.device("meta"):
+        model = Llama(read_config(folder)).requires_grad_(kind == "full")
+    if kind == "lora":
+        apply_lora(model, LoraConfig(rank=4, dropout=0.0, targets=("q_proj", "v_proj", "down_proj")))
+    if kind == "adapter":
+        apply_llama_adapter(model, LlamaAdapterConfig(prompt_len=5, layers=2))
+    return model
+
+
+def train(kind, folder, accumulate=1, fsdp=None):
+    """(loss, gradient norm) of each step; fsdp None: on a plain model."""
+    model = build(kind, folder)
+    set_dtypes(model, fsdp or FsdpConfig(precision="fp32"))
+    if fsdp:
+        fsdp = choose_strategy(model, fsdp, "cpu")
+        shard(model, make_mesh(fsdp, "cpu"), fsdp)
+    materialise(model, "cpu")
+    initialise(model, 3, loaded=load_weights(model, folder))
+    optimizer = make_optimizer(model.parameters(), OptimConfig(lr=KINDS[kind]))
+    # one document a pack, and 6 instead of 8 packs in every second step: some ranks have less to do, or nothing
+    packed = pack(documents_of(np.random.default_rng(0).integers(11, 20, 14).tolist()), 20, 0)
+    assert len(packed.packs) == 14
+    world_size = dist.get_world_size()
+    config = TrainConfig(
+        epochs=STEPS, max_steps=STEPS, batch_size=WINDOW // world_size // accumulate, accumulate=accumulate
+    )
+    numbers = []
+    for step in steps(packed, config, 0, dist.get_rank(), world_size):
+        batches = [collate(packed, packs, 0, "cpu") for packs in step.micro_batches]
+        loss, norm = train_step(model, optimizer, batches, clip_norm=1.0)
+        numbers.append((loss.item(), norm.item()))
+    return numbers
+
+
+def train_all(mesh, cases):
+    return [train(kind, folder, accumulate, fsdp) for kind, folder, accumulate, fsdp in cases]
+
+
+def whole_matrix(world_size):
+    for strategy, accumulate, recompute, offload in itertools.product(
+        STRATEGIES, (1, 2), ("none", "full", "selective"), (False, True)
+    ):
+        if strategy == "hybrid-shard" and world_size == 1:
+            continue
+        yield strategy, accumulate, recompute, offload
+
+
+PAIRS = {
+    1: [("full-shard", 2, "full", True), ("no-shard", 2, "selective", False), ("shard-grad-op", 1, "none", True)],
+    2: [
+        ("full-shard", 2, "selective", True),
+        ("shard-grad-op", 2, "full", False),
+        ("no-shard", 2, "none", False),
+        ("no-shard", 1, "full", True),
+        ("hybrid-shard", 2, "full", True),
+        ("auto", 1, "selective", False),
+    ],
+    4: [
+        ("full-shard", 1, "full", False),
+        ("hybrid-shard", 2, "none", False),
+        ("hybrid-shard", 1, "selective", True),
+        ("no-shard", 2, "selective", True),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_folder):
+    cases = [(kind, tiny_folder, 1, None) for kind in KINDS]
+    return dict(zip(KINDS, run_ranks(train_all, 1, cases)[0], strict=True))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_same_losses_and_norms(plain, tiny_folder, world_size, request):
+    whole = request.config.getoption("--whole-matrix")
+    names, cases = [], []
+    for kind, (strategy, accumulate, recompute, offload) in itertools.product(
+        KINDS, whole_matrix(world_size) if whole else PAIRS[world_size]
+    ):
+        fsdp = FsdpConfig(
+            strategy=strategy,
+            shard_size=STRATEGIES[strategy],
+            precision="fp32",
+            recompute=recompute,
+            cpu_offload=offload,
+        )
+        names.append((kind, strategy, accumulate, recompute, offload))
+        cases.append((kind, tiny_folder, accumulate, fsdp))
+    runs = []
+    for start in range(0, len(cases), 24):
+        results = run_ranks(train_all, world_size, cases[start : start + 24])
+        assert all(other == results[0] for other in results), "ranks report different numbers"
+        runs += results[0]
+    worst = {}
+    for name, numbers in zip(names, runs, strict=True):
+        assert len(numbers) == STEPS
+        differences = np.abs(np.array(numbers) / np.array(plain[name[0]]) - 1).max(axis=0)
+        worst.setdefault(name[:2], []).append(differences)
+        assert differences.max() < 1e-4, (name, differences, numbers)
+        losses = np.array(numbers)[:, 0]
+        assert losses[-1] < losses[0] - 0.1, f"{name} learns nothing: {losses}"
+    for (kind, strategy), differences in worst.items():
+        loss, norm = np.max(differences, axis=0)
+        print(f"{world_size} ranks {kind:8} {strategy:14} {len(differences):3} runs: loss {loss:.1e}, norm {norm:.1e}")
