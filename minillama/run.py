@@ -171,20 +171,23 @@ def summary(
         f"precision {fsdp.precision}, recompute {fsdp.recompute}",
     ]
     for name, packed in (("training", train), ("validation", validation)):
-        lines.append(f"{name:11} {'none' if packed is None else _described(packed, model)}")
+        batch = config.train.batch_size if packed is train else config.eval.batch_size
+        lines.append(f"{name:11} {'none' if packed is None else _described(packed, model, batch)}")
     lines.append(f"steps       {count_steps(train, config.train, mesh.size())}")
     lines.append(f"output      {config.output_dir}")
     lines.append(f"mfu         {MFU_FORMULA}")
     return "\n".join(lines)
 
 
-def _described(packed: Packed, model: Llama) -> str:
+def _described(packed: Packed, model: Llama, batch_size: int) -> str:
     lengths = packed.documents.lengths[[i for pack in packed.packs for i in pack]]
     text = f"{len(lengths)} rows, {packed.tokens:,} tokens, "
     if packed.batching == "padding":
-        text += f"padded to rows of like length; {packed.truncated} TRUNCATED to {packed.context_length}"
+        text += f"batches of {batch_size} padded to the longest ({packed.padded_efficiency(batch_size, 1, 1):.1%} full)"
     else:
         text += f"{len(packed.packs)} packs of {packed.context_length} ({packed.efficiency:.1%} full)"
+    if packed.truncated:
+        text += f"; {packed.truncated} TRUNCATED to {packed.context_length}"
     if packed.dropped:
         text += f"; {packed.dropped} longer than that DROPPED"
     if (longest := max(lengths)) > (limit := model.config.max_position_embeddings):

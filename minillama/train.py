@@ -132,14 +132,14 @@ def train_step(
         (loss * scale).backward()
         total += loss.detach()
     dist.all_reduce(total)
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     if scaler:
-        torch._foreach_mul_([local(parameter.grad) for parameter in parameters], 1 / scale)
-    norm = nn.utils.get_total_norm(parameter.grad for parameter in parameters)
+        torch._foreach_mul_([local(gradient) for gradient in gradients], 1 / scale)
+    norm = nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     if clip_norm:
-        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+        nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
     finite = scaler is None or bool(norm.isfinite())
     if finite:
         optimizer.step()
@@ -182,6 +182,7 @@ def eval_batches(
 
     config.max_steps takes the same mixed sample of them each time, whatever the run's seed.
     """
-    batches = packed.micro_batches(packed.order(0, 0), config.batch_size, rank, world_size)
-    for packs in batches[: config.max_steps or None]:
+    order, window = packed.order(0, 0), config.batch_size * world_size
+    for cursor in range(0, len(order), window)[: config.max_steps or None]:
+        [packs] = packed.micro_batches(order[cursor : cursor + window], config.batch_size, rank, world_size)
         yield collate(packed, packs, pad_id, device)
