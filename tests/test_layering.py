@@ -90,11 +90,14 @@ def test_public_names_are_those_of_the_contract():
 
     contract = {"Llama", "LlamaConfig", "LoraConfig", "apply_lora", "from_pretrained", "generate", "load_adapter"}
     contract |= {
+        "LlamaAdapterConfig",
+        "apply_llama_adapter",
         "load_tokenizer",
         "load_weights",
         "merge_lora",
         "replace_modules",
         "save_adapter",
+        "save_pretrained",
         "shard",
         "train_step",
     }

@@ -27,30 +27,32 @@ def test_the_tree_lists_every_file_and_no_other():
 
 
 @pytest.fixture(scope="module")
-def help_text():
-    run = subprocess.run(
-        [sys.executable, ROOT / "recipes/lora_fsdp.py", "--help"], capture_output=True, text=True, check=True
-    )
-    return set(re.findall(r"--[a-z][\w.-]*", run.stdout))
+def flags():
+    """Of every training recipe."""
+
+    def of(recipe):
+        run = subprocess.run([sys.executable, recipe, "--help"], capture_output=True, text=True, check=True)
+        return set(re.findall(r"--[a-z][\w.-]*", run.stdout))
+
+    return {recipe.name: of(recipe) for recipe in (ROOT / "recipes").glob("*_fsdp.py")}
 
 
-def test_every_flag_it_names_exists(help_text):
+def test_every_flag_it_names_exists(flags):
     table = README.split("## Coming from llama-recipes")[1].split("## The code")[0]
     cells = [row.split("|")[2:] for row in table.splitlines() if row.startswith("| `--")]
     assert len(cells) > 20
     named = set()
     for ours, changed in ((c[0], c[1]) for c in cells):
         named |= set(re.findall(r"--[a-z][\w.-]*[a-z]", ours))
-        named |= set(re.findall(r"--(?:data|train|eval|optim|fsdp|log|lora)\.[\w.-]*[a-z]", changed))
-    for command in commands():
-        named |= {word for word in command if word.startswith("--") and word != "--nproc_per_node"}
+        named |= set(re.findall(r"--(?:data|train|eval|optim|fsdp|log|lora|adapter)\.[\w.-]*[a-z]", changed))
     assert len(named) > 20
-    assert not named - help_text
-
-
-def commands():
+    assert not named - set.union(*flags.values())
     lines = "\n".join(CODE).replace("\\\n", " ").splitlines()
-    return [shlex.split(line) for line in lines if "recipes/lora_fsdp.py --" in line]
+    commands = [shlex.split(line) for line in lines if re.search(r"recipes/\w+_fsdp.py --", line)]
+    assert len(commands) == 4
+    for command in commands:
+        recipe = next(Path(word).name for word in command if word.startswith("recipes/"))
+        assert not {word for word in command if word.startswith("--")} - flags[recipe] - {"--nproc_per_node"}
 
 
 def test_every_flag_the_recipe_has_for_a_default_of_the_seed_is_stated_truly():
