@@ -211,10 +211,11 @@ def choose_strategy(model: nn.Module, config: FsdpConfig, device: str) -> FsdpCo
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _local_world_size()
+    least = -all_reduce([-float(memory)], "max")[0]  # of any rank: all must choose the same
     size = {True: 0, False: 0}
     for parameter in model.parameters():
         size[parameter.requires_grad] += parameter.numel() * parameter.element_size()
-    replicate = size[False] > size[True] and size[False] + size[True] <= memory / 2 and not config.cpu_offload
+    replicate = size[False] > size[True] and size[False] + size[True] <= least / 2 and not config.cpu_offload
     return replace(config, strategy="no-shard" if replicate else "full-shard")
 
 
@@ -232,7 +233,10 @@ def make_mesh(config: FsdpConfig, device: str) -> DeviceMesh:
         raise UserError(
             f"--fsdp.shard-size {size} does not divide the {world_size} processes: each copy of the model needs as many"
         )
-    return init_device_mesh(device, (world_size // size, size), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(device, (world_size // size, size), mesh_dim_names=("replicate", "shard"))
+    for group in mesh.get_all_groups():  # new groups do not inherit the world's timeout
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=config.timeout_minutes), group)
+    return mesh
 
 
 def _local_world_size() -> int:

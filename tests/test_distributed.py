@@ -257,7 +257,9 @@ def impossible_meshes(mesh):
     for size, world in ((3, 4), (8, 4)):
         with pytest.raises(UserError, match=f"--fsdp.shard-size {size} does not divide the {world} processes"):
             make_mesh(FsdpConfig(strategy="hybrid-shard", shard_size=size), "cpu")
-    two = make_mesh(FsdpConfig(strategy="hybrid-shard", shard_size=2), "cpu")
+    two = make_mesh(FsdpConfig(strategy="hybrid-shard", shard_size=2, timeout_minutes=0.5), "cpu")
+    timeouts = {g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in two.get_all_groups()}
+    assert timeouts == {30}
     assert two.mesh_dim_names == ("replicate", "shard") and two.mesh.tolist() == [[0, 1], [2, 3]]
 
 
