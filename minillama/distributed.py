@@ -140,8 +140,9 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0) -> Ite
         raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use; try --device cpu")
     if device == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"process {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}")
+        wanted = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # so that rank 0 sees it too
+        if wanted > torch.cuda.device_count():
+            raise UserError(f"{wanted} processes on a machine with {torch.cuda.device_count()} GPUs: start one a GPU")
         torch.cuda.set_device(local_rank)
     backend = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}[device]
     if "RANK" in os.environ:
@@ -202,8 +203,8 @@ def set_dtypes(model: Llama, config: FsdpConfig) -> None:
 def choose_strategy(model: nn.Module, config: FsdpConfig, device: str) -> FsdpConfig:
     """config with "auto" resolved for a model whose dtypes are set.
 
-    A replicated frozen base is never gathered and has no gradient to exchange: nothing is faster where it fits. Half of
-    the device's memory is left to activations and to what is trained.
+    A replicated frozen base is never gathered and has no gradient to exchange: nothing is faster where it fits, with
+    what is trained (beside the weight its gradient, two moments and half a copy to compute with), in half the memory.
     """
     if config.strategy != "auto":
         return config
@@ -215,7 +216,7 @@ def choose_strategy(model: nn.Module, config: FsdpConfig, device: str) -> FsdpCo
     size = {True: 0, False: 0}
     for parameter in model.parameters():
         size[parameter.requires_grad] += parameter.numel() * parameter.element_size()
-    replicate = size[False] > size[True] and size[False] + size[True] <= least / 2 and not config.cpu_offload
+    replicate = size[False] > size[True] and size[False] + 4.5 * size[True] <= least / 2 and not config.cpu_offload
     return replace(config, strategy="no-shard" if replicate else "full-shard")
 
 
@@ -228,11 +229,19 @@ def make_mesh(config: FsdpConfig, device: str) -> DeviceMesh:
     world_size = dist.get_world_size()
     if config.strategy not in ("no-shard", "hybrid-shard"):
         return init_device_mesh(device, (world_size,), mesh_dim_names=("shard",))
-    size = 1 if config.strategy == "no-shard" else config.shard_size or _local_world_size()
-    if world_size % size:
-        raise UserError(
-            f"--fsdp.shard-size {size} does not divide the {world_size} processes: each copy of the model needs as many"
-        )
+    size = 1
+    if config.strategy == "hybrid-shard":
+        size = config.shard_size or _local_world_size()
+        least, most = all_reduce([-float(size), float(size)], "max")
+        if -least != most or (not config.shard_size and world_size > 1 and "LOCAL_WORLD_SIZE" not in os.environ):
+            raise UserError(
+                "--fsdp.shard-size must be given: the machines do not all say, alike, how many processes run"
+            )
+        if world_size % size:
+            raise UserError(
+                f"--fsdp.shard-size {size} does not divide the {world_size} processes: give the number that are to hold "
+                "one copy of the model together"
+            )
     mesh = init_device_mesh(device, (world_size // size, size), mesh_dim_names=("replicate", "shard"))
     for group in mesh.get_all_groups():  # new groups do not inherit the world's timeout
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=config.timeout_minutes), group)

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -235,13 +235,23 @@ def from_pretrained(
 # Hugging Face folders out
 
 
-def save_pretrained(model: Llama, folder: str | Path, base: str | Path, tokenizer: str | Path | None = None) -> None:
+def save_pretrained(
+    model: Llama,
+    folder: str | Path,
+    base: str | Path,
+    tokenizer: str | Path | None = None,
+    *,
+    unchanged: Collection[str] = (),
+) -> None:
     """Writes a trained model, sharded or not, as a Hugging Face folder that transformers loads: whole, or not at all.
 
     Every rank must call it; with or without a process group. Parameters are gathered one at a time, and only rank 0
     keeps them, until they fill a file. Each tensor is cast to its dtype in `base`, the folder that the model was loaded
     from; the model itself stays as it is. The config and generation settings are copied from `base` too, and so are the
     tokenizer's files, unless `tokenizer` is given: another folder, or the tokenizer.json or tokenizer.model in it.
+
+    unchanged: names of parameters to be copied from `base`, as those are that never trained: in the model they may have
+    been rounded to the dtype it computes in.
 
     Raises UserError, on every rank, for a model with adapter parameters, a `base` of other shapes or one that `folder`
     would overwrite, and for what goes wrong on the disk.
@@ -254,7 +264,8 @@ def save_pretrained(model: Llama, folder: str | Path, base: str | Path, tokenize
         )
     if base.is_relative_to(folder):
         raise UserError(f"{folder} cannot be written: the base model is there, and its files are needed")
-    dtypes = {name: _dtype(file, name) for name, file in check_weights(model, base).items()}
+    sources = check_weights(model, base)
+    dtypes = {name: _dtype(file, name) for name, file in sources.items()}
     copies = {file: base / file for file in ("config.json", "generation_config.json")}
     copies |= _tokenizer_files(base if tokenizer is None else Path(tokenizer))
 
@@ -277,7 +288,8 @@ def save_pretrained(model: Llama, folder: str | Path, base: str | Path, tokenize
         if len(parts) > 1:
             on_disk(_write_json, path / "model.safetensors.index.json", index)
         for file, names in files.items():
-            on_disk(_write_tensors, path / file, {name: _gather(parameters[name], dtypes[name]) for name in names})
+            tensors = {name: _gather(parameters[name], dtypes[name]) for name in names if name not in unchanged}
+            on_disk(_write_tensors, path / file, tensors, {name: sources[name] for name in names if name in unchanged})
 
 
 def _tokenizer_files(path: Path) -> dict[str, Path]:
@@ -357,7 +369,10 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+def _write_tensors(file: Path, tensors: dict[str, Tensor], copied: dict[str, Path] | None = None) -> None:
+    for name, source in (copied or {}).items():
+        with _open(source) as there:
+            tensors[name] = there.get_tensor(name)
     save_file(tensors, file, metadata={"format": "pt"})
     file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
 

@@ -11,6 +11,9 @@ IGNORE = -100
 CHUNK_BYTES = 128 * 2**20
 """Size of the one piece of fp32 logits held at a time."""
 
+CHUNK_ROWS = 4096
+"""At most: the weight's gradient of a chunk, a sum over its rows, is made in the weight's dtype, which may be fp16."""
+
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Sum over all labels but -100 of -log softmax(hidden @ weight.T)[label], in nats: () fp32.
@@ -36,7 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if x_needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
-        chunk = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        chunk = min(max(1, CHUNK_BYTES // (4 * weight.shape[0])), CHUNK_ROWS)
         for start in range(0, x.shape[0], chunk):
             x_chunk, target = x[start : start + chunk], targets[start : start + chunk, None]
             logits = (x_chunk @ weight.T).float()
@@ -51,11 +54,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(error, weight, out=grad_x[start : start + chunk])
             if grad_weight is not None:
                 grad_weight += error.T @ x_chunk
-        ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(grad_x, grad_weight)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         # in fp32: grad_loss, 1 / trained tokens, would be rounded alike for the whole gradient
-        grad_x, grad_weight = (None if g is None else (g.float() * grad_loss).to(g.dtype) for g in ctx.saved_tensors)
+        grad_x, grad_weight = ctx.saved_tensors
+        grad_x = None if grad_x is None else (grad_x.float() * grad_loss).to(grad_x.dtype)
+        # cast only now: a sum over all rows, not yet divided by their number, can be beyond fp16
+        grad_weight = None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype)
         return grad_x, grad_weight, None, None

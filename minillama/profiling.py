@@ -9,7 +9,8 @@ from minillama.model import Llama
 
 MFU_FORMULA = (
     "FLOPs needed / seconds / (processes x measured matmul FLOP/s); needed: a token 4 a weight, 6 if it trains\n"
-    "            (the head: trained tokens only), a row of L tokens 6 x heads x head_dim x L^2 a layer; no recomputation"
+    "            (the head: trained tokens only), a row of L tokens 6 x heads x head_dim x L^2 a layer; a third of 6 below\n"
+    "            the first block that trains; no recomputation"
 )
 
 
@@ -19,19 +20,18 @@ def step_flops(model: Llama, tokens: int, trained: int, squares: int) -> float:
     tokens: all but padding; trained: labels; squares: sum of the squared lengths of the documents. A frozen embedding
     costs nothing. Counts whole parameters, also of a sharded model.
     """
-    body = head = 0
-    for name, parameter in model.named_parameters():
-        if parameter.ndim != 2:
-            continue
-        cost = parameter.numel() * (6 if parameter.requires_grad else 4)
-        if parameter is model.lm_head.weight:
-            head = cost
-        elif not name.endswith("embed_tokens.weight"):
-            body += cost
-    config = model.config
+    config, trunk = model.config, model.model
     assert config.head_dim
-    attention = 6 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * squares
-    return float(body * tokens + head * trained + attention)
+    body = attention = 0
+    backward = trunk.embed_tokens.weight.requires_grad  # whether gradients flow into the block
+    for block in trunk.layers:
+        backward = backward or any(parameter.requires_grad for parameter in block.parameters())
+        for name, parameter in block.named_parameters():
+            if parameter.ndim == 2 and "prompt" not in name:
+                body += parameter.numel() * (6 if parameter.requires_grad else 4 if backward else 2)
+        attention += (6 if backward else 2) * config.num_attention_heads * config.head_dim
+    head = model.lm_head.weight.numel() * (6 if model.lm_head.weight.requires_grad else 4)
+    return float(body * tokens + head * trained + attention * squares)
 
 
 def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:

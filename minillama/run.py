@@ -57,8 +57,8 @@ class RunConfig:
             raise UserError(f"--seed {self.seed}: must be at least 0 and below 2^32")
         if self.fsdp.precision == "fp16" and self.optim.kind == "anyprecision":
             raise UserError(
-                "--fsdp.precision fp16 with --optim.kind anyprecision: fp16 keeps fp32 parameters, for which adamw is "
-                "made; give --optim.kind adamw, or --fsdp.precision bf16"
+                "--fsdp.precision fp16 with --optim.kind anyprecision is not supported: give --optim.kind adamw, or "
+                "--fsdp.precision mixed or bf16"
             )
 
 
@@ -132,7 +132,11 @@ def saved_flags(config_class: type[Config]) -> Config | None:
         return kind(**read)
 
     try:
-        return build(config_class, json.loads(file.read_text())["flags"], "")
+        flags = json.loads(file.read_text())["flags"]
+        hints, shared = get_type_hints(config_class).keys(), get_type_hints(RunConfig).keys()
+        if others := (hints - shared) ^ (flags.keys() - shared):
+            raise UserError(f"--config {file} is of another recipe: only one of the two has --{min(others)}")
+        return build(config_class, flags, "")
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"--config {file} is not the run.json of a run ({error!r})") from None
 
@@ -171,23 +175,34 @@ def summary(
         f"precision {fsdp.precision}, recompute {fsdp.recompute}",
     ]
     for name, packed in (("training", train), ("validation", validation)):
-        batch = config.train.batch_size if packed is train else config.eval.batch_size
-        lines.append(f"{name:11} {'none' if packed is None else _described(packed, model, batch)}")
-    lines.append(f"steps       {count_steps(train, config.train, mesh.size())}")
+        batch, accumulate = config.eval.batch_size, 1
+        if packed is train:
+            batch, accumulate = config.train.batch_size, config.train.accumulate
+        described = "none" if packed is None else _described(packed, model, batch, mesh.size(), accumulate)
+        lines.append(f"{name:11} {described}")
+    optim = config.optim
+    lines.append(
+        f"steps       {count_steps(train, config.train, mesh.size())}, {optim.kind}, learning rate {optim.lr:g} "
+        f"({optim.schedule}, {optim.warmup_steps} steps of warmup), weight decay {optim.weight_decay:g}"
+    )
     lines.append(f"output      {config.output_dir}")
     lines.append(f"mfu         {MFU_FORMULA}")
     return "\n".join(lines)
 
 
-def _described(packed: Packed, model: Llama, batch_size: int) -> str:
+def _described(packed: Packed, model: Llama, batch_size: int, world_size: int, accumulate: int) -> str:
     lengths = packed.documents.lengths[[i for pack in packed.packs for i in pack]]
     text = f"{len(lengths)} rows, {packed.tokens:,} tokens, "
     if packed.batching == "padding":
-        text += f"batches of {batch_size} padded to the longest ({packed.padded_efficiency(batch_size, 1, 1):.1%} full)"
+        efficiency = packed.padded_efficiency(batch_size, world_size, accumulate)
+        text += f"batches of {batch_size} padded to the longest ({efficiency:.1%} full)"
     else:
         text += f"{len(packed.packs)} packs of {packed.context_length} ({packed.efficiency:.1%} full)"
     if packed.truncated:
-        text += f"; {packed.truncated} TRUNCATED to {packed.context_length}"
+        untrained = sum(not packed.documents[i][1].any() for i in range(len(packed.documents)))
+        text += (
+            f"; {packed.truncated} TRUNCATED to {packed.context_length}, {untrained} rows with NOTHING left to train"
+        )
     if packed.dropped:
         text += f"; {packed.dropped} longer than that DROPPED"
     if (longest := max(lengths)) > (limit := model.config.max_position_embeddings):

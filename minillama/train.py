@@ -135,9 +135,7 @@ def train_step(
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     if scaler:
         torch._foreach_mul_([local(gradient) for gradient in gradients], 1 / scale)
-    norm = nn.utils.get_total_norm(gradients)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norm = gradient_norm(gradients)
     if clip_norm:
         nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
     finite = scaler is None or bool(norm.isfinite())
@@ -147,6 +145,15 @@ def train_step(
         scaler.update(finite)
     optimizer.zero_grad()
     return total, norm
+
+
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """L2 norm of all gradients together, sharded or not, computed in fp32 whatever their dtype: ()."""
+    norms = torch._foreach_norm([local(gradient) for gradient in gradients], 2, torch.float32)
+    squared = torch.stack(norms).square().sum()
+    if isinstance(gradients[0], DTensor):  # replicas hold the same
+        dist.all_reduce(squared, group=gradients[0].device_mesh.get_group("shard"))
+    return squared.sqrt()
 
 
 def batch_loss(model: nn.Module, batch: Batch) -> Tensor:

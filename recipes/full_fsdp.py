@@ -40,7 +40,7 @@ from minillama.train import count_steps, eval_batches, evaluate, steps, train_st
 class Config(RunConfig):
     """Fine-tune all weights of a Llama, or all but the first blocks, under FSDP2."""
 
-    optim: OptimConfig = OptimConfig(lr=2e-5)  # a fifth of LoRA's: all weights move
+    optim: OptimConfig = OptimConfig(lr=2e-5)
 
 
 def freeze_first(model: Llama, count: int) -> None:
@@ -98,7 +98,8 @@ def main(config: Config) -> None:
                 run_evaluation(step.number + 1)
         metrics.close()
 
-        save_pretrained(model, config.output_dir / "model", config.model, config.tokenizer)
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        save_pretrained(model, config.output_dir / "model", config.model, config.tokenizer, unchanged=frozen)
         say(f"model: {config.output_dir / 'model'}, in Hugging Face's format")
         if rank() == 0:
             plot_loss(config.output_dir / "metrics.jsonl", config.output_dir / "loss.png")

@@ -41,15 +41,12 @@ class Config(RunConfig):
     """Fine-tune a Llama with llama-adapter under FSDP2."""
 
     adapter: LlamaAdapterConfig = LlamaAdapterConfig()
-    optim: OptimConfig = OptimConfig(lr=5e-3)  # the gate starts at 0 and has far to go
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.train.freeze_layers:
-            raise UserError("--train.freeze-layers is for full_fsdp.py: under llama-adapter the whole base is frozen")
+    optim: OptimConfig = OptimConfig(lr=5e-3)
 
 
 def main(config: Config) -> None:
+    if config.train.freeze_layers:
+        raise UserError("--train.freeze-layers is for full_fsdp.py: under llama-adapter the whole base is frozen")
     with process_group(config.device, config.fsdp.timeout_minutes) as device:
         with torch.device("meta"):
             model = Llama(read_config(config.model))

@@ -43,13 +43,10 @@ class Config(RunConfig):
 
     lora: LoraConfig = LoraConfig()
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.train.freeze_layers:
-            raise UserError("--train.freeze-layers is for full_fsdp.py: under LoRA the whole base is frozen")
-
 
 def main(config: Config) -> None:
+    if config.train.freeze_layers:
+        raise UserError("--train.freeze-layers is for full_fsdp.py: under LoRA the whole base is frozen")
     with process_group(config.device, config.fsdp.timeout_minutes) as device:
         with torch.device("meta"):
             model = Llama(read_config(config.model))

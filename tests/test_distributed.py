@@ -254,8 +254,14 @@ def test_no_shard_leaves_a_frozen_base_alone(tiny_folder):
 
 
 def impossible_meshes(mesh):
+    for local_sizes in ("2211", None):  # machines with 2, 1 and 1 processes; a launcher that does not say
+        os.environ["LOCAL_WORLD_SIZE"] = (local_sizes or "2222")[dist.get_rank()]
+        if local_sizes is None:
+            del os.environ["LOCAL_WORLD_SIZE"]
+        with pytest.raises(UserError, match=r"--fsdp\.shard-size must be given"):
+            make_mesh(FsdpConfig(strategy="hybrid-shard"), "cpu")
     for size, world in ((3, 4), (8, 4)):
-        with pytest.raises(UserError, match=f"--fsdp.shard-size {size} does not divide the {world} processes"):
+        with pytest.raises(UserError, match=rf"--fsdp\.shard-size {size} does not divide the {world} processes"):
             make_mesh(FsdpConfig(strategy="hybrid-shard", shard_size=size), "cpu")
     two = make_mesh(FsdpConfig(strategy="hybrid-shard", shard_size=2, timeout_minutes=0.5), "cpu")
     timeouts = {g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in two.get_all_groups()}
@@ -282,7 +288,9 @@ def chosen(mesh, folder, memory):
 
 
 def test_auto_replicates_a_frozen_base_that_fits(tiny_folder):
-    size = 4 * sum(p.numel() for p in apply_lora(random_model(), LORA).parameters())
+    frozen = 4 * sum(p.numel() for p in random_model().parameters())
+    trained = 4 * sum(p.numel() for p in apply_lora(random_model(), LORA).parameters()) - frozen
+    size = int(frozen + 4.5 * trained)
     assert run_ranks(chosen, 2, tiny_folder, 4 * size)[0] == ["no-shard", "full-shard", "full-shard"]
     assert run_ranks(chosen, 2, tiny_folder, 4 * size - 8)[0] == ["full-shard"] * 3
 

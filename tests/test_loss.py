@@ -53,3 +53,13 @@ def test_bf16_sums_in_fp32():
     torch.testing.assert_close(
         loss.double(), F.cross_entropy(logits, labels.flatten(), reduction="sum"), rtol=1e-5, atol=0
     )
+
+
+def test_a_large_sum_over_rows_does_not_overflow_fp16():
+    """65,536 rows of |error * x| near 2 add up to more than fp16 holds before the mean is taken."""
+    x = torch.full((1, 2**16, 2), 2.0, dtype=torch.float16)
+    weight = torch.zeros(8, 2, dtype=torch.float16, requires_grad=True)
+    labels = torch.zeros(1, 2**16, dtype=torch.int64)
+    (linear_cross_entropy(x, weight, labels) / 2**16).backward()
+    expected = torch.tensor([[-1.75] * 2] + [[0.25] * 2] * 7)
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=1e-2, atol=0)

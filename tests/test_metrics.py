@@ -17,17 +17,19 @@ from minillama.profiling import count_parameters, matmul_rate, step_flops
 from minillama.train import batch_loss
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "full", "frozen below"])
 def test_flops_are_those_a_counter_sees(method):
     model = random_model()
     if method == "lora":
-        # targets in the first block: below the first trained weight no gradient is computed, which the formula ignores
         apply_lora(model.requires_grad_(False), LoraConfig(rank=4, targets=("all-linear",)))
+    if method == "frozen below":
+        model.model.embed_tokens.requires_grad_(False)
+        model.model.layers[:2].requires_grad_(False)
     packed = pack(documents_of([64]), 64, 0)
     batch = collate(packed, [0], 0, "cpu")
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it cannot see into the fused kernel
         batch_loss(model, batch).backward()
-    attention = 6 * 32 * 3 * 64**2
+    attention = (6 + 2 + 2 if method == "frozen below" else 18) * 32 * 64**2
     ours = step_flops(model, batch.count, batch.trained, batch.squares)
     weights = ours - attention
     by_op = counter.get_flop_counts()["Global"]

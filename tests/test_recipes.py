@@ -148,8 +148,8 @@ def test_full_fine_tuning_leaves_a_model_that_transformers_loads(run, tmp_path, 
 @pytest.mark.parametrize("tied", [False, True])
 def test_frozen_layers_stay_as_they_are(run, tmp_path, tied):
     folder = save_folder(random_model(tie_word_embeddings=tied), tmp_path / "base", tie_word_embeddings=tied)
-    flags = (*FAST, "--train.freeze-layers", 2, "--train.max-steps", 2, "--eval.no-enabled")
-    _, text, out = run(*flags, recipe="full", model=folder, world_size=2)
+    flags = ("--optim.lr", 0.02, "--train.freeze-layers", 2, "--train.max-steps", 2, "--eval.no-enabled")
+    _, text, out = run(*flags, recipe="full", model=folder, world_size=2)  # in mixed precision, from fp32 weights
     assert ("frozen      the first 2 blocks, and the embedding" + " with the tied head" * tied) in text
     before, after = (load_file(f / "model.safetensors") for f in (folder, out / "model"))
     assert before.keys() == after.keys()
@@ -203,6 +203,7 @@ def test_flags_of_a_run_again_with_config(run, tmp_path):
     )
     assert codes == [0], text
     assert [m["loss"] for m in metrics(first)[0]] == [m["loss"] for m in metrics(tmp_path / "second")[0]]
+    check_refused(*run("--config", first / "run.json", recipe="full"), "run.json is of another recipe")
 
 
 def test_logging_every_other_step_averages(run):

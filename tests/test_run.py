@@ -25,7 +25,7 @@ def test_flags_of_an_earlier_run(tmp_path, monkeypatch):
     file.write_text(json.dumps({"flags": dataclasses.asdict(flags)}))
     monkeypatch.setattr("sys.argv", ["x", "--optim.lr", "1", "--config", str(file)])
     assert saved_flags(Flags) == flags
-    file.write_text(json.dumps({"flags": {"model": "m", "optim": {"speed": 1}}}))
+    file.write_text(json.dumps({"flags": {"model": "m", "lora": {}, "optim": {"speed": 1}}}))
     with pytest.raises(UserError, match=r"no flag --optim.speed"):
         saved_flags(Flags)
     file.write_text("[]")

@@ -38,24 +38,26 @@ def trajectories(mesh, folder):
         for block in model.model.layers:
             block.register_forward_pre_hook(lambda _, args, to=tables: to.update(table.dtype for table in args[1]))
         scaler = LossScaler() if precision == "fp16" else None
-        losses, seen = [], set()
+        losses, seen, norms = [], set(), set()
         for step in steps(packed, config, 0, dist.get_rank(), dist.get_world_size()):
             batches = [collate(packed, packs, 0, "cpu") for packs in step.micro_batches]
             loss, norm = train_step(model, optimizer, batches, clip_norm=1.0, scaler=scaler)
             losses.append(loss.item())
             seen.add(norm.isfinite().item())
+            norms.add(norm.dtype)
         masters = {p.dtype for p in model.parameters()}
-        results[precision] = (losses, seen, masters, tables)
+        results[precision] = (losses, seen, masters, tables, norms)
     return results
 
 
 def test_every_precision_learns_the_same(tiny_folder):
     one, two = run_ranks(trajectories, 2, tiny_folder)
     assert one == two
+    assert all(norms == {torch.float32} for *_, norms in one.values())
     exact = torch.tensor(one["fp32"][0])
     assert exact[-1] < exact[0] - 1
     for precision, bound in {"mixed": 0.03, "bf16": 0.06, "fp16": 0.01}.items():
-        losses, finite, masters, tables = one[precision]
+        losses, finite, masters, tables, _ = one[precision]
         difference = (torch.tensor(losses) - exact).abs().max().item()
         assert 0 < difference < bound, (precision, difference)
         assert finite == {True}
