@@ -103,7 +103,7 @@ def user_errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if rank() == 0:
-            print("\ninterrupted: what is saved only at the end, was not", file=sys.stderr, flush=True)
+            print("\ninterrupted: --resume auto goes on from the last checkpoint, if any", file=sys.stderr, flush=True)
         sys.exit(130)
     except RuntimeError:
         if _someone_erred():  # the others are gone because of a mistake that one has named
@@ -161,10 +161,10 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0) -> Ite
         atexit.register(gc.collect)
 
 
-def on_rank_zero(task: Callable[[], T]) -> T | None:
+def on_rank_zero(task: Callable[[], T]) -> T:
     """Runs task on rank 0 while the others wait; if it raises there, every rank raises: UserError where it was an OSError.
 
-    Returns the task's result on rank 0, None elsewhere. Every rank must call it.
+    Returns the task's result on every rank. Every rank must call it.
     """
     result, failure = None, None
     if dist.get_rank() == 0:
@@ -172,13 +172,13 @@ def on_rank_zero(task: Callable[[], T]) -> T | None:
             result = task()
         except Exception as error:
             failure = error
-    problem = [None if failure is None else str(failure)]
-    dist.broadcast_object_list(problem, src=0)
+    answer: list[Any] = [None if failure is None else str(failure), result]
+    dist.broadcast_object_list(answer, src=0)
     if failure is not None and not isinstance(failure, (OSError, UserError)):
         raise failure
-    if problem[0] is not None:
-        raise UserError(problem[0])
-    return result
+    if answer[0] is not None:
+        raise UserError(answer[0])
+    return answer[1]
 
 
 def all_reduce(

@@ -1,5 +1,6 @@
 """Hugging Face folders in, each rank reading only what it holds, and out; PEFT adapter folders in and out."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -110,6 +111,17 @@ def _open(file: Path) -> Any:
 def _dtype(file: Path, name: str) -> torch.dtype:
     with _open(file) as tensors:
         return tensors.get_slice(name)[:1].dtype
+
+
+def weights_fingerprint(folder: str | Path) -> str:
+    """Tells base models apart by config, names, shapes, and the first row of each tensor: quick, however large they are."""
+    digest = hashlib.sha256(repr(read_config(folder)).encode())
+    for name, file in sorted(find_tensors(folder).items()):
+        with _open(file) as tensors:
+            rows = tensors.get_slice(name)
+            digest.update(f"{name} {rows.get_shape()} {rows.get_dtype()}".encode())
+            digest.update(rows[:1].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def check_weights(model: nn.Module, folder: str | Path) -> dict[str, Path]:
@@ -272,11 +284,7 @@ def save_pretrained(
     reshard(model)  # first: it is the sharded parameters that stay
     parameters = base_parameters(model)
     sizes = {name: p.numel() * dtypes[name].itemsize for name, p in parameters.items()}
-    parts: list[list[str]] = [[]]
-    for name, size in sizes.items():
-        if parts[-1] and sum(sizes[other] for other in parts[-1]) + size > MAX_FILE_BYTES:
-            parts.append([])
-        parts[-1].append(name)
+    parts = split_by_size(sizes, MAX_FILE_BYTES)
     files = {f"model-{i:05}-of-{len(parts):05}.safetensors": names for i, names in enumerate(parts, start=1)}
     if len(parts) == 1:
         files = {"model.safetensors": parts[0]}
@@ -289,7 +297,17 @@ def save_pretrained(
             on_disk(_write_json, path / "model.safetensors.index.json", index)
         for file, names in files.items():
             tensors = {name: _gather(parameters[name], dtypes[name]) for name in names if name not in unchanged}
-            on_disk(_write_tensors, path / file, tensors, {name: sources[name] for name in names if name in unchanged})
+            on_disk(write_tensors, path / file, tensors, {name: sources[name] for name in names if name in unchanged})
+
+
+def split_by_size(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """The names, in order, in groups of at most `limit` together, or of one name that is more."""
+    groups: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if groups[-1] and sum(sizes[other] for other in groups[-1]) + size > limit:
+            groups.append([])
+        groups[-1].append(name)
+    return groups
 
 
 def _tokenizer_files(path: Path) -> dict[str, Path]:
@@ -369,7 +387,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_tensors(file: Path, tensors: dict[str, Tensor], copied: dict[str, Path] | None = None) -> None:
+def write_tensors(file: Path, tensors: dict[str, Tensor], copied: dict[str, Path] | None = None) -> None:
     for name, source in (copied or {}).items():
         with _open(source) as there:
             tensors[name] = there.get_tensor(name)
@@ -413,7 +431,7 @@ def save_adapter(model: Llama, folder: str | Path, config: AdapterConfig, base_m
     settings = peft_config(config, base_model, model.config.num_hidden_layers)
     with _new_folder(Path(folder).resolve(), mark="adapter_config.json") as (path, on_disk):
         on_disk(_write_json, path / "adapter_config.json", settings)
-        on_disk(_write_tensors, path / "adapter_model.safetensors", tensors)
+        on_disk(write_tensors, path / "adapter_model.safetensors", tensors)
 
 
 def peft_config(config: AdapterConfig, base_model: str, num_layers: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from minillama.profiling import matmul_rate, peak_memory_gib, step_flops
 
 if TYPE_CHECKING:
     from minillama.run import RunConfig
-    from minillama.train import Step
+    from minillama.train import Progress, Step
 
 
 @dataclass(frozen=True)
@@ -48,33 +48,42 @@ class LogConfig:
 class Metrics:
     """Collects what each step did, and every `--log.every` steps makes one line of it, of all ranks together."""
 
-    def __init__(self, config: "RunConfig", model: Llama, device: str, steps: int) -> None:
+    def __init__(self, config: "RunConfig", model: Llama, device: str, steps: int, start: "Progress") -> None:
         output_dir, self.every, self.precision = config.output_dir, config.log.every, config.fsdp.precision
         self.model, self.device = model, device
         self.rate = matmul_rate(device, config.fsdp.compute_dtype)
-        self.file = (output_dir / "metrics.jsonl").open("w") if rank() == 0 else None
-        self.bar = tqdm(total=steps, desc="training", unit="step", disable=rank() != 0)
+        self.tokens = start.tokens - int(start.unlogged[2])  # of all lines so far
+        self.evaluated: dict[int, float] = {}  # step -> loss
+        self.file = _reopen(output_dir / "metrics.jsonl", start) if rank() == 0 else None
+        self.bar = tqdm(total=steps, initial=start.step, desc="training", unit="step", disable=rank() != 0)
         self.tensorboard = self.wandb = None
         if rank() == 0 and config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(output_dir / "tensorboard"))
+            self.tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start.step + 1)
         if rank() == 0 and config.log.wandb:
             import wandb
 
-            self.wandb = wandb.init(project="minillama", dir=str(output_dir), config=asdict(config))
-        self._reset()
+            run_id = json.loads((output_dir / "run.json").read_text())["id"]
+            self.wandb = wandb.init(
+                project="minillama", dir=str(output_dir), config=asdict(config), id=run_id, resume="allow"
+            )
+        self._reset(*(start.unlogged if rank() == 0 else ()))
 
-    def _reset(self) -> None:
-        self.loss_sum: Tensor | float = 0.0  # this rank's part: each step's loss times this rank's trained tokens
-        self.counts = [0, 0, 0]  # this rank's tokens, trained tokens and squares since the last line
+    def _reset(self, loss_sum: float = 0.0, seconds: float = 0.0, *counts: float) -> None:
+        # this rank's since the last line: each step's loss times its trained tokens; tokens, trained tokens and squares
+        self.loss_sum: Tensor | float = loss_sum
+        self.counts = [int(count) for count in counts] or [0, 0, 0]
+        self.seconds = seconds
         self.waited = 0.0
-        self.started = time.perf_counter()
+        self.started: float | None = None  # the clock
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Around what makes the step wait for its data."""
         started = time.perf_counter()
+        if self.started is None:
+            self.started = started
         yield
         self.waited += time.perf_counter() - started
 
@@ -83,23 +92,32 @@ class Metrics:
         """Around what does not count for the speed of the steps."""
         started = time.perf_counter()
         yield
-        self.started += time.perf_counter() - started
+        if self.started is not None:
+            self.started += time.perf_counter() - started
+
+    def _clock(self) -> float:
+        return self.seconds + (time.perf_counter() - self.started if self.started is not None else 0)
 
     def step(self, step: "Step", lr: float, loss: Tensor, norm: Tensor, batches: list[Batch]) -> None:
-        """Notes a step that has been made: its learning rate, what train_step returned, this rank's micro-batches."""
-        number = step.number + 1
-        self.loss_sum = self.loss_sum + loss * float(sum(batch.trained for batch in batches))
+        """Notes a step that has been made: its learning rate, what train_step returned, this rank's micro-batches.
+
+        Raises UserError, where it makes a line, if training has diverged.
+        """
+        # exact in fp64: losses have 24 bits, and so the sum does not depend on where a run was interrupted
+        self.loss_sum = self.loss_sum + loss.double() * sum(batch.trained for batch in batches)
+        self.norm = norm
         for batch in batches:
             for i, count in enumerate((batch.count, batch.trained, batch.squares)):
                 self.counts[i] += count
         self.bar.update()
-        if number % self.every and number != self.bar.total:
+        if (step.number + 1) % self.every and not step.is_last:
             return
+        number, seconds = step.number + 1, self._clock()
         loss_sum, grad_norm = float(self.loss_sum), norm.item()  # waits for the device
-        seconds = time.perf_counter() - self.started
         flops = step_flops(self.model, *self.counts)
         tokens, trained, flops, rate, loss_sum = all_reduce([*self.counts[:2], flops, self.rate, loss_sum])
         mean_loss = loss_sum / max(1, trained)
+        self.tokens += int(tokens)
         memory, waited, seconds = all_reduce([peak_memory_gib(self.device), self.waited, seconds], "max")
         self.bar.set_postfix(loss=f"{mean_loss:.4f}", tokens_per_s=f"{tokens / seconds:.0f}")
         self._write(
@@ -120,17 +138,35 @@ class Metrics:
         )
         if self.precision == "fp16" and math.isfinite(mean_loss) and not math.isfinite(grad_norm):
             self.say(f"step {number}: a gradient overflowed in fp16; the step is skipped and the loss scale halved")
-        elif not math.isfinite(mean_loss) or not math.isfinite(grad_norm):
-            self.close()
-            raise UserError(
-                f"step {number}: the loss is {mean_loss}, the gradient's norm {grad_norm}: training has diverged; "
-                "try a lower --optim.lr, --optim.warmup-steps or --train.clip-norm"
-            )
+        self._check(number, mean_loss, grad_norm)
         self._reset()
 
-    def evaluation(self, done: int, loss: float, tokens: int) -> None:
-        """Notes the loss on the validation set after `done` steps: mean nats a trained token over `tokens` of them."""
+    def _check(self, number: int, loss: float, grad_norm: float) -> None:
+        if math.isfinite(loss) and (math.isfinite(grad_norm) or self.precision == "fp16"):
+            return
+        self.close()
+        raise UserError(
+            f"step {number}: the loss is {loss}, the gradient's norm {grad_norm}: training has diverged; try a lower "
+            "--optim.lr, --optim.warmup-steps or --train.clip-norm"
+        )
+
+    def so_far(self, number: int) -> tuple[int, list[float]]:
+        """(Tokens trained on, Progress.unlogged) after the step of this number, for a checkpoint.
+
+        Raises UserError if training has diverged: such a state is not worth keeping.
+        """
+        [seconds] = all_reduce([self._clock()], "max")
+        loss_sum, *counts = all_reduce([float(self.loss_sum), *self.counts])
+        self._check(number, loss_sum, self.norm.item())
+        return self.tokens + int(counts[0]), [loss_sum, seconds, *counts]
+
+    def evaluation(self, done: int, result: tuple[float, int] | None) -> None:
+        """Notes the loss on the validation set after `done` steps: (mean nats a trained token, how many); None: nothing."""
+        if result is None:
+            return
+        loss, tokens = result
         perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()  # inf, not an error, where it is too large
+        self.evaluated[done] = loss
         self._write({"step": done, "eval_loss": loss, "eval_perplexity": perplexity, "eval_tokens": tokens})
         self.say(f"step {done}: validation loss {loss:.4f}, perplexity {perplexity:.3f} ({tokens} tokens)")
 
@@ -160,6 +196,22 @@ class Metrics:
             self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _reopen(file: Path, start: "Progress") -> TextIO:
+    """metrics.jsonl, to be appended to: without what a run wrote after the checkpoint that it now goes on from."""
+    kept = []
+    for text in file.read_text().splitlines() if file.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:  # cut off when the run was killed
+            continue
+        if line["step"] < start.step or (line["step"] == start.step and ("loss" in line or not start.evaluate)):
+            kept.append(text + "\n")
+    new = file.with_name(file.name + ".new")
+    new.write_text("".join(kept))
+    new.replace(file)
+    return file.open("a")
 
 
 def read_metrics(file: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:

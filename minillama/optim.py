@@ -48,7 +48,7 @@ class OptimConfig:
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable ones of `parameters`; its state is sharded as they are."""
+    """AdamW over the trainable ones of `parameters`; its state is sharded as they are, and there from the start."""
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -60,7 +60,12 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
         if members
     ]
     if config.kind == "adamw" and all(parameter.dtype == torch.float32 for parameter in trainable):
-        return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+        adamw = torch.optim.AdamW(groups, lr=config.lr, fused=True)
+        for parameter in trainable:  # as its first step would: a checkpoint is loaded into it before
+            step = torch.zeros((), device=local(parameter).device)
+            zeros = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
+            adamw.state[parameter] = {"step": step, **zeros}
+        return adamw
     moments = {"adamw": torch.float32, "anyprecision": torch.bfloat16}[config.kind]
     return CompensatedAdamW(groups, lr=config.lr, moments=moments)
 
@@ -96,6 +101,9 @@ class CompensatedAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.dtype not in (torch.float32, torch.bfloat16):
                     raise ValueError(f"a parameter is {parameter.dtype}: only float32 and bfloat16 are trained")
+                dtypes = self._state_dtypes(parameter)
+                zeros = {key: torch.zeros_like(parameter.detach(), dtype=dtype) for key, dtype in dtypes.items()}
+                self.state[parameter] = {"step": torch.tensor(0.0), **zeros}
 
     def _state_dtypes(self, parameter: Tensor) -> dict[str, torch.dtype]:
         """Of what the state holds beside `step`, an fp32 scalar on the CPU as in torch's optimizers."""
@@ -113,10 +121,6 @@ class CompensatedAdamW(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.tensor(0.0)
-                    for key, dtype in self._state_dtypes(parameter).items():
-                        state[key] = torch.zeros_like(parameter, dtype=dtype)
                 state["step"] += 1
                 tensors = [parameter, parameter.grad, *(state[key] for key in self._state_dtypes(parameter))]
                 for part in zip(*(local(tensor).view(-1).split(PART) for tensor in tensors), strict=True):

@@ -3,6 +3,7 @@
 Packing puts many documents into a pack. Padding makes each document a pack of its own and batches those of like length.
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -42,6 +43,17 @@ class Packed:
         """int64 (packs,): tokens in each pack"""
         starts = np.cumsum([0, *map(len, self.packs[:-1])])
         return np.add.reduceat(self.documents.lengths[list(chain.from_iterable(self.packs))], starts)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for the same tokens in the same packs, wherever they were read from."""
+        documents = self.documents
+        arrays = [documents.tokens, documents.trained, documents.offsets, self.lengths]
+        digest = hashlib.sha256(self.batching.encode())
+        for array in [*arrays, np.fromiter(chain.from_iterable(self.packs), np.int64)]:
+            digest.update(str((array.dtype, array.shape)).encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     @property
     def tokens(self) -> int:

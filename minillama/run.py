@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
 import time
+import uuid
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,16 +17,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from minillama.checkpoint import Checkpoint, CheckpointConfig, find_checkpoint, has_checkpoint, saved_steps
 from minillama.datasets import DataConfig, check_vocabulary, load_datasets
-from minillama.distributed import Device, FsdpConfig, on_rank_zero
+from minillama.distributed import Device, FsdpConfig, on_rank_zero, say
 from minillama.errors import UserError
+from minillama.hf import weights_fingerprint
 from minillama.metrics import LogConfig
 from minillama.model import Llama
 from minillama.optim import OptimConfig
 from minillama.packing import Packed, batch_documents
 from minillama.profiling import MFU_FORMULA, count_parameters
 from minillama.tokenizer import load_tokenizer
-from minillama.train import EvalConfig, TrainConfig, count_steps
+from minillama.train import EvalConfig, Progress, TrainConfig, count_steps
 
 Config = TypeVar("Config")
 
@@ -39,6 +43,9 @@ class RunConfig:
     """Folder for what the run leaves; made if need be."""
     tokenizer: Path | None = None
     """Folder or file of the tokenizer; None: the model's folder."""
+    resume: str = "none"
+    """none; auto: go on from the newest sound checkpoint of OUTPUT_DIR, or start if there is none; or DIR, the folder of
+    a checkpoint, or of a run whose newest it takes."""
     seed: int = 42
     """Decides what starts at random, the order of the data and the dropout."""
     device: Device = "auto"
@@ -50,6 +57,7 @@ class RunConfig:
     eval: EvalConfig = EvalConfig()
     optim: OptimConfig = OptimConfig()
     fsdp: FsdpConfig = FsdpConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
@@ -60,24 +68,50 @@ class RunConfig:
                 "--fsdp.precision fp16 with --optim.kind anyprecision is not supported: give --optim.kind adamw, or "
                 "--fsdp.precision mixed or bf16"
             )
+        if self.checkpoint.best and not self.eval.enabled:
+            raise UserError("--checkpoint.best needs the validation loss: give --eval.enabled")
 
 
-def start_run(config: RunConfig) -> None:
-    """Makes the output folder and writes run.json: the resolved flags and what they run on. Every rank must call it.
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts from."""
 
-    Raises UserError if the folder cannot be written, or holds an earlier run that got as far as a training step.
+    progress: Progress
+    checkpoint: Checkpoint | None
+    """None: the base model"""
+    fingerprints: dict[str, str]
+    """Of the base model and of the training data: what a run that resumes must find again"""
+
+
+def start_run(config: RunConfig, train: Packed) -> Start:
+    """Finds the checkpoint to resume from, makes the output folder and writes run.json: the resolved flags and what
+    they run on. Every rank must call it.
+
+    Raises UserError if the folder cannot be written or holds a run that is not to be resumed, and for a checkpoint that
+    is damaged, or of a run that this one could not continue.
     """
-    output_dir = config.output_dir
+    output_dir, resume = config.output_dir, config.resume
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and on_rank_zero(lambda: has_checkpoint(output_dir)):
+        resume = "auto"  # torchrun --max-restarts: the run goes on, whatever it started from
+    fingerprints = {
+        "model": on_rank_zero(lambda: weights_fingerprint(config.model)),
+        "data": train.fingerprint,
+    }
+    checkpoint = None if resume == "none" else find_checkpoint(resume, output_dir)
+    if checkpoint is None:
+        progress = config.train.begin(dist.get_world_size())
+    else:
+        progress = checkpoint.progress
+        for line in compare_flags(config, checkpoint, fingerprints):
+            say(line)
 
     def write() -> None:
-        metrics = output_dir / "metrics.jsonl"
-        done = (output_dir / "adapter").exists() or (output_dir / "model").exists()
-        if done or (metrics.exists() and '"loss"' in metrics.read_text()):
-            raise UserError(f"{output_dir} already holds a run: give another --output-dir, or remove that folder")
         run = {
+            "id": uuid.uuid4().hex,
             "command": sys.argv,
             "flags": asdict(config),
             "world_size": dist.get_world_size(),
+            "resumed_from": checkpoint and checkpoint.folder,
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -86,13 +120,93 @@ def start_run(config: RunConfig) -> None:
             "git_commit": _git_commit(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
+        file = output_dir / "run.json"
+        if _continues(output_dir, resume, checkpoint) and file.exists():
+            run["id"] = json.loads(file.read_text()).get("id", run["id"])
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
-            (output_dir / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n")
+            new = file.with_name("run.json.new")
+            new.write_text(json.dumps(run, indent=2, default=str) + "\n")
+            new.replace(file)
         except OSError as error:
             raise UserError(f"--output-dir {output_dir} cannot be written: {error.strerror}") from None
 
     on_rank_zero(write)
+    return Start(progress, checkpoint, fingerprints)
+
+
+def _continues(output_dir: Path, resume: str, checkpoint: Checkpoint | None) -> bool:
+    """Whether the run that output_dir holds, if any, is the one that goes on. Raises UserError if it must not."""
+    metrics = output_dir / "metrics.jsonl"
+    finished = (output_dir / "adapter").exists() or (output_dir / "model").exists()
+    trained = metrics.exists() and '"loss"' in metrics.read_text()
+    if checkpoint is not None and checkpoint.folder.resolve().parent == (output_dir / "checkpoints").resolve():
+        if newer := [step for step in saved_steps(output_dir) if step > checkpoint.progress.step]:
+            raise UserError(
+                f"--resume {resume}: {output_dir} holds a newer checkpoint, of step {newer[-1]}: remove it, or give "
+                "another --output-dir"
+            )
+        return True
+    if resume == "auto" and not finished:  # stopped before its first checkpoint: it starts again
+        return True
+    if finished or trained or has_checkpoint(output_dir):
+        raise UserError(
+            f"{output_dir} already holds a run: go on with it by --resume auto, if it has a checkpoint, give another "
+            "--output-dir, or remove that folder"
+        )
+    return False
+
+
+DECISIVE = ("seed", "optim.kind", "fsdp.precision", "train.freeze_layers", "lora.", "adapter.")
+"""Flags, or groups of them, without which a run cannot go on as it began."""
+HARMLESS = ("resume", "config", "output_dir", "lora.from_", "adapter.from_")
+"""Flags that a resumed run may well have otherwise, and not worth a word."""
+
+
+def compare_flags(config: RunConfig, checkpoint: Checkpoint, fingerprints: dict[str, str]) -> list[str]:
+    """What to tell of a run that resumes, with how its flags differ from those of the checkpoint.
+
+    Raises UserError where it could not continue: other data, samples a step, seed, base model, adapter, precision.
+    """
+    saved, progress = checkpoint.content, checkpoint.progress
+    before, now = _flat(saved["flags"]), _flat(json.loads(json.dumps(asdict(config), default=str)))
+    changed = {
+        name: f"--{name.replace('_', '-')} {now.get(name)} (was {before.get(name)})"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and name not in HARMLESS
+    }
+    refused = [text for name, text in changed.items() if name.startswith(DECISIVE)]
+    for what, flags in (("model", ("model",)), ("data", ("data.", "tokenizer"))):
+        if fingerprints[what] != saved["fingerprints"][what]:
+            named = [text for name, text in changed.items() if name.startswith(flags)]
+            refused += named or [f"the content of the {what} is not what it was"]
+    if refused:
+        raise UserError(
+            f"{checkpoint.folder} cannot be resumed with {', '.join(refused)}: give what it was made with, or start "
+            "anew in another --output-dir"
+        )
+    ranks, train = dist.get_world_size(), config.train
+    packs, packs_before = (f["train.batch_size"] * f["train.accumulate"] for f in (now, before))
+    if packs * ranks != progress.window and packs != packs_before:
+        fitting = progress.window / (train.batch_size * ranks)
+        remedy = f"--train.accumulate {fitting:.0f}" if fitting.is_integer() else "what it was made with"
+        raise UserError(
+            f"--train.batch-size {train.batch_size} x --train.accumulate {train.accumulate} x {ranks} processes are "
+            f"{packs * ranks} packs a step, and the steps of {checkpoint.folder} have {progress.window}: give {remedy}"
+        )
+    lines = [f"resumed     {checkpoint.folder}, after step {progress.step}"]
+    if ranks != saved["world_size"]:
+        lines[0] += f"; on {ranks} processes instead of {saved['world_size']}, with the same samples in each step"
+    if changed:
+        lines.append(f"changed     {', '.join(changed.values())}")
+    return lines
+
+
+def _flat(flags: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in flags.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def saved_flags(config_class: type[Config]) -> Config | None:
@@ -162,9 +276,15 @@ def load_data(config: RunConfig, model: Llama) -> tuple[Any, Packed, Packed | No
 
 
 def summary(
-    config: RunConfig, fsdp: FsdpConfig, mesh: DeviceMesh, model: Llama, train: Packed, validation: Packed | None
+    config: RunConfig,
+    fsdp: FsdpConfig,
+    mesh: DeviceMesh,
+    model: Llama,
+    train: Packed,
+    validation: Packed | None,
+    window: int,
 ) -> str:
-    """What a run is about to do, in a few lines. fsdp: config.fsdp with its strategy resolved."""
+    """What a run is about to do, in a few lines. fsdp: config.fsdp with its strategy resolved; window: packs a step."""
     total, trained = count_parameters(model)
     spread = fsdp.strategy + (f" of {mesh.size(1)}" if fsdp.strategy == "hybrid-shard" else "")
     if fsdp.strategy != config.fsdp.strategy:
@@ -182,7 +302,7 @@ def summary(
         lines.append(f"{name:11} {described}")
     optim = config.optim
     lines.append(
-        f"steps       {count_steps(train, config.train, mesh.size())}, {optim.kind}, learning rate {optim.lr:g} "
+        f"steps       {count_steps(train, config.train, window)}, {optim.kind}, learning rate {optim.lr:g} "
         f"({optim.schedule}, {optim.warmup_steps} steps of warmup), weight decay {optim.weight_decay:g}"
     )
     lines.append(f"output      {config.output_dir}")

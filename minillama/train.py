@@ -1,7 +1,7 @@
 """The numerics that must be the same in every recipe: one optimizer step, and the evaluation."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,10 @@ class TrainConfig:
             if not least <= getattr(self, name) < math.inf:
                 raise UserError(f"--train.{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
 
+    def begin(self, world_size: int) -> "Progress":
+        """Where a run on so many ranks starts, unless it resumes."""
+        return Progress(window=self.batch_size * self.accumulate * world_size)
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -65,6 +69,26 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a run has come: all that decides what its next step trains on, whoever takes it."""
+
+    window: int
+    """Packs a step"""
+    step: int = 0
+    """Optimizer steps made"""
+    epoch: int = 0
+    cursor: int = 0
+    """Packs of this epoch's order that were trained on, over all ranks"""
+    tokens: int = 0
+    """Trained on so far"""
+    unlogged: Sequence[float] = (0.0, 0.0, 0, 0, 0)
+    """Since the last line of metrics.jsonl, over all ranks: losses times trained tokens, seconds, tokens, trained tokens,
+    squares of the documents' lengths"""
+    evaluate: bool = True
+    """Whether an evaluation is due before the next step"""
+
+
+@dataclass(frozen=True)
 class Step:
     """One optimizer step to be made."""
 
@@ -72,6 +96,8 @@ class Step:
     """Counted from 0"""
     epoch: int
     """Counted from 0"""
+    cursor: int
+    """Packs of this epoch's order that are done when this step is"""
     progress: float
     """Epochs done when this step is, like 1.25"""
     ends_epoch: bool
@@ -81,24 +107,30 @@ class Step:
     """The packs of each micro-batch of this rank"""
 
 
-def count_steps(packed: Packed, config: TrainConfig, world_size: int) -> int:
-    """Optimizer steps of a run."""
-    per_epoch = -(-len(packed.packs) // (config.batch_size * config.accumulate * world_size))
+def count_steps(packed: Packed, config: TrainConfig, window: int) -> int:
+    """Optimizer steps of a run that takes `window` packs a step."""
+    per_epoch = -(-len(packed.packs) // window)
     return min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
 
 
-def steps(packed: Packed, config: TrainConfig, seed: int, rank: int, world_size: int) -> Iterator[Step]:
-    """What each step trains on. Every epoch takes every pack once, in an order of its own; its last step may be short."""
-    packs, window = len(packed.packs), config.batch_size * config.accumulate * world_size
-    number, total = 0, count_steps(packed, config, world_size)
-    for epoch in range(config.epochs):
+def steps(
+    packed: Packed, config: TrainConfig, seed: int, rank: int, world_size: int, start: Progress
+) -> Iterator[Step]:
+    """What each step from `start` on trains on.
+
+    Every epoch takes every pack once, in an order of its own; its last step may be short. A step's packs do not depend
+    on the number of ranks: each takes its share of them, in as many micro-batches of config.batch_size as that needs.
+    """
+    packs, window, number = len(packed.packs), start.window, start.step
+    total = count_steps(packed, config, window)
+    for epoch in range(start.epoch, config.epochs):
         order = packed.order(seed, epoch)
-        for cursor in range(0, packs, window):
-            if number == total:
+        for cursor in range(start.cursor if epoch == start.epoch else 0, packs, window):
+            if number >= total:
                 return
             mine = packed.micro_batches(order[cursor : cursor + window], config.batch_size, rank, world_size)
             end = min(cursor + window, packs)
-            yield Step(number, epoch, epoch + end / packs, end == packs, number + 1 == total, mine)
+            yield Step(number, epoch, end, epoch + end / packs, end == packs, number + 1 == total, mine)
             number += 1
 
 
@@ -162,20 +194,28 @@ def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], stopping: Callable[[], bool] = lambda: False
+) -> tuple[float, int] | None:
     """(Mean loss a trained token in nats, number of trained tokens) over the batches of all ranks.
 
-    Every rank must bring equally many. Raises UserError if there is nothing to predict.
+    Every rank must bring equally many. None once `stopping`, asked before each batch and of one mind on all ranks, says
+    so. Raises UserError if there is nothing to predict.
     """
     was_training = model.training
     model.eval()
     total, trained, device = torch.zeros((), dtype=torch.float64), 0, torch.device("cpu")
+    stopped = False
     for batch in batches:
+        if stopped := stopping():
+            break
         device = batch.tokens.device
         total = total.to(device) + batch_loss(model, batch)
         trained += batch.trained
     model.train(was_training)
     reshard(model)
+    if stopped:
+        return None
     loss, trained_everywhere = all_reduce([total.item(), trained], device=device)
     if not trained_everywhere:
         raise UserError("the validation set has no token to predict")

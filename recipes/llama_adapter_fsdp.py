@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import tyro
 
+from minillama.checkpoint import Checkpoints
 from minillama.distributed import (
     choose_strategy,
     initialise,
@@ -58,36 +59,42 @@ def main(config: Config) -> None:
         mesh = make_mesh(fsdp, device)
 
         tokenizer, train, validation = load_data(config, model)
-        start_run(config)
-        say(summary(config, fsdp, mesh, model, train, validation))
+        start = start_run(config, train)
+        say(summary(config, fsdp, mesh, model, train, validation, start.progress.window))
 
         shard(model, mesh, fsdp)
         materialise(model, "cpu" if fsdp.cpu_offload else device)
         initialise(model, config.seed, loaded=load_weights(model, config.model))
         optimizer = make_optimizer(model.parameters(), config.optim)
         scaler = LossScaler() if fsdp.precision == "fp16" else None
-        total = count_steps(train, config.train, mesh.size())
-        metrics = Metrics(config, model, device, total)
+        total = count_steps(train, config.train, start.progress.window)
+        metrics = Metrics(config, model, device, total, start.progress)
 
-        def run_evaluation(done: int) -> None:
-            if validation:
-                batches = eval_batches(validation, config.eval, tokenizer.pad_id, device, rank(), mesh.size())
-                with metrics.paused():
-                    metrics.evaluation(done, *evaluate(model, batches))
-
-        run_evaluation(0)
-        model.train()
         torch.manual_seed(config.seed + rank())  # dropout differs between ranks
-        for step in steps(train, config.train, config.seed, rank(), mesh.size()):
-            with metrics.waiting():
-                batches = [collate(train, packs, tokenizer.pad_id, device) for packs in step.micro_batches]
-            lr = learning_rate(step.number, step.epoch, total, config.optim)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss, norm = train_step(model, optimizer, batches, clip_norm=config.train.clip_norm, scaler=scaler)
-            metrics.step(step, lr, loss, norm, batches)
-            if config.eval.due(step):
-                run_evaluation(step.number + 1)
+        with Checkpoints(config, start, model, optimizer, scaler, device) as checkpoints:
+
+            def run_evaluation(done: int) -> None:
+                if validation:
+                    batches = eval_batches(validation, config.eval, tokenizer.pad_id, device, rank(), mesh.size())
+                    with metrics.paused():
+                        result = evaluate(model, batches, checkpoints.stopping)
+                    metrics.evaluation(done, result)
+
+            if start.progress.evaluate:
+                run_evaluation(start.progress.step)
+            checkpoints.leave_if_stopping()
+            model.train()
+            for step in steps(train, config.train, config.seed, rank(), mesh.size(), start.progress):
+                with metrics.waiting():
+                    batches = [collate(train, packs, tokenizer.pad_id, device) for packs in step.micro_batches]
+                lr = learning_rate(step.number, step.epoch, total, config.optim)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                loss, norm = train_step(model, optimizer, batches, clip_norm=config.train.clip_norm, scaler=scaler)
+                metrics.step(step, lr, loss, norm, batches)
+                if config.eval.due(step):
+                    run_evaluation(step.number + 1)
+                checkpoints.after(step, metrics)
         metrics.close()
 
         save_adapter(model, config.output_dir / "adapter", config.adapter, str(config.model.resolve()))

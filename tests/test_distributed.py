@@ -59,7 +59,7 @@ def train(mesh, folder, batch_size, accumulate, context, recompute="none"):
     config = TrainConfig(epochs=1, batch_size=batch_size, accumulate=accumulate)
     numbers = []
     for _ in range(3):
-        for step in steps(packed, config, 0, dist.get_rank(), dist.get_world_size()):
+        for step in steps(packed, config, 0, dist.get_rank(), mesh.size(), config.begin(mesh.size())):
             batches = [collate(packed, packs, 0, "cpu") for packs in step.micro_batches]
             loss, norm = train_step(model, optimizer, batches, clip_norm=0.5)
             numbers.append((loss.item(), norm.item()))

@@ -399,7 +399,7 @@ def fail_in_the_middle(mesh, base, out):
         write(file, tensors, copied)
 
     minillama.hf.MAX_FILE_BYTES = 30_000
-    write, minillama.hf._write_tensors = minillama.hf._write_tensors, full_disk
+    write, minillama.hf.write_tensors = minillama.hf.write_tensors, full_disk
     model = full_model(mesh, base)
     messages = []
     for folder in (out, base / "config.json/out"):

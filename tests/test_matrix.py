@@ -67,7 +67,7 @@ def train(kind, folder, accumulate=1, fsdp=None):
         epochs=STEPS, max_steps=STEPS, batch_size=WINDOW // world_size // accumulate, accumulate=accumulate
     )
     numbers = []
-    for step in steps(packed, config, 0, dist.get_rank(), world_size):
+    for step in steps(packed, config, 0, dist.get_rank(), world_size, config.begin(world_size)):
         batches = [collate(packed, packs, 0, "cpu") for packs in step.micro_batches]
         loss, norm = train_step(model, optimizer, batches, clip_norm=1.0)
         numbers.append((loss.item(), norm.item()))

@@ -86,8 +86,9 @@ def of_packs(batching, count):
 def test_an_epoch_takes_every_pack_once_and_no_split_changes_a_step(batching, count, world_size):
     packed = of_packs(batching, count)
     config = TrainConfig(epochs=2, batch_size=2, accumulate=24 // world_size // 2 or 1)
-    runs = [list(steps(packed, config, 5, rank, world_size)) for rank in range(world_size)]
-    assert {len(run) for run in runs} == {count_steps(packed, config, world_size)}
+    start = config.begin(world_size)
+    runs = [list(steps(packed, config, 5, rank, world_size, start)) for rank in range(world_size)]
+    assert {len(run) for run in runs} == {count_steps(packed, config, start.window)}
     for epoch in (0, 1):
         taken = [i for run in runs for s in run if s.epoch == epoch for m in s.micro_batches for i in m.tolist()]
         assert sorted(taken) == list(range(count))
@@ -140,7 +141,8 @@ def test_documents_of_one_length_keep_no_order():
 
 def test_max_steps_stops_in_mid_epoch():
     config, packed = TrainConfig(epochs=3, batch_size=2, max_steps=4), of_packs("packing", 5)
-    assert [s.number for s in steps(packed, config, 0, 0, 1)] == [0, 1, 2, 3] and count_steps(packed, config, 1) == 4
+    assert [s.number for s in steps(packed, config, 0, 0, 1, config.begin(1))] == [0, 1, 2, 3]
+    assert count_steps(packed, config, 2) == 4
 
 
 @pytest.mark.parametrize("world_size, accumulate", [(1, 1), (8, 1), (1, 8), (8, 4)])

@@ -69,7 +69,7 @@ FAST = ("--optim.lr", 0.02, "--optim.schedule", "constant", "--train.batch-size"
 def test_a_run_on_two_ranks_leaves_what_it_should(run, tiny_folder, data):
     codes, text, out = run(*FAST, "--train.epochs", 2, "--train.clip-norm", 1.0, world_size=2)
     assert codes == [0, 0], text
-    assert sorted(p.name for p in out.iterdir()) == ["adapter", "loss.png", "metrics.jsonl", "run.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["adapter", "checkpoints", "loss.png", "metrics.jsonl", "run.json"]
     trained, evaluated = metrics(out)
     packs = len(
         pack(
@@ -133,7 +133,7 @@ def test_full_fine_tuning_leaves_a_model_that_transformers_loads(run, tmp_path, 
         *FAST, "--optim.lr", 0.002, "--train.max-steps", 6, recipe="full", model=folder, world_size=2
     )
     assert codes == [0, 0], text
-    assert sorted(p.name for p in out.iterdir()) == ["loss.png", "metrics.jsonl", "model", "run.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoints", "loss.png", "metrics.jsonl", "model", "run.json"]
     evaluated = metrics(out)[1]
     assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"] - 0.1
     twin = AutoModelForCausalLM.from_pretrained(out / "model").eval()

@@ -39,7 +39,7 @@ def trajectories(mesh, folder):
             block.register_forward_pre_hook(lambda _, args, to=tables: to.update(table.dtype for table in args[1]))
         scaler = LossScaler() if precision == "fp16" else None
         losses, seen, norms = [], set(), set()
-        for step in steps(packed, config, 0, dist.get_rank(), dist.get_world_size()):
+        for step in steps(packed, config, 0, dist.get_rank(), mesh.size(), config.begin(mesh.size())):
             batches = [collate(packed, packs, 0, "cpu") for packs in step.micro_batches]
             loss, norm = train_step(model, optimizer, batches, clip_norm=1.0, scaler=scaler)
             losses.append(loss.item())
@@ -115,8 +115,8 @@ def test_a_gradient_that_always_overflows_ends_the_run(tiny_folder):
 def test_a_step_takes_its_share_of_an_epoch():
     packed = pack(documents_of([20] * 13), 20, 0)
     config = TrainConfig(epochs=2, batch_size=2, accumulate=2)
-    all_steps = [list(steps(packed, config, 0, rank, 2)) for rank in range(2)]
-    assert [len(s) for s in all_steps] == [count_steps(packed, config, 2)] * 2 == [4, 4]
+    all_steps = [list(steps(packed, config, 0, rank, 2, config.begin(2))) for rank in range(2)]
+    assert [len(s) for s in all_steps] == [count_steps(packed, config, 8)] * 2 == [4, 4]
     assert [(s.number, s.epoch, s.ends_epoch, s.is_last) for s in all_steps[0]] == [
         (0, 0, False, False),
         (1, 0, True, False),

@@ -1,0 +1,539 @@
+"""Training state on the disk: saved whole or not at all, checked before it is used, resumed on any number of processes."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import sys
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from minillama.distributed import all_reduce, on_rank_zero, rank, reshard, say
+from minillama.errors import UserError
+from minillama.hf import MAX_FILE_BYTES, split_by_size, write_tensors
+from minillama.model import Llama
+from minillama.optim import LossScaler
+from minillama.train import Progress, Step
+
+if TYPE_CHECKING:
+    from minillama.metrics import Metrics
+    from minillama.run import RunConfig, Start
+
+MARK = "checkpoint.json"
+"""Written last: what a checkpoint holds, with the size and the hash of each file, and a hash of itself."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The training state: trained parameters, optimizer, random numbers, place in the data."""
+
+    every: int = 0
+    """Steps between checkpoints; 0: after each epoch; -1: none, unless a signal stops the run."""
+    keep: int = 2
+    """The newest checkpoints that stay; 0: all."""
+    best: bool = False
+    """Save also after an evaluation with the lowest loss so far, and keep that one beside the newest."""
+    save_optimizer: bool = True
+    """Without, a checkpoint is a third of the size, and a resumed run does not continue exactly."""
+    format: Literal["sharded", "full"] = "sharded"
+    """sharded: torch.distributed.checkpoint's, each process writes its part. full: safetensors of whole tensors, that
+    need no process group to be read. A run resumes from either on any number of processes."""
+    async_save: bool = True
+    """Copy the state to host memory and write it while training goes on."""
+
+    def __post_init__(self) -> None:
+        if self.every < -1:
+            raise UserError(f"--checkpoint.every {self.every}: must be at least 1, or 0 or -1")
+        if self.keep < 0:
+            raise UserError(f"--checkpoint.keep {self.keep}: must be at least 1, or 0 for all")
+
+    def due(self, step: Step) -> bool:
+        """Whether to save once this step is made."""
+        if self.every == -1:
+            return False
+        return step.is_last or ((step.number + 1) % self.every == 0 if self.every else step.ends_epoch)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on the disk that was found to be sound."""
+
+    folder: Path
+    content: dict[str, Any]
+    """Of checkpoint.json"""
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(**self.content["progress"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding one
+
+
+def find_checkpoint(resume: str, output_dir: Path) -> Checkpoint | None:
+    """What --resume asks for, read through and sound: auto: the newest of output_dir, or None if there is none yet.
+
+    Otherwise `resume` is the folder of a checkpoint, or of a run, whose newest it takes. Every rank must call it.
+    Raises UserError, on every rank, for a folder without a sound checkpoint.
+    """
+    folder = output_dir if resume == "auto" else Path(resume)
+    candidates = on_rank_zero(lambda: _candidates(folder))
+    if not candidates and resume == "auto":
+        return None
+    if not candidates:
+        raise UserError(f"--resume {resume}: there is no checkpoint; give the folder of one, or of a run, or auto")
+    problems: list[tuple[Path, str]] = []
+    for candidate in candidates:
+        content, problem = _inspect(candidate)
+        if problem is None:
+            if resume == "auto":
+                on_rank_zero(lambda: _set_aside([path for path, _ in problems]))
+            return Checkpoint(candidate, content)
+        problems.append((candidate, problem))
+        say(f"checkpoint {candidate} is damaged: {problem}")
+    raise UserError(
+        f"no checkpoint of {folder} is sound: {'; '.join(f'{path.name}: {problem}' for path, problem in problems)}; "
+        "to start anew, remove them"
+    )
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """The folder itself if it is a checkpoint, else those of a run, newest first."""
+    if (folder / MARK).exists() or (folder / ".metadata").exists():
+        return [folder]
+    return list(reversed(saved_steps(folder).values()))
+
+
+def has_checkpoint(output_dir: Path) -> bool:
+    return bool(saved_steps(output_dir))
+
+
+def saved_steps(output_dir: Path) -> dict[int, Path]:
+    """The checkpoints of a run by step, in order. Unfinished ones have other names."""
+    folder = output_dir / "checkpoints"
+    paths = folder.glob("step-*") if folder.is_dir() else ()
+    found = {int(number): path for path in paths if (number := path.name.removeprefix("step-")).isdecimal()}
+    return dict(sorted(found.items()))
+
+
+def _set_aside(damaged: list[Path]) -> None:
+    """Gives damaged checkpoints a name under which they neither count as the newest nor make room for sound ones."""
+    for path in damaged:
+        aside = path.with_name(path.name + ".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        say(f"renamed it to {aside.name}")
+
+
+def _inspect(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """(checkpoint.json, what is wrong): all files are read and hashed, each by one of the ranks."""
+    content: dict[str, Any] = {}
+    try:
+        content = _read_mark(folder)
+        mine = sorted(content["files"])[dist.get_rank() :: dist.get_world_size()]
+        problem = next(filter(None, (_damage(folder / name, content["files"][name]) for name in mine)), None)
+    except _Damaged as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return content, next(filter(None, problems), None)
+
+
+class _Damaged(Exception):
+    pass
+
+
+def _read_mark(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / MARK).read_text())
+        content = content if isinstance(content, dict) else {}
+        if content.pop("sha256", None) == _hash_of(content):
+            return content
+    except FileNotFoundError:
+        raise _Damaged(f"{MARK} is missing, so it was not written to its end") from None
+    except ValueError:
+        pass
+    raise _Damaged(f"{MARK} was changed after it was written")
+
+
+def _hash_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _damage(file: Path, wanted: dict[str, Any]) -> str | None:
+    if not file.is_file():
+        return f"{file.name} is missing"
+    found = _described(file)
+    if found["bytes"] != wanted["bytes"]:
+        return f"{file.name} has {found['bytes']} bytes, not the {wanted['bytes']} that were written"
+    return None if found == wanted else f"{file.name} was changed after it was written"
+
+
+def _described(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving and loading
+
+
+class Checkpoints:
+    """The checkpoints of one run. Making it loads the one to resume from, if any, into model, optimizer and scaler.
+
+    Every rank must make it, and call its methods at the same places. From then on SIGTERM and SIGUSR1 no longer kill
+    the process: the running step ends, a checkpoint is written, and the process exits with 128 + the signal's number.
+    """
+
+    def __init__(
+        self,
+        config: "RunConfig",
+        start: "Start",
+        model: Llama,
+        optimizer: torch.optim.Optimizer,
+        scaler: LossScaler | None,
+        device: str,
+    ) -> None:
+        self.config, self.start = config, start
+        self.model, self.optimizer, self.scaler, self.device = model, optimizer, scaler, device
+        self.folder = config.output_dir / "checkpoints"
+        # Of its own, on the host: a checkpoint is written while the steps use the others.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=config.fsdp.timeout_minutes))
+        cuda = device == "cuda"
+        self.alone = dist.new_group([0], backend="gloo") if config.checkpoint.format == "full" else None
+        self.stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
+        self.writer = ThreadPoolExecutor(1)
+        self.writing: Future[None] | None = None
+        self.best: tuple[float, int] | None = None  # lowest evaluation loss, and the step it was found at
+        self.signal = 0  # that this process got
+        self.stopped_by = 0  # that any process got, as all have agreed
+        on_rank_zero(lambda: _remove_leftovers(self.folder))
+        if start.checkpoint is not None:
+            self._load(start.checkpoint)
+        self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signal = number
+
+    def _state(self, optimizer: bool) -> dict[str, dict[str, Tensor]]:
+        """What trains, by name; saved from and loaded into these very tensors."""
+        reshard(self.model)  # after an evaluation: it is the sharded parameters that train
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        state = {"model": {name: p.detach() for name, p in trained.items()}}
+        if optimizer:
+            state["optimizer"] = {
+                f"{name}.{key}": value for name, p in trained.items() for key, value in self.optimizer.state[p].items()
+            }
+        return state
+
+    def _random(self) -> dict[str, Tensor]:
+        """The state of this rank's generators. Random numbers are only used for dropout."""
+        states = {f"{rank()}.cpu": torch.get_rng_state()}
+        return states | {f"{rank()}.cuda": torch.cuda.get_rng_state()} if self.device == "cuda" else states
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        content, reader = checkpoint.content, _Reader(checkpoint.folder)
+        state = self._state(optimizer=content["optimizer"])
+        same_ranks = content["world_size"] == dist.get_world_size() and content["device"] == self.device
+        if same_ranks:
+            state["random"] = self._random()
+        problem = None
+        try:
+            if content["format"] == "sharded":
+                for part, tensors in state.items():
+                    _check_shapes(reader.read_metadata(), tensors, part, prefix=f"{part}.")
+                dcp.load(state, storage_reader=reader, process_group=self.group)
+            else:
+                for part, tensors in state.items():
+                    whole = dcp.HuggingFaceStorageReader(str(checkpoint.folder / part))
+                    _check_shapes(whole.read_metadata(), tensors, part, prefix="")
+                    dcp.load(tensors, storage_reader=whole, process_group=self.group)
+        except (dcp.api.CheckpointException, Exception) as error:
+            problem = _first_line(error)
+        self._all_or_none(problem, f"{checkpoint.folder} cannot be loaded")
+        if same_ranks:
+            torch.set_rng_state(state["random"][f"{rank()}.cpu"])
+            if self.device == "cuda":
+                torch.cuda.set_rng_state(state["random"][f"{rank()}.cuda"])
+        else:  # as good as any other, but not those that the run began with
+            torch.manual_seed(zlib.crc32(f"{self.config.seed} {checkpoint.progress.step} {rank()}".encode()))
+        if self.scaler and content["scaler"]:
+            self.scaler.load_state_dict(content["scaler"])
+        self.best = content["best"] and tuple(content["best"])
+        if not content["optimizer"]:
+            say("the checkpoint has no optimizer state: its moments start at zero")
+
+    def stopping(self) -> bool:
+        """Whether a signal has asked any rank to stop. Raises UserError if a checkpoint could not be written."""
+        if self.stopped_by:
+            return True
+        failed = self.writing is not None and self.writing.done() and self.writing.exception() is not None
+        self.stopped_by, any_failed = map(int, all_reduce([self.signal, failed], "max"))
+        if any_failed:
+            self._wait()
+        return self.stopped_by > 0
+
+    def leave_if_stopping(self) -> None:
+        """Ends the process, with the code that says so, if a signal has asked for it. Saves nothing."""
+        if self.stopping():
+            self._wait()
+            say(f"stopped by {signal.Signals(self.stopped_by).name}: to go on, the same command with --resume auto")
+            sys.exit(128 + self.stopped_by)
+
+    def after(self, step: Step, metrics: "Metrics") -> None:
+        """To be called after each step and its evaluation: saves if it is time to; ends the process on a signal."""
+        done = step.number + 1
+        loss = metrics.evaluated.get(done)
+        best = self.config.checkpoint.best and loss is not None and (self.best is None or loss < self.best[0])
+        if best:
+            assert loss is not None
+            self.best = (loss, done)
+        stopping = self.stopping()
+        if stopping or best or self.config.checkpoint.due(step):
+            tokens, unlogged = metrics.so_far(done)
+            with metrics.paused():
+                self.save(
+                    Progress(
+                        step=done,
+                        epoch=step.epoch,
+                        cursor=step.cursor,
+                        window=self.start.progress.window,
+                        tokens=tokens,
+                        unlogged=unlogged,
+                        evaluate=self.config.eval.due(step) and loss is None,
+                    )
+                )
+        self.leave_if_stopping()
+
+    def save(self, progress: Progress) -> None:
+        """Writes a checkpoint, or with async_save begins to. The one begun before is finished first."""
+        self._wait()
+        state = self._state(self.config.checkpoint.save_optimizer)
+        content = {
+            "progress": asdict(progress),
+            "world_size": dist.get_world_size(),
+            "device": self.device,
+            "format": self.config.checkpoint.format,
+            "optimizer": self.config.checkpoint.save_optimizer,
+            "scaler": self.scaler and self.scaler.state_dict(),
+            "best": self.best,
+            "flags": json.loads(json.dumps(asdict(self.config), default=str)),
+            "fingerprints": self.start.fingerprints,
+            "torch": torch.__version__,
+        }
+        state["random"] = self._random()
+        if self.config.checkpoint.async_save:
+            staged = self.stager.stage(state)
+            self.writing = self.writer.submit(self._write, staged, content)  # type: ignore[arg-type]
+        else:
+            self._write(state, content)
+
+    def _wait(self) -> None:
+        """Until the checkpoint begun before is written. Raises what went wrong with it."""
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            writing.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Finishes the checkpoint that is being written, and gives signals their old effect."""
+        try:
+            self._wait()
+        except UserError:
+            if kind is None:  # what is already going wrong is the cause, or worse
+                raise
+        finally:
+            self.writer.shutdown()
+            self.stager.close()
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+
+    def _write(self, state: dict[str, dict[str, Tensor]], content: dict[str, Any]) -> None:
+        """Writes aside; renames once all is on the disk. May run beside the steps, so it has a group of its own."""
+        final = self.folder / f"step-{content['progress']['step']:08}"
+        path = final.with_name(final.name + ".partial")
+        failed = f"{final} cannot be written"
+        try:
+            self._on_rank_zero(lambda: _make_empty(path), failed)
+            problem = None
+            try:
+                dcp.save(state, storage_writer=dcp.FileSystemWriter(path), process_group=self.group)
+            except (dcp.api.CheckpointException, Exception) as error:
+                problem = _first_line(error)
+            self._all_or_none(problem, failed)
+            if content["format"] == "full":
+                self._on_rank_zero(lambda: _consolidate(path, self.alone), failed)
+            described: list[dict[str, Any]] = [{}] * dist.get_world_size()
+            try:
+                mine = {str(f.relative_to(path)): _described(f) for f in _files_of(path, content["format"])}
+            except OSError as error:
+                mine, problem = {}, str(error)
+            self._all_or_none(problem, failed)
+            dist.all_gather_object(described, mine, group=self.group)
+            files = {name: file for one in described for name, file in one.items()}
+            self._on_rank_zero(lambda: self._finish(path, final, content | {"files": files}), failed)
+        except BaseException:
+            if rank() == 0:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+
+    def _finish(self, path: Path, final: Path, content: dict[str, Any]) -> None:
+        with (path / MARK).open("w") as file:
+            json.dump(content | {"sha256": _hash_of(json.loads(json.dumps(content)))}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        _remove(final)  # of a run that was resumed from before it
+        path.rename(final)
+        _sync_folder(self.folder)
+        keep, best = self.config.checkpoint.keep, content["best"]
+        steps = saved_steps(self.config.output_dir)
+        for number in list(steps)[:-keep] if keep else ():
+            if best is None or number != best[1]:
+                _remove(steps[number])
+
+    def _on_rank_zero(self, task: Callable[[], object], failed: str) -> None:
+        problem = None
+        if rank() == 0:
+            try:
+                task()
+            except Exception as error:
+                problem = _first_line(error)
+        self._all_or_none(problem, failed)
+
+    def _all_or_none(self, problem: str | None, failed: str) -> None:
+        """Raises UserError on every rank if one has a problem, or is gone."""
+        problems: list[str | None] = [None] * dist.get_world_size()
+        try:
+            dist.all_gather_object(problems, problem, group=self.group)
+        except RuntimeError as error:  # its connection is closed
+            raise UserError(f"{failed}: {problem or 'another process has ended'} ({_first_line(error)})") from None
+        for number, text in enumerate(problems):
+            if text is not None:
+                raise UserError(f"{failed}: {text} (rank {number})")
+
+
+class _Reader(dcp.FileSystemReader):
+    """DCP keeps its index as a pickle, which could run anything: this one makes nothing but what an index consists of."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (self.path / ".metadata").open("rb") as file:  # type: ignore[operator]
+            return _IndexUnpickler(file).load()
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        harmless = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+        if module == "torch":
+            harmless = name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
+        if module.startswith("pathlib"):
+            harmless = name.endswith("Path")
+        if harmless or (module, name) == ("torch.serialization", "_get_layout"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which has no place in an index")
+
+
+def _check_shapes(metadata: Metadata, tensors: Mapping[str, Tensor], part: str, prefix: str) -> None:
+    """Raises UserError unless this part of a checkpoint has exactly these tensors, in these shapes."""
+    saved = {
+        name.removeprefix(prefix): list(tensor.size)
+        for name, tensor in metadata.state_dict_metadata.items()
+        if name.startswith(prefix) and isinstance(tensor, TensorStorageMetadata)
+    }
+    wanted = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    problems = [f"{name} is missing" for name in wanted.keys() - saved.keys()]
+    if part != "random":  # of which each rank takes its own
+        problems += [f"{name} is not part of this run" for name in saved.keys() - wanted.keys()]
+    problems += [
+        f"{name} has shape {saved[name]}, not {wanted[name]}"
+        for name in saved.keys() & wanted.keys()
+        if saved[name] != wanted[name]
+    ]
+    if problems:
+        raise UserError(f"{part}: {'; '.join(sorted(problems)[:4])}{'; ...' if len(problems) > 4 else ''}")
+
+
+def _consolidate(path: Path, alone: dist.ProcessGroup | None) -> None:
+    """Turns what all ranks wrote into safetensors files of whole tensors, in a folder each for model, optimizer, random.
+
+    alone: a group of this process, which takes the memory of one file.
+    """
+    metadata = _Reader(path).read_metadata().state_dict_metadata
+    saved = {name: tensor for name, tensor in metadata.items() if isinstance(tensor, TensorStorageMetadata)}
+    for part in sorted({name.partition(".")[0] for name in saved}):
+        sizes = {
+            name: tensor.size.numel() * tensor.properties.dtype.itemsize
+            for name, tensor in saved.items()
+            if name.startswith(f"{part}.")
+        }
+        (path / part).mkdir()
+        for number, names in enumerate(split_by_size(sizes, MAX_FILE_BYTES), 1):
+            tensors = {name: torch.empty(saved[name].size, dtype=saved[name].properties.dtype) for name in names}
+            dcp.load(tensors, storage_reader=_Reader(path), process_group=alone)
+            file = path / part / f"{number:05}.safetensors"
+            write_tensors(file, {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()})
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
+    for file in (*path.glob("*.distcp"), path / ".metadata"):
+        file.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def _make_empty(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def _files_of(path: Path, format: str) -> list[Path]:
+    """Those that this rank has written, and so is to describe."""
+    if format == "full":
+        return [file for file in path.rglob("*") if file.is_file()] if rank() == 0 else []
+    return [*path.glob(f"__{rank()}_*.distcp"), *([path / ".metadata"] if rank() == 0 else [])]
+
+
+def _remove(checkpoint: Path) -> None:
+    """First its name, so that it is never found with a part of its files."""
+    if checkpoint.exists():
+        dying = checkpoint.with_name(checkpoint.name + ".deleted")
+        checkpoint.rename(dying)
+        shutil.rmtree(dying)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What a killed run had begun to write or to remove."""
+    for path in [*folder.glob("step-*.partial"), *folder.glob("step-*.deleted")]:
+        shutil.rmtree(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Names reach the disk too, before anything relies on them."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).strip() or repr(error)).splitlines()[0]
