@@ -291,9 +291,12 @@ class Checkpoints:
     def leave_if_stopping(self) -> None:
         """Ends the process, with the code that says so, if a signal has asked for it. Saves nothing."""
         if self.stopping():
-            self._wait()
-            say(f"stopped by {signal.Signals(self.stopped_by).name}: to go on, the same command with --resume auto")
-            sys.exit(128 + self.stopped_by)
+            self._leave()
+
+    def _leave(self) -> None:
+        self._wait()
+        say(f"\nstopped by {signal.Signals(self.stopped_by).name}: to go on, the same command with --resume auto")
+        sys.exit(128 + self.stopped_by)
 
     def after(self, step: Step, metrics: "Metrics") -> None:
         """To be called after each step and its evaluation: saves if it is time to; ends the process on a signal."""
@@ -318,7 +321,8 @@ class Checkpoints:
                         evaluate=self.config.eval.due(step) and loss is None,
                     )
                 )
-        self.leave_if_stopping()
+        if stopping:
+            self._leave()
 
     def save(self, progress: Progress) -> None:
         """Writes a checkpoint, or with async_save begins to. The one begun before is finished first."""

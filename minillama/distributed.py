@@ -28,6 +28,7 @@ from torch.utils.checkpoint import (
 
 from minillama.errors import UserError
 from minillama.model import Llama
+from minillama.rendezvous import fresh_store
 
 T = TypeVar("T")
 Device = Literal["auto", "cpu", "cuda"]
@@ -148,7 +149,9 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0) -> Ite
     if "RANK" in os.environ:
         if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
             raise UserError(f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK")
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        timeout = timedelta(minutes=timeout_minutes)
+        store, own_rank, world_size = fresh_store(timeout)
+        dist.init_process_group(backend, store=store, rank=own_rank, world_size=world_size, timeout=timeout)
     else:  # no launcher, so no address to meet at either
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from minillama.checkpoint import Checkpoint, CheckpointConfig, find_checkpoint, has_checkpoint, saved_steps
 from minillama.datasets import DataConfig, check_vocabulary, load_datasets
-from minillama.distributed import Device, FsdpConfig, on_rank_zero, say
+from minillama.distributed import Device, FsdpConfig, all_reduce, on_rank_zero, say
 from minillama.errors import UserError
 from minillama.hf import weights_fingerprint
 from minillama.metrics import LogConfig
@@ -91,8 +91,10 @@ def start_run(config: RunConfig, train: Packed) -> Start:
     is damaged, or of a run that this one could not continue.
     """
     output_dir, resume = config.output_dir, config.resume
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and on_rank_zero(lambda: has_checkpoint(output_dir)):
-        resume = "auto"  # torchrun --max-restarts: the run goes on, whatever it started from
+    # torchrun --max-restarts: the run goes on, whatever it started from. Only the node whose worker died counts up.
+    [restarts] = all_reduce([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))], "max")
+    if restarts and on_rank_zero(lambda: has_checkpoint(output_dir)):
+        resume = "auto"
     fingerprints = {
         "model": on_rank_zero(lambda: weights_fingerprint(config.model)),
         "data": train.fingerprint,
