@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from tqdm import tqdm
 
-from minillama.distributed import local, materialise, on_rank_zero, rank, reshard
+from minillama.distributed import like, local, materialise, on_rank_zero, rank, reshard
 from minillama.errors import UserError
 from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.lora import LoraConfig, apply_lora
@@ -464,45 +464,73 @@ def peft_config(config: AdapterConfig, base_model: str, num_layers: int) -> dict
     }
 
 
+def read_adapter_config(model: nn.Module, folder: str | Path) -> AdapterConfig:
+    """The config of a LoRA or llama-adapter folder in PEFT's format, ours or PEFT's own. model: the base, meta or not.
+
+    Raises UserError for settings of PEFT's that we do not know.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"the adapter folder {folder} does not exist")
+    settings = read_json(folder / "adapter_config.json")
+    match settings.get("peft_type"):
+        case "LORA":
+            return _lora_config(model, folder, settings)
+        case "ADAPTION_PROMPT":
+            return _llama_adapter_config(folder, settings)
+        case kind:
+            raise UserError(f"{folder}: peft_type {kind!r} is not supported, only LORA and ADAPTION_PROMPT are")
+
+
+def check_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Raises UserError unless the keys of an adapter folder are exactly the adapted model's, and have their shapes.
+
+    Reads the file's header only; the model may be on the meta device.
+    """
+    file, wanted = Path(folder) / "adapter_model.safetensors", adapter_parameters(model)
+    if not file.exists() and file.with_suffix(".bin").exists():
+        raise UserError(f"{folder} holds adapter_model.bin, a pickle: load it in peft and save it as safetensors")
+    with _open(file) as tensors:
+        there, names = set(tensors.keys()), {PEFT_PREFIX + name for name in wanted}
+        if there != names:
+            raise UserError(f"{file} does not fit the model: {_difference(names - there, there - names)}")
+        for name, parameter in wanted.items():
+            shape = tensors.get_slice(PEFT_PREFIX + name).get_shape()
+            expected = list(_as_peft(name, torch.empty(parameter.shape, device="meta")).shape)
+            if shape != expected:
+                raise UserError(f"{file} does not fit the model: {name} has shape {shape}, not {expected}")
+
+
+@torch.no_grad()
+def load_adapter_weights(model: nn.Module, folder: str | Path) -> set[str]:
+    """Fills the adapter parameters of a materialised model, sharded or not, from a folder in PEFT's format.
+
+    Returns their names. Raises UserError as check_adapter does, before it writes anything.
+    """
+    check_adapter(model, folder)
+    parameters = adapter_parameters(model)
+    with _open(Path(folder) / "adapter_model.safetensors") as tensors:
+        for name, parameter in parameters.items():
+            whole = tensors.get_tensor(PEFT_PREFIX + name).to(parameter.dtype).view(parameter.shape)
+            local(parameter).copy_(local(like(whole, parameter)))
+    return set(parameters)
+
+
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Adapts an unsharded base model with a LoRA or llama-adapter folder in PEFT's format, ours or PEFT's own.
 
     What is added is frozen. Raises UserError for a model that has an adapter already, for settings of PEFT's that we do
     not know, and if the folder's keys are not exactly the adapted model's, or their shapes differ.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"the adapter folder {folder} does not exist")
     if adapter := next(iter(adapter_parameters(model)), None):
         raise UserError(
             f"{folder}: the model has an adapter already ({adapter}): load one, into the base model, or merge_lora "
             "between two"
         )
-    settings = read_json(folder / "adapter_config.json")
-    config: AdapterConfig
-    match settings.get("peft_type"):
-        case "LORA":
-            config = _lora_config(model, folder, settings)
-        case "ADAPTION_PROMPT":
-            config = _llama_adapter_config(folder, settings)
-        case kind:
-            raise UserError(f"{folder}: peft_type {kind!r} is not supported, only LORA and ADAPTION_PROMPT are")
-    _adapt(model, config)
-    wanted = adapter_parameters(model)
-    file = folder / "adapter_model.safetensors"
-    with _open(file) as tensors:
-        there = set(tensors.keys())
-        names = {PEFT_PREFIX + name for name in wanted}
-        if there != names:
-            raise UserError(f"{file} does not fit the model: {_difference(names - there, there - names)}")
-        for name, parameter in wanted.items():
-            value, target = tensors.get_tensor(PEFT_PREFIX + name), _as_peft(name, parameter.data)
-            if value.shape != target.shape:
-                raise UserError(
-                    f"{file} does not fit the model: {name} has shape {list(value.shape)}, not {list(target.shape)}"
-                )
-            target.copy_(value)
-            parameter.requires_grad_(False)
+    _adapt(model, read_adapter_config(model, folder))
+    load_adapter_weights(model, folder)
+    for parameter in adapter_parameters(model).values():
+        parameter.requires_grad_(False)
     return model
 
 
