@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -399,6 +400,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], copied: dict[str, Path
 # PEFT's adapter folders: adapter_config.json and adapter_model.safetensors
 
 AdapterConfig = LoraConfig | LlamaAdapterConfig
+A = TypeVar("A", LoraConfig, LlamaAdapterConfig)
 
 
 def _adapt(model: nn.Module, config: AdapterConfig) -> nn.Module:
@@ -480,6 +482,28 @@ def read_adapter_config(model: nn.Module, folder: str | Path) -> AdapterConfig:
             return _llama_adapter_config(folder, settings)
         case kind:
             raise UserError(f"{folder}: peft_type {kind!r} is not supported, only LORA and ADAPTION_PROMPT are")
+
+
+def continue_adapter(flags: A, model: nn.Module, folder: str | Path) -> A:
+    """flags, an adapter's config, with what the adapter in `folder` has in place of the defaults. model: the base.
+
+    Raises UserError for a folder of another kind of adapter, and for a flag that is neither the default nor the folder's
+    value; only the dropout may change.
+    """
+    saved = read_adapter_config(model, folder)
+    if not isinstance(flags, type(saved)):
+        raise UserError(f"{folder} holds another kind of adapter: {saved}")
+    values = asdict(saved)
+    for field in fields(saved):
+        value, wanted = getattr(flags, field.name), values[field.name]
+        if value == field.default or value == wanted:
+            continue
+        if field.name != "dropout":
+            raise UserError(
+                f"{field.name} {value} was asked for, and the adapter in {folder} has {wanted}: leave it out"
+            )
+        values["dropout"] = value
+    return replace(flags, **values)
 
 
 def check_adapter(model: nn.Module, folder: str | Path) -> None:

@@ -7,7 +7,9 @@ DIR is a local folder in Hugging Face's format. Trains a prompt and a gate in th
 as PEFT's AdaptionPrompt, in OUTPUT_DIR/adapter, a line a step in metrics.jsonl, and loss.png. All flags: --help.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -27,7 +29,15 @@ from minillama.distributed import (
     user_errors,
 )
 from minillama.errors import UserError
-from minillama.hf import check_weights, load_weights, read_config, save_adapter
+from minillama.hf import (
+    check_adapter,
+    check_weights,
+    continue_adapter,
+    load_adapter_weights,
+    load_weights,
+    read_config,
+    save_adapter,
+)
 from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.metrics import Metrics, plot_loss
 from minillama.model import Llama
@@ -38,10 +48,16 @@ from minillama.train import count_steps, eval_batches, evaluate, steps, train_st
 
 
 @dataclass(frozen=True)
+class AdapterFlags(LlamaAdapterConfig):
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """Folder of a llama-adapter to start from, in PEFT's format; its prompt_len and layers are taken too."""
+
+
+@dataclass(frozen=True)
 class Config(RunConfig):
     """Fine-tune a Llama with llama-adapter under FSDP2."""
 
-    adapter: LlamaAdapterConfig = LlamaAdapterConfig()
+    adapter: AdapterFlags = AdapterFlags()
     optim: OptimConfig = OptimConfig(lr=5e-3)
 
 
@@ -53,7 +69,11 @@ def main(config: Config) -> None:
             model = Llama(read_config(config.model))
             model.requires_grad_(False)
         check_weights(model, config.model)
+        if config.adapter.from_:
+            config = replace(config, adapter=continue_adapter(config.adapter, model, config.adapter.from_))
         apply_llama_adapter(model, config.adapter)
+        if config.adapter.from_:
+            check_adapter(model, config.adapter.from_)
         set_dtypes(model, config.fsdp)
         fsdp = choose_strategy(model, config.fsdp, device)
         mesh = make_mesh(fsdp, device)
@@ -64,7 +84,11 @@ def main(config: Config) -> None:
 
         shard(model, mesh, fsdp)
         materialise(model, "cpu" if fsdp.cpu_offload else device)
-        initialise(model, config.seed, loaded=load_weights(model, config.model))
+        loaded = load_weights(model, config.model)
+        if config.adapter.from_:
+            loaded |= load_adapter_weights(model, config.adapter.from_)
+            say(f"adapter     starts from {config.adapter.from_}")
+        initialise(model, config.seed, loaded=loaded)
         optimizer = make_optimizer(model.parameters(), config.optim)
         scaler = LossScaler() if fsdp.precision == "fp16" else None
         total = count_steps(train, config.train, start.progress.window)

@@ -8,7 +8,9 @@ DIR is a local folder in Hugging Face's format: config.json, *.safetensors, toke
 in PEFT's format, in OUTPUT_DIR/adapter, a line a step in metrics.jsonl, and loss.png. All flags: --help.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -28,7 +30,15 @@ from minillama.distributed import (
     user_errors,
 )
 from minillama.errors import UserError
-from minillama.hf import check_weights, load_weights, read_config, save_adapter
+from minillama.hf import (
+    check_adapter,
+    check_weights,
+    continue_adapter,
+    load_adapter_weights,
+    load_weights,
+    read_config,
+    save_adapter,
+)
 from minillama.lora import LoraConfig, apply_lora
 from minillama.metrics import Metrics, plot_loss
 from minillama.model import Llama
@@ -39,10 +49,16 @@ from minillama.train import count_steps, eval_batches, evaluate, steps, train_st
 
 
 @dataclass(frozen=True)
+class LoraFlags(LoraConfig):
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """Folder of a LoRA to start from, in PEFT's format; its rank, alpha, targets and dropout are taken too."""
+
+
+@dataclass(frozen=True)
 class Config(RunConfig):
     """Fine-tune a Llama with LoRA under FSDP2."""
 
-    lora: LoraConfig = LoraConfig()
+    lora: LoraFlags = LoraFlags()
 
 
 def main(config: Config) -> None:
@@ -53,7 +69,11 @@ def main(config: Config) -> None:
             model = Llama(read_config(config.model))
             model.requires_grad_(False)
         check_weights(model, config.model)
+        if config.lora.from_:
+            config = replace(config, lora=continue_adapter(config.lora, model, config.lora.from_))
         apply_lora(model, config.lora)
+        if config.lora.from_:
+            check_adapter(model, config.lora.from_)
         set_dtypes(model, config.fsdp)
         fsdp = choose_strategy(model, config.fsdp, device)
         mesh = make_mesh(fsdp, device)
@@ -64,7 +84,11 @@ def main(config: Config) -> None:
 
         shard(model, mesh, fsdp)
         materialise(model, "cpu" if fsdp.cpu_offload else device)
-        initialise(model, config.seed, loaded=load_weights(model, config.model))
+        loaded = load_weights(model, config.model)
+        if config.lora.from_:
+            loaded |= load_adapter_weights(model, config.lora.from_)
+            say(f"adapter     starts from {config.lora.from_}")
+        initialise(model, config.seed, loaded=loaded)
         optimizer = make_optimizer(model.parameters(), config.optim)
         scaler = LossScaler() if fsdp.precision == "fp16" else None
         total = count_steps(train, config.train, start.progress.window)

@@ -126,6 +126,25 @@ def test_a_tied_model_too(run, tmp_path):
     assert evaluated[-1]["eval_loss"] == pytest.approx(loss_of(tuned, load_tokenizer(folder)), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "recipe, group, size", [("lora", "lora", ("rank", 3)), ("llama_adapter", "adapter", ("prompt-len", 3))]
+)
+def test_training_goes_on_from_an_adapter_folder(run, recipe, group, size):
+    flags = (*FAST, "--train.max-steps", 2, "--optim.lr", 0.1)
+    _, _, first = run(*flags, f"--{group}.{size[0]}", size[1], recipe=recipe, out="first")
+    start = (f"--{group}.from", first / "adapter")
+    codes, text, second = run(*flags, *start, recipe=recipe, out="second", world_size=2)
+    assert codes == [0, 0] and f"starts from {first}" in text
+    before, after = metrics(first)[1], metrics(second)[1]
+    assert abs(before[0]["eval_loss"] - before[-1]["eval_loss"]) > 1e-3
+    assert after[0]["eval_loss"] == pytest.approx(before[-1]["eval_loss"], rel=1e-6)
+    assert after[-1]["eval_loss"] != pytest.approx(after[0]["eval_loss"], rel=1e-4)  # it trains
+    configs = [json.loads((out / "adapter" / "adapter_config.json").read_text()) for out in (first, second)]
+    assert configs[0] == configs[1]
+    codes, text, _ = run(*flags, *start, f"--{group}.{size[0]}", 4, recipe=recipe, out="third")
+    assert codes == [1] and "4 was asked for" in text and "has 3: leave it out" in text
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_full_fine_tuning_leaves_a_model_that_transformers_loads(run, tmp_path, tied):
     folder = save_folder(random_model(tie_word_embeddings=tied), tmp_path / "base", tie_word_embeddings=tied)
