@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from minillama.metrics import Metrics
     from minillama.run import RunConfig, Start
 
+T = TypeVar("T")
 MARK = "checkpoint.json"
 """Written last: what a checkpoint holds, with the size and the hash of each file, and a hash of itself."""
 
@@ -285,17 +286,18 @@ class Checkpoints:
         failed = self.writing is not None and self.writing.done() and self.writing.exception() is not None
         self.stopped_by, any_failed = map(int, all_reduce([self.signal, failed], "max"))
         if any_failed:
-            self._wait()
+            self.finish()
         return self.stopped_by > 0
 
-    def leave_if_stopping(self) -> None:
+    def leave_if_stopping(self, metrics: "Metrics") -> None:
         """Ends the process, with the code that says so, if a signal has asked for it. Saves nothing."""
         if self.stopping():
-            self._leave()
+            self._leave(metrics)
 
-    def _leave(self) -> None:
-        self._wait()
-        say(f"\nstopped by {signal.Signals(self.stopped_by).name}: to go on, the same command with --resume auto")
+    def _leave(self, metrics: "Metrics") -> None:
+        self.finish()
+        metrics.close()
+        say(f"stopped by {signal.Signals(self.stopped_by).name}: to go on, the same command with --resume auto")
         sys.exit(128 + self.stopped_by)
 
     def after(self, step: Step, metrics: "Metrics") -> None:
@@ -322,11 +324,13 @@ class Checkpoints:
                     )
                 )
         if stopping:
-            self._leave()
+            self._leave(metrics)
+        if step.is_last and self.best is not None:
+            metrics.say(f"lowest validation loss {self.best[0]:.4f}: checkpoints/step-{self.best[1]:08}")
 
     def save(self, progress: Progress) -> None:
         """Writes a checkpoint, or with async_save begins to. The one begun before is finished first."""
-        self._wait()
+        self.finish()
         state = self._state(self.config.checkpoint.save_optimizer)
         content = {
             "progress": asdict(progress),
@@ -347,7 +351,7 @@ class Checkpoints:
         else:
             self._write(state, content)
 
-    def _wait(self) -> None:
+    def finish(self) -> None:
         """Until the checkpoint begun before is written. Raises what went wrong with it."""
         if self.writing is not None:
             writing, self.writing = self.writing, None
@@ -359,7 +363,7 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finishes the checkpoint that is being written, and gives signals their old effect."""
         try:
-            self._wait()
+            self.finish()
         except UserError:
             if kind is None:  # what is already going wrong is the cause, or worse
                 raise
@@ -382,23 +386,24 @@ class Checkpoints:
             except (dcp.api.CheckpointException, Exception) as error:
                 problem = _first_line(error)
             self._all_or_none(problem, failed)
+            names = self._gather([file.name for file in _files_of(path)])
+            self._on_rank_zero(lambda: _check_shared(path, names), failed)
             if content["format"] == "full":
                 self._on_rank_zero(lambda: _consolidate(path, self.alone), failed)
-            described: list[dict[str, Any]] = [{}] * dist.get_world_size()
+            mine = {}
             try:
-                mine = {str(f.relative_to(path)): _described(f) for f in _files_of(path, content["format"])}
+                mine = {str(file.relative_to(path)): _described(file) for file in _files_of(path)}
             except OSError as error:
-                mine, problem = {}, str(error)
+                problem = str(error)
             self._all_or_none(problem, failed)
-            dist.all_gather_object(described, mine, group=self.group)
-            files = {name: file for one in described for name, file in one.items()}
-            self._on_rank_zero(lambda: self._finish(path, final, content | {"files": files}), failed)
+            files = {name: file for described in self._gather(mine) for name, file in described.items()}
+            self._on_rank_zero(lambda: self._complete(path, final, content | {"files": files}), failed)
         except BaseException:
             if rank() == 0:
                 shutil.rmtree(path, ignore_errors=True)
             raise
 
-    def _finish(self, path: Path, final: Path, content: dict[str, Any]) -> None:
+    def _complete(self, path: Path, final: Path, content: dict[str, Any]) -> None:
         with (path / MARK).open("w") as file:
             json.dump(content | {"sha256": _hash_of(json.loads(json.dumps(content)))}, file, indent=1)
             file.flush()
@@ -423,14 +428,19 @@ class Checkpoints:
 
     def _all_or_none(self, problem: str | None, failed: str) -> None:
         """Raises UserError on every rank if one has a problem, or is gone."""
-        problems: list[str | None] = [None] * dist.get_world_size()
         try:
-            dist.all_gather_object(problems, problem, group=self.group)
+            problems = self._gather(problem)
         except RuntimeError as error:  # its connection is closed
             raise UserError(f"{failed}: {problem or 'another process has ended'} ({_first_line(error)})") from None
         for number, text in enumerate(problems):
             if text is not None:
                 raise UserError(f"{failed}: {text} (rank {number})")
+
+    def _gather(self, value: T) -> list[T]:
+        """The values of all ranks"""
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
 
 class _Reader(dcp.FileSystemReader):
@@ -507,11 +517,21 @@ def _make_empty(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _files_of(path: Path, format: str) -> list[Path]:
+def _files_of(path: Path) -> list[Path]:
     """Those that this rank has written, and so is to describe."""
-    if format == "full":
-        return [file for file in path.rglob("*") if file.is_file()] if rank() == 0 else []
-    return [*path.glob(f"__{rank()}_*.distcp"), *([path / ".metadata"] if rank() == 0 else [])]
+    if rank() != 0:
+        return list(path.glob(f"__{rank()}_*.distcp"))
+    return (
+        [path / ".metadata", *path.glob("__0_*.distcp")] if (path / ".metadata").exists() else list(path.rglob("*.*"))
+    )
+
+
+def _check_shared(path: Path, names: list[list[str]]) -> None:
+    there = {file.name for file in path.iterdir()}
+    if missing := [name for of_rank in names for name in of_rank if name not in there]:
+        raise UserError(
+            f"{missing[0]}, of another machine, is not there: --output-dir must be on a disk that all share"
+        )
 
 
 def _remove(checkpoint: Path) -> None:

@@ -21,7 +21,7 @@ from minillama.checkpoint import Checkpoint, CheckpointConfig, find_checkpoint, 
 from minillama.datasets import DataConfig, check_vocabulary, load_datasets
 from minillama.distributed import Device, FsdpConfig, all_reduce, on_rank_zero, say
 from minillama.errors import UserError
-from minillama.hf import weights_fingerprint
+from minillama.hf import read_json, weights_fingerprint
 from minillama.metrics import LogConfig
 from minillama.model import Llama
 from minillama.optim import OptimConfig
@@ -123,9 +123,10 @@ def start_run(config: RunConfig, train: Packed) -> Start:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         file = output_dir / "run.json"
-        if _continues(output_dir, resume, checkpoint) and file.exists():
-            run["id"] = json.loads(file.read_text()).get("id", run["id"])
+        continues = _continues(output_dir, resume, checkpoint)
         try:
+            if continues and file.exists():
+                run["id"] = read_json(file).get("id", run["id"])
             output_dir.mkdir(parents=True, exist_ok=True)
             new = file.with_name("run.json.new")
             new.write_text(json.dumps(run, indent=2, default=str) + "\n")
@@ -198,7 +199,7 @@ def compare_flags(config: RunConfig, checkpoint: Checkpoint, fingerprints: dict[
         )
     lines = [f"resumed     {checkpoint.folder}, after step {progress.step}"]
     if ranks != saved["world_size"]:
-        lines[0] += f"; on {ranks} processes instead of {saved['world_size']}, with the same samples in each step"
+        lines[0] += f"; on {ranks} instead of {saved['world_size']} processes, with the same samples in each step"
     if changed:
         lines.append(f"changed     {', '.join(changed.values())}")
     return lines

@@ -90,7 +90,7 @@ def main(config: Config) -> None:
 
             if start.progress.evaluate:
                 run_evaluation(start.progress.step)
-            checkpoints.leave_if_stopping()
+            checkpoints.leave_if_stopping(metrics)
             model.train()
             for step in steps(train, config.train, config.seed, rank(), mesh.size(), start.progress):
                 with metrics.waiting():
