@@ -248,25 +248,31 @@ class Checkpoints:
         return states | {f"{rank()}.cuda": torch.cuda.get_rng_state()} if self.device == "cuda" else states
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        content, reader = checkpoint.content, _Reader(checkpoint.folder)
+        content, failed = checkpoint.content, f"{checkpoint.folder} cannot be loaded"
         state = self._state(optimizer=content["optimizer"])
         same_ranks = content["world_size"] == dist.get_world_size() and content["device"] == self.device
         if same_ranks:
             state["random"] = self._random()
-        problem = None
-        try:
+
+        def reader(part: str) -> dcp.FileSystemReader:
             if content["format"] == "sharded":
-                for part, tensors in state.items():
-                    _check_shapes(reader.read_metadata(), tensors, part, prefix=f"{part}.")
-                dcp.load(state, storage_reader=reader, process_group=self.group)
+                return _Reader(checkpoint.folder)
+            return dcp.HuggingFaceStorageReader(str(checkpoint.folder / part))
+
+        def check() -> None:
+            for part, tensors in state.items():
+                prefix = f"{part}." if content["format"] == "sharded" else ""
+                _check_shapes(reader(part).read_metadata(), tensors, part, prefix)
+
+        def load() -> None:
+            if content["format"] == "sharded":
+                dcp.load(state, storage_reader=reader(""), process_group=self.group)
             else:
                 for part, tensors in state.items():
-                    whole = dcp.HuggingFaceStorageReader(str(checkpoint.folder / part))
-                    _check_shapes(whole.read_metadata(), tensors, part, prefix="")
-                    dcp.load(tensors, storage_reader=whole, process_group=self.group)
-        except (dcp.api.CheckpointException, Exception) as error:
-            problem = _first_line(error)
-        self._all_or_none(problem, f"{checkpoint.folder} cannot be loaded")
+                    dcp.load(tensors, storage_reader=reader(part), process_group=self.group)
+
+        self._together(check, failed)
+        self._together(load, failed)
         if same_ranks:
             torch.set_rng_state(state["random"][f"{rank()}.cpu"])
             if self.device == "cuda":
@@ -378,26 +384,22 @@ class Checkpoints:
         final = self.folder / f"step-{content['progress']['step']:08}"
         path = final.with_name(final.name + ".partial")
         failed = f"{final} cannot be written"
+
+        def write() -> None:
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(path), process_group=self.group)
+
         try:
-            self._on_rank_zero(lambda: _make_empty(path), failed)
-            problem = None
-            try:
-                dcp.save(state, storage_writer=dcp.FileSystemWriter(path), process_group=self.group)
-            except (dcp.api.CheckpointException, Exception) as error:
-                problem = _first_line(error)
-            self._all_or_none(problem, failed)
-            names = self._gather([file.name for file in _files_of(path)])
-            self._on_rank_zero(lambda: _check_shared(path, names), failed)
+            self._together(lambda: _make_empty(path) if rank() == 0 else None, failed)
+            self._together(write, failed)
+            names = self._together(lambda: [file.name for file in _files_of(path)], failed)
+            self._together(lambda: _check_shared(path, names) if rank() == 0 else None, failed)
             if content["format"] == "full":
-                self._on_rank_zero(lambda: _consolidate(path, self.alone), failed)
-            mine = {}
-            try:
-                mine = {str(file.relative_to(path)): _described(file) for file in _files_of(path)}
-            except OSError as error:
-                problem = str(error)
-            self._all_or_none(problem, failed)
-            files = {name: file for described in self._gather(mine) for name, file in described.items()}
-            self._on_rank_zero(lambda: self._complete(path, final, content | {"files": files}), failed)
+                self._together(lambda: _consolidate(path, self.alone) if rank() == 0 else None, failed)
+            described = self._together(
+                lambda: {str(file.relative_to(path)): _described(file) for file in _files_of(path)}, failed
+            )
+            content["files"] = {name: file for of_rank in described for name, file in of_rank.items()}
+            self._together(lambda: self._complete(path, final, content) if rank() == 0 else None, failed)
         except BaseException:
             if rank() == 0:
                 shutil.rmtree(path, ignore_errors=True)
@@ -417,30 +419,22 @@ class Checkpoints:
             if best is None or number != best[1]:
                 _remove(steps[number])
 
-    def _on_rank_zero(self, task: Callable[[], object], failed: str) -> None:
-        problem = None
-        if rank() == 0:
-            try:
-                task()
-            except Exception as error:
-                problem = _first_line(error)
-        self._all_or_none(problem, failed)
-
-    def _all_or_none(self, problem: str | None, failed: str) -> None:
-        """Raises UserError on every rank if one has a problem, or is gone."""
+    def _together(self, task: Callable[[], T], failed: str) -> list[T]:
+        """What the task returns on each rank. Raises UserError on every rank if it fails on one, or one is gone."""
+        result, problem = None, None
         try:
-            problems = self._gather(problem)
+            result = task()
+        except (dcp.api.CheckpointException, Exception) as error:
+            problem = _first_line(error)
+        answers: list[Any] = [None] * dist.get_world_size()
+        try:
+            dist.all_gather_object(answers, (problem, result), group=self.group)
         except RuntimeError as error:  # its connection is closed
             raise UserError(f"{failed}: {problem or 'another process has ended'} ({_first_line(error)})") from None
-        for number, text in enumerate(problems):
+        for number, (text, _) in enumerate(answers):
             if text is not None:
                 raise UserError(f"{failed}: {text} (rank {number})")
-
-    def _gather(self, value: T) -> list[T]:
-        """The values of all ranks"""
-        values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        return [answer for _, answer in answers]
 
 
 class _Reader(dcp.FileSystemReader):
