@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 import time
@@ -93,7 +94,8 @@ def start_run(config: RunConfig, train: Packed) -> Start:
     output_dir, resume = config.output_dir, config.resume
     # torchrun --max-restarts: the run goes on, whatever it started from. Only the node whose worker died counts up.
     [restarts] = all_reduce([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))], "max")
-    if restarts and on_rank_zero(lambda: has_checkpoint(output_dir)):
+    restarted = restarts > 0 and on_rank_zero(lambda: _is_of_this_launch(output_dir))
+    if restarted and on_rank_zero(lambda: has_checkpoint(output_dir)):
         resume = "auto"
     fingerprints = {
         "model": on_rank_zero(lambda: weights_fingerprint(config.model)),
@@ -110,6 +112,7 @@ def start_run(config: RunConfig, train: Packed) -> Start:
     def write() -> None:
         run = {
             "id": uuid.uuid4().hex,
+            "launch": _launch(),
             "command": sys.argv,
             "flags": asdict(config),
             "world_size": dist.get_world_size(),
@@ -123,7 +126,7 @@ def start_run(config: RunConfig, train: Packed) -> Start:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         file = output_dir / "run.json"
-        continues = _continues(output_dir, resume, checkpoint)
+        continues = restarted or _continues(output_dir, resume, checkpoint)
         try:
             if continues and file.exists():
                 run["id"] = read_json(file).get("id", run["id"])
@@ -136,6 +139,16 @@ def start_run(config: RunConfig, train: Packed) -> Start:
 
     on_rank_zero(write)
     return Start(progress, checkpoint, fingerprints)
+
+
+def _launch() -> str:
+    """Tells one call of torchrun from another."""
+    return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID')}"
+
+
+def _is_of_this_launch(output_dir: Path) -> bool:
+    file = output_dir / "run.json"
+    return file.exists() and read_json(file).get("launch") == _launch()
 
 
 def _continues(output_dir: Path, resume: str, checkpoint: Checkpoint | None) -> bool:
