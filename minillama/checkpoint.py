@@ -147,7 +147,7 @@ def _inspect(folder: Path) -> tuple[dict[str, Any], str | None]:
     try:
         content = _read_mark(folder)
         mine = sorted(content["files"])[dist.get_rank() :: dist.get_world_size()]
-        problem = next(filter(None, (_damage(folder / name, content["files"][name]) for name in mine)), None)
+        problem = next(filter(None, (_damage(folder, name, content["files"][name]) for name in mine)), None)
     except _Damaged as error:
         problem = str(error)
     problems: list[str | None] = [None] * dist.get_world_size()
@@ -176,13 +176,13 @@ def _hash_of(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _damage(file: Path, wanted: dict[str, Any]) -> str | None:
-    if not file.is_file():
-        return f"{file.name} is missing"
-    found = _described(file)
+def _damage(folder: Path, name: str, wanted: dict[str, Any]) -> str | None:
+    if not (folder / name).is_file():
+        return f"{name} is missing"
+    found = _described(folder / name)
     if found["bytes"] != wanted["bytes"]:
-        return f"{file.name} has {found['bytes']} bytes, not the {wanted['bytes']} that were written"
-    return None if found == wanted else f"{file.name} was changed after it was written"
+        return f"{name} has {found['bytes']} bytes, not the {wanted['bytes']} that were written"
+    return None if found == wanted else f"{name} was changed after it was written"
 
 
 def _described(file: Path) -> dict[str, Any]:

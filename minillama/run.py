@@ -102,12 +102,12 @@ def start_run(config: RunConfig, train: Packed) -> Start:
         "data": train.fingerprint,
     }
     checkpoint = None if resume == "none" else find_checkpoint(resume, output_dir)
+    lines = []
     if checkpoint is None:
         progress = config.train.begin(dist.get_world_size())
     else:
         progress = checkpoint.progress
-        for line in compare_flags(config, checkpoint, fingerprints):
-            say(line)
+        lines = compare_flags(config, checkpoint, fingerprints)
 
     def write() -> None:
         run = {
@@ -138,6 +138,8 @@ def start_run(config: RunConfig, train: Packed) -> Start:
             raise UserError(f"--output-dir {output_dir} cannot be written: {error.strerror}") from None
 
     on_rank_zero(write)
+    for line in lines:
+        say(line)
     return Start(progress, checkpoint, fingerprints)
 
 
@@ -195,7 +197,7 @@ def compare_flags(config: RunConfig, checkpoint: Checkpoint, fingerprints: dict[
     for what, flags in (("model", ("model",)), ("data", ("data.", "tokenizer"))):
         if fingerprints[what] != saved["fingerprints"][what]:
             named = [text for name, text in changed.items() if name.startswith(flags)]
-            refused += named or [f"the content of the {what} is not what it was"]
+            refused += named or [f"{what} whose content is not what it was"]
     if refused:
         raise UserError(
             f"{checkpoint.folder} cannot be resumed with {', '.join(refused)}: give what it was made with, or start "
