@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -128,9 +129,10 @@ def start_run(config: RunConfig, train: Packed) -> Start:
         file = output_dir / "run.json"
         continues = restarted or _continues(output_dir, resume, checkpoint)
         try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            _claim(output_dir.resolve())
             if continues and file.exists():
                 run["id"] = read_json(file).get("id", run["id"])
-            output_dir.mkdir(parents=True, exist_ok=True)
             new = file.with_name("run.json.new")
             new.write_text(json.dumps(run, indent=2, default=str) + "\n")
             new.replace(file)
@@ -141,6 +143,20 @@ def start_run(config: RunConfig, train: Packed) -> Start:
     for line in lines:
         say(line)
     return Start(progress, checkpoint, fingerprints)
+
+
+@cache
+def _claim(folder: Path) -> None:
+    """Locks the folder until this process ends, however it does. Raises UserError if another process has locked it."""
+    import fcntl  # not on Windows, where only CUDA is of use
+
+    descriptor = os.open(folder, os.O_RDONLY)  # never closed: that would unlock it
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing to {folder}: wait for its end, or give another --output-dir") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def _launch() -> str:

@@ -52,7 +52,7 @@ def start(args: Kills, out: Path, *more: str) -> subprocess.Popen:
     flags = ["--model", str(args.model), "--output-dir", str(out), "--device", "cpu", *shlex.split(args.flags), *more]
     with out.with_suffix(".log").open("a") as log:
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([*launch, *flags], stdout=log, stderr=log, env=env, start_new_session=True)
+        return subprocess.Popen([*launch, *flags], stdout=log, stderr=log, env=env)
 
 
 def children(pid: int) -> list[int]:
@@ -91,7 +91,8 @@ def disturb(args: Kills, out: Path) -> Counter[str]:
         os.kill(chance.choice(workers), signal.SIGKILL)
         hits[what_it_hit(out, began_with)] += 1
         if chance.random() < 0.3:  # the rest with it, as when a machine goes down
-            os.killpg(run.pid, signal.SIGKILL)
+            for pid in (run.pid, *workers):
+                os.kill(pid, signal.SIGKILL)
         run.wait(300)
         while any(alive(pid) for pid in workers):
             time.sleep(0.05)
