@@ -79,7 +79,8 @@ class Checkpoint:
 
     @property
     def progress(self) -> Progress:
-        return Progress(**self.content["progress"])
+        saved = self.content["progress"]
+        return Progress(**saved | {"unlogged": tuple(saved["unlogged"])})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ def find_checkpoint(resume: str, output_dir: Path) -> Checkpoint | None:
 
 def _candidates(folder: Path) -> list[Path]:
     """The folder itself if it is a checkpoint, else those of a run, newest first."""
-    if (folder / MARK).exists() or (folder / ".metadata").exists():
+    if (folder / MARK).exists() or (folder.name.startswith("step-") and folder.is_dir()):
         return [folder]
     return list(reversed(saved_steps(folder).values()))
 
@@ -431,9 +432,9 @@ class Checkpoints:
             dist.all_gather_object(answers, (problem, result), group=self.group)
         except RuntimeError as error:  # its connection is closed
             raise UserError(f"{failed}: {problem or 'another process has ended'} ({_first_line(error)})") from None
-        for number, (text, _) in enumerate(answers):
+        for text, _ in answers:
             if text is not None:
-                raise UserError(f"{failed}: {text} (rank {number})")
+                raise UserError(f"{failed}: {text}")
         return [answer for _, answer in answers]
 
 
@@ -552,6 +553,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _first_line(error: BaseException) -> str:
+    failed_rank = rank()
     if isinstance(error, dcp.api.CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return (str(error).strip() or repr(error)).splitlines()[0]
+        failed_rank, (error, _) = next(iter(error.failures.items()))
+    return f"{(str(error).strip() or repr(error)).splitlines()[0]} (rank {failed_rank})"

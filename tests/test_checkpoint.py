@@ -1,0 +1,384 @@
+"""Checkpoints: what is saved is what is loaded, whole or not at all, whatever happens to the files or the processes."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import _call_with_mesh, _processes, run_ranks
+from safetensors.torch import load_file, save_file
+from test_packing import documents_of
+from torch.distributed.tensor import DTensor
+
+import minillama.checkpoint as checkpoint_module
+from minillama.checkpoint import MARK, Checkpoint, CheckpointConfig, Checkpoints, _hash_of, _Reader, find_checkpoint
+from minillama.distributed import FsdpConfig, initialise, make_mesh, materialise, set_dtypes, shard
+from minillama.errors import UserError
+from minillama.hf import load_weights, read_config
+from minillama.lora import LoraConfig, apply_lora
+from minillama.model import Llama
+from minillama.optim import LossScaler, OptimConfig, make_optimizer
+from minillama.packing import collate, pack
+from minillama.run import RunConfig, Start
+from minillama.train import EvalConfig, Progress, Step, train_step
+
+SYNC = CheckpointConfig(async_save=False, keep=0)
+
+
+@dataclass
+class Training:
+    """A small model in training, and its checkpoints in `out`."""
+
+    model: Llama
+    optimizer: torch.optim.Optimizer
+    config: RunConfig
+    scaler: LossScaler = field(default_factory=LossScaler)
+
+    def checkpoints(self, resumed=None):
+        start = Start(Progress(window=2), resumed, {"model": "m", "data": "d"})
+        return Checkpoints(self.config, start, self.model, self.optimizer, self.scaler, "cpu")
+
+    def step(self, seed=0):
+        packed = pack(documents_of([20] * 4, seed), 20, 0)
+        loss, _ = train_step(self.model, self.optimizer, [collate(packed, [dist.get_rank()], 0, "cpu")])
+        return loss.item()
+
+    def state(self, checkpoints):
+        """All that trains, whole."""
+        parts = checkpoints._state(optimizer=True)
+        return {
+            f"{part} {name}": (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+            for part, tensors in parts.items()
+            for name, tensor in tensors.items()
+        }
+
+
+def training(folder, out, fsdp=None, kind="adamw", checkpoint=SYNC, seed=0, rank=8):
+    fsdp = fsdp or FsdpConfig(strategy="full-shard", precision="fp32")
+    with torch.device("meta"):
+        model = Llama(read_config(folder)).requires_grad_(False)
+        model.model.norm.requires_grad_(True)
+    apply_lora(model, LoraConfig(rank=rank, dropout=0.1, targets=("q_proj", "down_proj")))
+    set_dtypes(model, fsdp)
+    shard(model, make_mesh(fsdp, "cpu"), fsdp)
+    materialise(model, "cpu")
+    initialise(model, seed, loaded=load_weights(model, folder))
+    optimizer = make_optimizer(model.parameters(), OptimConfig(lr=1e-2, kind=kind))
+    torch.manual_seed(seed + dist.get_rank())
+    return Training(model.train(), optimizer, RunConfig(folder, out, fsdp=fsdp, checkpoint=checkpoint))
+
+
+def found(out, step=None):
+    resume = "auto" if step is None else str(out / f"checkpoints/step-{step:08}")
+    return find_checkpoint(resume, out)
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@contextmanager
+def small_files():
+    before, checkpoint_module.MAX_FILE_BYTES = checkpoint_module.MAX_FILE_BYTES, 5000
+    yield
+    checkpoint_module.MAX_FILE_BYTES = before
+
+
+# (precision, optimizer, strategy, format)
+KINDS = [
+    ("fp32", "adamw", "full-shard", "sharded"),
+    ("bf16", "anyprecision", "no-shard", "sharded"),
+    ("bf16", "adamw", "full-shard", "full"),
+]
+
+
+def parts_of(kind, out, checkpoint_format=None):
+    precision, optimizer, strategy, saved_as = kind
+    config = CheckpointConfig(async_save=False, format=saved_as)
+    return {"fsdp": FsdpConfig(strategy=strategy, precision=precision), "kind": optimizer, "checkpoint": config}
+
+
+def save_some(mesh, folder, out):
+    """Saves after two steps, once in each kind; what was saved, and the random numbers and losses that follow."""
+    results = []
+    with small_files():
+        for number, kind in enumerate(KINDS):
+            run = training(folder, out / str(number), **parts_of(kind, out))
+            with run.checkpoints() as checkpoints:
+                run.step(), run.step()
+                run.scaler.scale = 123.0
+                checkpoints.best = (1.5, 1)
+                checkpoints.save(Progress(window=2, step=2, epoch=1, cursor=3, tokens=5, evaluate=False))
+                saved = run.state(checkpoints)
+                results.append((saved, torch.rand(3), [run.step(), run.step()], run.state(checkpoints)))
+    return results
+
+
+def load_some(mesh, folder, out):
+    results = []
+    for number, kind in enumerate(KINDS):
+        resumed = found(out / str(number))
+        assert resumed.progress == Progress(window=2, step=2, epoch=1, cursor=3, tokens=5, evaluate=False)
+        run = training(folder, out / str(number), **parts_of(kind, out), seed=9)
+        with run.checkpoints(resumed) as checkpoints:
+            assert run.scaler.scale == 123.0 and checkpoints.best == (1.5, 1)
+            loaded = run.state(checkpoints)
+            results.append((loaded, torch.rand(3), [run.step(), run.step()], run.state(checkpoints)))
+    return results
+
+
+def test_what_is_loaded_is_what_was_saved(tiny_folder, tmp_path):
+    saved = run_ranks(save_some, 2, tiny_folder, tmp_path)
+    for ranks in (1, 2):
+        for rank, loaded in enumerate(run_ranks(load_some, ranks, tiny_folder, tmp_path)):
+            for kind, one, other in zip(KINDS, saved[rank], loaded, strict=True):
+                assert any(t.dtype == torch.bfloat16 for t in one[0].values()) == (kind[0] == "bf16")
+                assert equal(one[0], other[0]), kind
+                same = torch.equal(one[1], other[1]), one[2] == other[2], equal(one[3], other[3])
+                assert same == (ranks == 2,) * 3, kind  # other ranks take other samples here, and draw other numbers
+    assert not torch.equal(saved[0][0][1], saved[1][0][1])  # each rank draws its own
+
+    files = sorted((tmp_path / "2/checkpoints/step-00000002").rglob("*.safetensors"))
+    assert {file.parent.name for file in files} == {"model", "optimizer", "random"} and len(files) > 10
+    alone = {f"{file.parent.name} {name}": tensor for file in files for name, tensor in load_file(file).items()}
+    random = {name: alone.pop(name) for name in list(alone) if name.startswith("random")}
+    assert equal(alone, saved[0][2][0]) and sorted(random) == ["random 0.cpu", "random 1.cpu"]
+
+
+def save_or_not(mesh, folder, out):
+    """The losses with and without saving; what async wrote while the weights changed; what its error does."""
+    results = {}
+    for name, checkpoint in {"none": None, "sync": SYNC, "async": CheckpointConfig(keep=0)}.items():
+        run = training(folder, out / name, checkpoint=checkpoint or SYNC)
+        with run.checkpoints() as checkpoints:
+            losses, saved = [], []
+            for number in range(4):
+                losses.append(run.step(number))
+                if checkpoint:
+                    checkpoints.save(Progress(window=2, step=number))
+                    saved.append(run.state(checkpoints))
+            results[name] = losses, run.state(checkpoints)
+        for number, state in enumerate(saved):
+            fresh = training(folder, out / name, seed=5)
+            with fresh.checkpoints(found(out / name, number)) as checkpoints:
+                assert equal(fresh.state(checkpoints), state), (name, number)
+    (out / "file").mkdir(exist_ok=True)
+    (out / "file/checkpoints").write_text("in the way")
+    run = training(folder, out / "file", checkpoint=CheckpointConfig())
+    said = []
+    with pytest.raises(UserError, match="step-00000001 cannot be written"), run.checkpoints() as checkpoints:
+        checkpoints.save(Progress(window=2, step=1))
+        while not checkpoints.stopping():
+            said.append(run.step())
+    return results["none"], results["sync"], results["async"]
+
+
+def test_saving_changes_nothing_and_a_failed_save_is_said(tiny_folder, tmp_path):
+    for none, sync, asynchronous in run_ranks(save_or_not, 2, tiny_folder, tmp_path):
+        assert none[0] == sync[0] == asynchronous[0] and equal(none[1], sync[1]) and equal(none[1], asynchronous[1])
+
+
+def keep_some(mesh, folder, out):
+    names = {}
+    run = training(folder, out, checkpoint=CheckpointConfig(keep=2, best=True))
+    (out / "checkpoints/step-00000007.partial").mkdir(parents=True)
+    (out / "checkpoints/step-00000007.deleted").mkdir()
+    assert found(out) is None
+    with run.checkpoints() as checkpoints:
+        names["start"] = sorted(path.name for path in (out / "checkpoints").iterdir())
+        for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, 2.0)):
+            checkpoints.best = min(checkpoints.best or (9.0, 0), (loss, step))
+            checkpoints.save(Progress(window=2, step=step))
+    names["end"] = sorted(path.name for path in (out / "checkpoints").iterdir())
+    return names
+
+
+def test_the_newest_and_the_best_stay(tiny_folder, tmp_path):
+    [names] = run_ranks(keep_some, 1, tiny_folder, tmp_path)
+    assert names == {"start": [], "end": ["step-00000002", "step-00000004", "step-00000005"]}
+
+
+def test_when_a_checkpoint_is_due():
+    made = [Step(n, n // 4, n % 4 + 1, 0, n % 4 == 3, n == 9, []) for n in range(10)]
+    due = {every: [s.number + 1 for s in made if CheckpointConfig(every=every).due(s)] for every in (0, 3, -1)}
+    assert due == {0: [4, 8, 10], 3: [3, 6, 9, 10], -1: []}
+    assert EvalConfig(every=3).due(made[2])
+    for wrong in ({"every": -2}, {"keep": -1}):
+        with pytest.raises(UserError):
+            CheckpointConfig(**wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage
+
+
+def make_two(mesh, folder, out):
+    for saved_as in ("sharded", "full"):
+        checkpoint = CheckpointConfig(async_save=False, format=saved_as)
+        run = training(folder, out / saved_as, checkpoint=checkpoint)
+        with run.checkpoints() as checkpoints:
+            checkpoints.save(Progress(window=2, step=1))
+            run.step()
+            checkpoints.save(Progress(window=2, step=2))
+
+
+def damage(folder, random):
+    """One of the ways in which files go wrong; what happened to which."""
+    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    name = files[random.integers(len(files))]
+    file, way = folder / name, ["cut", "flip", "missing", "empty", "swapped", "grown", "edited"][random.integers(7)]
+    content = bytearray(file.read_bytes())
+    if way == "cut":
+        del content[random.integers(len(content)) :]
+    elif way == "flip":
+        content[random.integers(len(content))] ^= 1 << int(random.integers(8))
+    elif way == "empty":
+        content.clear()
+    elif way == "grown":
+        content += b"\0"
+    elif way == "swapped":
+        content = bytearray((folder.with_name("step-00000001") / name).read_bytes())
+    elif way == "edited":
+        name, file = MARK, folder / MARK
+        content = bytearray(file.read_bytes().replace(b'"step": 2', b'"step": 3'))
+    file.unlink() if way == "missing" else file.write_bytes(content)
+    return way, name
+
+
+def find_damaged(mesh, out):
+    ways = set()
+    for seed in range(100):
+        random = np.random.default_rng(seed)
+        run = out / f"{seed}"
+        shutil.copytree(out / ("sharded", "full")[seed % 2], run)
+        newest = run / "checkpoints/step-00000002"
+        way, name = damage(newest, random)
+        ways.add((way, name.partition("/")[0]))
+        with pytest.raises(UserError) as refused:
+            found(run, 2)
+        assert "step-00000002: " in str(refused.value) and (name in str(refused.value) or way == "swapped")
+        sound = found(run)  # auto
+        assert sound.progress.step == 1 and not newest.exists() and newest.with_suffix(".damaged").exists()
+        shutil.rmtree(sound.folder / "random", ignore_errors=True)
+        (sound.folder / ".metadata").unlink(missing_ok=True)
+        with pytest.raises(UserError, match=r"no checkpoint of .* is sound: step-00000001: .* is missing"):
+            found(run)
+        assert sound.folder.exists()  # the last ones are not renamed: the next start must not begin anew
+        shutil.rmtree(run)
+    return ways
+
+
+def test_a_hundred_damaged_checkpoints_are_refused_by_name(tiny_folder, tmp_path):
+    run_ranks(make_two, 2, tiny_folder, tmp_path)
+    [ways] = run_ranks(find_damaged, 1, tmp_path)
+    assert {way for way, _ in ways} == {"cut", "flip", "missing", "empty", "swapped", "grown", "edited"}
+    assert {MARK, ".metadata", "__0_0.distcp", "__1_0.distcp", "model", "optimizer", "random"} <= {
+        name for _, name in ways
+    }
+
+
+class Harmful:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def load_wrong_ones(mesh, folder, out):
+    """Loads checkpoints that are intact, but not of this model."""
+    said = []
+    for saved_as in ("sharded", "full"):
+        checkpoint = found(out / saved_as)
+        for change in (
+            {"rank": 4},
+            {"kind": "anyprecision", "fsdp": FsdpConfig(strategy="full-shard", precision="bf16")},
+        ):
+            with pytest.raises(UserError) as refused:
+                training(folder, out / "new", **change).checkpoints(checkpoint)
+            said.append(str(refused.value))
+    part = found(out / "full").folder / "model/00001.safetensors"
+    tensors = load_file(part)
+    del tensors["model.norm.weight"]
+    save_file({**tensors, "more": torch.ones(1)}, part)
+    with pytest.raises(UserError) as refused:
+        training(folder, out / "new").checkpoints(Checkpoint(part.parents[1], found(out / "full", 1).content))
+    return [*said, str(refused.value)]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny_folder, tmp_path):
+    run_ranks(make_two, 2, tiny_folder, tmp_path)
+    [said] = run_ranks(load_wrong_ones, 1, tiny_folder, tmp_path)
+    for text in said[:4:2]:
+        assert "lora_A.weight has shape [8, 32], not [4, 32]" in text
+    for text in said[1:4:2]:
+        assert "optimizer" in text and "remainder is missing" in text
+    assert "model: model.norm.weight is missing; more is not part of this run" in said[-1]
+
+
+def test_an_index_that_would_run_code_is_not_loaded(tmp_path):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Harmful(tmp_path / "harm")))
+    with pytest.raises(pickle.UnpicklingError, match="mkdir, which has no place in an index"):
+        _Reader(tmp_path).read_metadata()
+    assert not (tmp_path / "harm").exists()
+    pickle.loads((tmp_path / ".metadata").read_bytes())
+    assert (tmp_path / "harm").exists()  # it would have
+
+
+def test_the_hash_of_the_mark_covers_every_number():
+    content = {"progress": {"step": 2}, "files": {"a": {"bytes": 1}}, "best": [0.1, 2]}
+    assert _hash_of(json.loads(json.dumps(content))) == _hash_of(content)
+    assert _hash_of(content | {"progress": {"step": 3}}) != _hash_of(content)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Failures while it is written
+
+
+def fail(mesh, folder, out, how, checkpoint):
+    run = training(folder, out, checkpoint=checkpoint)
+    with run.checkpoints() as checkpoints:
+        checkpoints.save(Progress(window=2, step=1))
+        checkpoints.finish()
+        if how == "full disk" and dist.get_rank() == 1:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
+        if how == "rank dies" and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "read-only" and dist.get_rank() == 0:
+            (out / "checkpoints/step-00000002.partial").write_text("in the way")
+        try:
+            checkpoints.save(Progress(window=2, step=2))
+            checkpoints.finish()
+        except UserError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            return str(error)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("how", ["full disk", "rank dies", "read-only"])
+def test_a_save_that_fails_leaves_the_earlier_ones(tiny_folder, tmp_path, how, asynchronous):
+    checkpoint = CheckpointConfig(async_save=asynchronous)
+    args = (fail, (tiny_folder, tmp_path, how, checkpoint))
+    results = _processes(_call_with_mesh, 2, *args)
+    survivors = [value for kind, value in results if kind == "ok"]
+    assert len(survivors) == (1 if how == "rank dies" else 2), results
+    for text in survivors:
+        assert f"{tmp_path}/checkpoints/step-00000002 cannot be written: " in text
+        assert {"full disk": "(rank 1)", "rank dies": "process", "read-only": "(rank 0)"}[how] in text
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step-00000001"] + (["step-00000002.partial"] if how == "read-only" else [])
+    [step] = run_ranks(sound_step, 1, tmp_path)
+    assert step == 1
+
+
+def sound_step(mesh, out):
+    return found(out).progress.step
