@@ -4,11 +4,7 @@ A dataset is one function from a row (a dict) to the row's token ids and, for ea
 The prompts are llama-recipes' letter for letter, so that weights and losses compare with runs made there.
 """
 
-import csv
-import json
 from array import array
-from codecs import BOM_UTF8
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from minillama.errors import UserError
+from minillama.rows import read_rows, shown
 
 BUNDLED = Path(__file__).parent / "data"
 
@@ -30,7 +27,8 @@ class DataConfig:
     dataset: str = "samsum"
     """Which format the rows have: samsum, alpaca, grammar or chat."""
     path: Path | None = None
-    """Training rows: a .json, .jsonl or .csv file. None: a small set that comes with minillama, to try things on."""
+    """Training rows: a .json, .jsonl, .csv or .parquet file, or a folder of them. None: a small set that comes with
+    minillama, to try things on."""
     val_path: Path | None = None
     """Rows to evaluate on. Alpaca without one holds out the first twentieth of --data.path, as llama-recipes does."""
     batching: Literal["packing", "padding"] = "packing"
@@ -114,7 +112,7 @@ def load_datasets(config: DataConfig, tokenizer: Any, *, validation: bool) -> tu
 def load_documents(
     dataset: str, path: str | Path | None, split: Literal["train", "validation"], tokenizer: Any
 ) -> Documents:
-    """All rows of the .json, .jsonl or .csv file `path`, or without one the bundled set of that split.
+    """All rows of the file or folder `path`, or without one the bundled set of that split.
 
     Raises UserError naming the file and the line or row for what is wrong with it.
     """
@@ -123,15 +121,15 @@ def load_documents(
         path = BUNDLED / f"{dataset}_{split}{'.csv' if dataset == 'grammar' else '.jsonl'}"
     path = Path(path)
     tokens, trained, offsets = array("i"), bytearray(), array("q", [0])
-    for place, row in _rows(path):
+    for place, row in read_rows(path):
         try:
             if not isinstance(row, dict):
-                raise UserError(f"a row must be an object, found {_shown(row)}")
+                raise UserError(f"a row must be an object, found {shown(row)}")
             ids, mask = encode(row, tokenizer)
         except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, UTF-8 cannot
-            raise UserError(f"{path}, {place}: text that is not Unicode ({error}): mend or drop the row") from error
+            raise UserError(f"{place}: text that is not Unicode ({error}): mend or drop the row") from error
         except UserError as error:
-            raise UserError(f"{path}, {place}: {error}") from error
+            raise UserError(f"{place}: {error}") from error
         tokens.extend(ids)
         trained.extend(mask)
         offsets.append(len(tokens))
@@ -179,11 +177,11 @@ def encode_grammar(row: dict[str, Any], tokenizer: Any) -> Encoded:
 def encode_chat(row: dict[str, Any], tokenizer: Any) -> Encoded:
     messages = _field(row, "messages")
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"field 'messages' must be a list of messages, found {_shown(messages)}")
+        raise UserError(f"field 'messages' must be a list of messages, found {shown(messages)}")
     for number, message in enumerate(messages, 1):
         fields = message if isinstance(message, dict) else {}
         if not all(isinstance(fields.get(name), str) for name in ("role", "content")):
-            raise UserError(f"message {number} needs the texts 'role' and 'content', found {_shown(message)}")
+            raise UserError(f"message {number} needs the texts 'role' and 'content', found {shown(message)}")
     ids, mask = tokenizer.encode_chat(messages)
     if not any(mask):
         raise UserError("no message has the role 'assistant', so nothing to train on: drop the row")
@@ -222,90 +220,12 @@ def _field(row: dict[str, Any], name: str) -> Any:
 def _text(row: dict[str, Any], name: str) -> str:
     value = _field(row, name)
     if not isinstance(value, str):
-        raise UserError(f"field '{name}' must be text, found {_shown(value)}: mend or drop the row")
+        raise UserError(f"field '{name}' must be text, found {shown(value)}: mend or drop the row")
     return value
 
 
 def _answer(row: dict[str, Any], name: str) -> str:
     value = _text(row, name)
     if not value.strip():
-        raise UserError(f"field '{name}' is empty ({_shown(value)}), so nothing to train on: drop the row")
+        raise UserError(f"field '{name}' is empty ({shown(value)}), so nothing to train on: drop the row")
     return value
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value)[:80]  # as JSON has it, so null and not None
-
-
-# --- files: (place, row) pairs, places counted from 1
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
-    if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"data file {path} {problem}: give a file ending in {', '.join(readers)}")
-    if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: unknown format '{path.suffix}': give a file ending in {', '.join(readers)}")
-    return readers[path.suffix.lower()](path)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines with their ends, cut at \\n only as editors count them (str.splitlines also cuts at U+2028)."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                yield line.removeprefix(BOM_UTF8 if number == 1 else b"").decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line {number}: not UTF-8 ({error}): save the file as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = json.loads("".join(_lines(path)))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}): a file of one object a line must end in .jsonl") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{path} must be a list of objects, found {_shown(rows)}")
-    for number, row in enumerate(rows, 1):
-        yield f"row {number}", row
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-                problem = f"not JSON ({getattr(error, 'msg', error)}{where})"
-                raise UserError(f"{path}, line {number}: {problem}: put one object on each line") from error
-            yield f"line {number}", row
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    limit = csv.field_size_limit(2**31 - 1)  # its own, 128 KiB, is short for a document
-    # strict, else a quote left open takes the rest of the file for one field
-    reader = csv.reader(_lines(path), strict=True)
-    rows, line = [], 1
-    try:
-        for values in reader:
-            rows.append((line, values))
-            line = reader.line_num + 1  # a quoted field may span lines: name the row's first
-    except csv.Error as error:
-        raise UserError(f"{path}, line {line}: not CSV ({error}): mend the quotes of this row") from error
-    finally:
-        csv.field_size_limit(limit)  # the limit is the whole process's
-    rows = [(line, values) for line, values in rows if values]  # csv gives [] for a blank line
-    header = rows[0][1] if rows else []
-    if len(set(header)) < len(header):
-        raise UserError(f"{path}: the header names a field twice ({', '.join(header)})")
-    for line, values in rows[1:]:
-        if len(values) != len(header):
-            raise UserError(
-                f"{path}, line {line}: {len(values)} fields, the header has {len(header)} "
-                f"({', '.join(header)}): put quotes around a field with commas or line breaks"
-            )
-        yield f"line {line}", dict(zip(header, values, strict=True))

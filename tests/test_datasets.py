@@ -7,6 +7,7 @@ import pytest
 
 from minillama.datasets import DataConfig, check_vocabulary, load_datasets, load_documents
 from minillama.errors import UserError
+from minillama.rows import read_rows
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -228,8 +229,49 @@ def test_bad_files(tmp_path, name, content, dataset, says):
 def test_no_such_file_and_a_folder(tmp_path):
     with pytest.raises(UserError, match=r"none\.jsonl does not exist"):
         load(tmp_path / "none.jsonl", "grammar")
-    with pytest.raises(UserError, match="is a folder"):
+
+
+def test_a_folder_is_its_files_in_order(tmp_path):
+    rows = [{"input": f"i{k}", "target": f"t{k}"} for k in range(4)]
+    for name, part in (("b.jsonl", rows[2:3]), ("a.jsonl", rows[:2]), ("sub/c.JSONL", rows[3:])):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, "".join(json.dumps(row) + "\n" for row in part))
+    (tmp_path / ".cache").mkdir()
+    write(tmp_path / ".cache" / "a.jsonl", "never read")
+    write(tmp_path / "README.md", "nor this")
+    assert [pieces(document)[1] for document in load(tmp_path, "grammar")] == ["t0", "t1", "t2", "t3"]
+
+    write(tmp_path / "b.jsonl", "{}")
+    with pytest.raises(UserError, match=r"b\.jsonl, line 1: field 'input' is missing"):
         load(tmp_path, "grammar")
+    write(tmp_path / "d.csv", "input,target\n")
+    with pytest.raises(UserError, match=r"different kinds \(\.csv, \.jsonl\)"):
+        load(tmp_path, "grammar")
+
+
+def test_an_empty_folder(tmp_path):
+    with pytest.raises(UserError, match=r"has no file ending in \.json"):
+        load(tmp_path, "grammar")
+
+
+def test_parquet(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    messages = [{"role": "user", "content": "🦙"}, {"role": "assistant", "content": "é\u2028"}]
+    rows = [{"input": f"i{k}", "target": f"t{k}"} for k in range(2_500)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=700)
+    assert [pieces(document)[1] for document in load(tmp_path / "a.parquet", "grammar")] == [r["target"] for r in rows]
+    assert list(read_rows(tmp_path / "a.parquet"))[2_499] == (f"{tmp_path / 'a.parquet'}, row 2500", rows[-1])
+
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}]), tmp_path / "chat.parquet")
+    write(tmp_path / "chat.jsonl", json.dumps({"messages": messages}))
+    assert pieces(load(tmp_path / "chat.parquet", "chat")[0]) == pieces(load(tmp_path / "chat.jsonl", "chat")[0])
+
+    parquet.write_table(pyarrow.Table.from_pylist([{"input": "a", "target": None}]), tmp_path / "null.parquet")
+    with pytest.raises(UserError, match=r"null\.parquet, row 1: field 'target' must be text, found null"):
+        load(tmp_path / "null.parquet", "grammar")
+    write(tmp_path / "bad.parquet", (tmp_path / "a.parquet").read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"bad\.parquet: not a Parquet file"):
+        load(tmp_path / "bad.parquet", "grammar")
 
 
 # --- which file is for what

@@ -16,6 +16,7 @@ ONLY_IN = {
     "wandb": {"minillama/metrics.py"},
     "matplotlib": {"minillama/metrics.py"},
     "gguf": {"tools"},
+    "pyarrow": {"minillama/rows.py"},
     "transformers": set(),
     "peft": set(),
 }
@@ -77,6 +78,7 @@ assert (dict(os.environ), logging.root.handlers) == before
 import torch
 assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
 heavy = {"transformers", "datasets", "matplotlib", "wandb", "tensorboard", "tiktoken", "sentencepiece", "jinja2", "tyro"}
+heavy |= {"pyarrow"}
 print(sorted(heavy & set(sys.modules)))
 """
     run = subprocess.run(
