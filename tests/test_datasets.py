@@ -264,7 +264,8 @@ def test_parquet(tmp_path):
 
     parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}]), tmp_path / "chat.parquet")
     write(tmp_path / "chat.jsonl", json.dumps({"messages": messages}))
-    assert pieces(load(tmp_path / "chat.parquet", "chat")[0]) == pieces(load(tmp_path / "chat.jsonl", "chat")[0])
+    in_parquet, in_json = load(tmp_path / "chat.parquet", "chat"), load(tmp_path / "chat.jsonl", "chat")
+    assert [part.tolist() for part in in_parquet[0]] == [part.tolist() for part in in_json[0]]
 
     parquet.write_table(pyarrow.Table.from_pylist([{"input": "a", "target": None}]), tmp_path / "null.parquet")
     with pytest.raises(UserError, match=r"null\.parquet, row 1: field 'target' must be text, found null"):
