@@ -1,23 +1,36 @@
-"""Files of rows -> tokenized documents, each token marked as trained or not.
+"""Rows -> tokenized documents, each token marked as trained or not, and where rows come from.
 
 A dataset is one function from a row (a dict) to the row's token ids and, for each id, whether it is trained.
 The prompts are llama-recipes' letter for letter, so that weights and losses compare with runs made there.
 """
 
-from array import array
-from dataclasses import dataclass
-from functools import cached_property
+import hashlib
+import json
+import mmap
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
 
 from minillama.errors import UserError
-from minillama.rows import read_rows, shown
+from minillama.loss import IGNORE
+from minillama.rows import Progress, Rows, content_hash, data_files, read_rows, shown
 
 BUNDLED = Path(__file__).parent / "data"
 
-Encoded = tuple[list[int], list[bool]]
+LONGEST_PART = 2**20
+"""Characters of a text that are tokenized at once"""
+HUB = "hub:"
+
+Encoded = tuple[Sequence[int] | np.ndarray, Sequence[bool] | np.ndarray]
+Split = Literal["train", "validation"]
 
 
 @dataclass(frozen=True)
@@ -25,25 +38,54 @@ class DataConfig:
     """What to train on."""
 
     dataset: str = "samsum"
-    """Which format the rows have: samsum, alpaca, grammar or chat."""
+    """Which format the rows have: samsum, alpaca, grammar, chat or text; or FILE.py:FUNCTION, your own."""
     path: Path | None = None
-    """Training rows: a .json, .jsonl, .csv or .parquet file, or a folder of them. None: a small set that comes with
-    minillama, to try things on."""
+    """Training rows: a .json, .jsonl, .csv, .parquet or .txt file, a folder of them, or hub:ORG/NAME[/CONFIG][:SPLIT].
+    None: a small set that comes with minillama, to try things on."""
     val_path: Path | None = None
     """Rows to evaluate on. Alpaca without one holds out the first twentieth of --data.path, as llama-recipes does."""
+    val_fraction: float = 0.0
+    """Instead of a --data.val-path: hold out this part of the training rows, chosen at random by --seed."""
+    mixture: Path | None = None
+    """Instead of a --data.path: a JSON file, a list of {"dataset", "path", "weight", "columns"}. An epoch has each row of
+    a source weight times (default 1; 0.5: half of the rows, chosen at random by --seed). Paths are relative to the file."""
+    columns: tuple[str, ...] = ()
+    """What the fields of the format are called in the rows, such as dialogue=text summary=tldr."""
+    train_on: Literal["answers", "all"] = "answers"
+    """all: train on prompts, and on what users say in a chat, too."""
     batching: Literal["packing", "padding"] = "packing"
     """packing: rows share packs, whole and without seeing each other. padding: rows of like length share a batch."""
     context_length: int = 4096
-    """Tokens in a pack, or in a padded row. Packing drops longer rows, padding truncates them; the count is printed."""
+    """Tokens in a pack, or in a padded row."""
+    too_long: Literal["auto", "drop", "truncate", "split"] = "auto"
+    """Rows longer than the context; their number is printed. auto: text is split, else packing drops and padding
+    truncates."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """A row that cannot be used ends the run with its place and what is wrong, or is left out; their number is printed."""
+    workers: int = 1
+    """Processes that tokenize, for each training process. Only large sets take more than one."""
+    cache_dir: Path | None = None
+    """Where tokenized and packed data is kept for the next run. None: minillama in $XDG_CACHE_HOME or ~/.cache."""
 
     def __post_init__(self) -> None:
         if self.context_length < 2:
             raise UserError(f"--data.context-length {self.context_length}: must be at least 2")
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"--data.val-fraction {self.val_fraction}: must be at least 0 and below 1")
+        if self.workers < 1:
+            raise UserError(f"--data.workers {self.workers}: must be at least 1")
+        if self.val_fraction and self.val_path:
+            raise UserError("--data.val-fraction and --data.val-path exclude each other: give one")
+        if self.mixture and self.path:
+            raise UserError("--data.mixture and --data.path exclude each other: name the path in the mixture's file")
+        for column in self.columns:
+            if not re.fullmatch("[^=]+=[^=]+", column):
+                raise UserError(f"--data.columns {column}: give FIELD=COLUMN, such as {FIELDS['samsum'][0]}=text")
 
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """Tokenized documents end to end; document i is the span offsets[i]:offsets[i + 1]."""
+    """Tokenized documents end to end; document i is the span offsets[i]:offsets[i + 1]. The arrays may lie on the disk."""
 
     tokens: np.ndarray
     """int32 (N,)"""
@@ -51,6 +93,10 @@ class Documents:
     """bool (N,): the token itself is a label, to be predicted from what stands before it in its document."""
     offsets: np.ndarray
     """int64 (n + 1,), from 0 to N"""
+    fingerprint: str = ""
+    """The same for the same tokens, wherever they were read from"""
+    refused: int = 0
+    """Rows that could not be used, left out by --data.bad-rows skip"""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -60,6 +106,16 @@ class Documents:
         i = range(len(self))[i]  # negative indices, and the IndexError that ends a for loop
         span = slice(self.offsets[i], self.offsets[i + 1])
         return self.tokens[span], self.trained[span]
+
+    def release(self) -> None:
+        """Gives back the memory that parts of the files take which were read; they stay in the system's cache.
+
+        Else a process that goes through all of a large set would seem to hold all of it.
+        """
+        for array in (self.tokens, self.trained):
+            mapped = array.base
+            if isinstance(mapped, mmap.mmap):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -79,74 +135,196 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
         )
 
 
-def load_datasets(config: DataConfig, tokenizer: Any, *, validation: bool) -> tuple[Documents, Documents | None]:
-    """The training documents and, if `validation`, those to evaluate on.
-
-    No path: the bundled sets. Alpaca is published as one file, so of a `path` alone its first 5% of rows are
-    held out, as llama-recipes does. Raises UserError for any other missing file and for every bad row.
-    """
-    dataset, path, val_path = config.dataset, config.path, config.val_path
-    _encoder(dataset)  # a wrong name is the first thing to say
-    if path is None and val_path is not None:
-        raise UserError(f"--data.val-path {val_path} is given without --data.path: give the file to train on too")
-    if not validation:
-        return load_documents(dataset, path, "train", tokenizer), None
-    if path is None or val_path is not None:
-        train = load_documents(dataset, path, "train", tokenizer)
-        return train, load_documents(dataset, val_path, "validation", tokenizer)
-    if dataset != "alpaca":
-        raise UserError(
-            f"--data.path {path} is given without a file to evaluate on: "
-            "give --data.val-path, or switch evaluation off with --eval.no-enabled"
-        )
-    both = load_documents(dataset, path, "train", tokenizer)
-    held_out = len(both) // 20
-    if held_out == 0:
-        raise UserError(
-            f"{path}: of {len(both)} rows a twentieth, to evaluate on, is none: "
-            "give --data.val-path, or switch evaluation off with --eval.no-enabled"
-        )
-    return _part(both, held_out, len(both)), _part(both, 0, held_out)
+# --- sources: where rows come from
 
 
-def load_documents(
-    dataset: str, path: str | Path | None, split: Literal["train", "validation"], tokenizer: Any
-) -> Documents:
-    """All rows of the file or folder `path`, or without one the bundled set of that split.
+@dataclass(frozen=True)
+class Source:
+    """Rows of one format."""
 
-    Raises UserError naming the file and the line or row for what is wrong with it.
-    """
-    encode = _encoder(dataset)
-    if path is None:
-        path = BUNDLED / f"{dataset}_{split}{'.csv' if dataset == 'grammar' else '.jsonl'}"
-    path = Path(path)
-    tokens, trained, offsets = array("i"), bytearray(), array("q", [0])
-    for place, row in read_rows(path):
+    dataset: str
+    path: Path | None
+    """None: the bundled set of that split, or the user's function decides"""
+    split: Split
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """What the format's fields are called in the rows"""
+    weight: float = 1.0
+    """How often an epoch has each row"""
+
+    def __post_init__(self) -> None:
+        if self.dataset not in ENCODERS and not _OWN.fullmatch(self.dataset):
+            raise UserError(
+                f"--data.dataset {self.dataset} is unknown: choose one of {', '.join(ENCODERS)}, or FILE.py:FUNCTION"
+            )
+        if unknown := self.columns.keys() - set(FIELDS.get(self.dataset, self.columns)):
+            raise UserError(
+                f"--data.columns {min(unknown)}={self.columns[min(unknown)]}: {self.dataset} has no field {min(unknown)}, "
+                f"only {', '.join(FIELDS[self.dataset])}"
+            )
+
+    @property
+    def name(self) -> str:
+        return str(self.path or self.dataset)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the rows come from the user's own function."""
+        return _OWN.fullmatch(self.dataset) is not None
+
+    def rows(self, config: DataConfig, tokenizer: Any, progress: Progress = lambda count: None) -> Rows:
+        """Raises UserError for what cannot be read."""
+        if function := _own_function(self.dataset):
+            for number, row in enumerate(function(config, tokenizer, self.split), 1):
+                yield f"{self.dataset}, row {number}", row
+        elif (found := self._hub()) is not None:
+            for number in range(len(found)):
+                progress(1)
+                yield f"{self.path}, row {number + 1}", partial(found.__getitem__, number)
+        else:
+            yield from read_rows(self._file(), progress)
+
+    def content(self, config: DataConfig, tokenizer: Any) -> str:
+        """The same for the same rows. Reads local files, and runs the user's own function, to their end."""
+        if self.is_own:
+            digest = hashlib.blake2b(digest_size=16)
+            for _, row in self.rows(config, tokenizer):
+                digest.update(json.dumps(row, default=_plain).encode())
+            return digest.hexdigest()
+        if (found := self._hub()) is not None:
+            return found._fingerprint
+        return content_hash(self._file())
+
+    def size(self) -> int | None:
+        """How much `rows` will tell to `progress` in all; None: unknown."""
+        if self.is_own:
+            return None
+        if (found := self._hub()) is not None:
+            return len(found)
+        return sum(file.stat().st_size for file in data_files(self._file()))
+
+    def _file(self) -> Path:
+        if self.path:
+            return self.path
+        if self.dataset == "text":
+            raise UserError("--data.dataset text has no small set of its own: give --data.path")
+        return BUNDLED / f"{self.dataset}_{self.split}{'.csv' if self.dataset == 'grammar' else '.jsonl'}"
+
+    def _hub(self) -> Any:
+        return _from_hub(str(self.path), self.split) if str(self.path).startswith(HUB) else None
+
+
+def training_sources(config: DataConfig) -> list[Source]:
+    """What --data.dataset and --data.path, or --data.mixture, name. Raises UserError for a mixture that is none."""
+    if config.mixture is None:
+        return [Source(config.dataset, config.path, "train", _columns(config))]
+    try:
+        listed = json.loads(config.mixture.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--data.mixture {config.mixture} cannot be read: {error}") from None
+    if not isinstance(listed, list) or not listed:
+        raise UserError(f"--data.mixture {config.mixture}: must be a list of sources, found {shown(listed)}")
+    sources = []
+    for number, entry in enumerate(listed, 1):
+        where = f"--data.mixture {config.mixture}, source {number}"
+        kinds: dict[str, Any] = {"dataset": str, "path": str, "weight": (int, float), "columns": dict}
+        if not isinstance(entry, dict) or "dataset" not in entry or entry.keys() - kinds.keys():
+            raise UserError(f"{where}: needs 'dataset', and may have 'path', 'weight', 'columns'; found {shown(entry)}")
+        for name, value in entry.items():
+            if not isinstance(value, kinds[name]) or (name == "weight" and not 0 < value < 1000):
+                raise UserError(f"{where}: {shown(value)} is no {name}")
+        path = entry.get("path")
+        if path is not None:
+            path = Path(path) if path.startswith(HUB) else config.mixture.parent / path
+        elif entry["dataset"].partition(":")[0].endswith(".py"):
+            entry["dataset"] = str(config.mixture.parent / entry["dataset"])
         try:
-            if not isinstance(row, dict):
-                raise UserError(f"a row must be an object, found {shown(row)}")
-            ids, mask = encode(row, tokenizer)
-        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, UTF-8 cannot
-            raise UserError(f"{place}: text that is not Unicode ({error}): mend or drop the row") from error
+            sources.append(
+                Source(entry["dataset"], path, "train", entry.get("columns", {}), float(entry.get("weight", 1)))
+            )
         except UserError as error:
-            raise UserError(f"{place}: {error}") from error
-        tokens.extend(ids)
-        trained.extend(mask)
-        offsets.append(len(tokens))
-    if len(offsets) == 1:
-        raise UserError(f"{path} has no rows: give a file with at least one")
-    return Documents(
-        np.frombuffer(tokens, np.int32), np.frombuffer(trained, np.bool_), np.frombuffer(offsets, np.int64)
-    )
+            raise UserError(f"{where}: {error}") from None
+    return sources
 
 
-def _part(documents: Documents, start: int, stop: int) -> Documents:
-    offsets = documents.offsets[start : stop + 1]
-    span = slice(offsets[0], offsets[-1])
-    return Documents(documents.tokens[span], documents.trained[span], offsets - offsets[0])
+def validation_source(config: DataConfig) -> Source | None:
+    """The rows to evaluate on; None where they are a part of the training rows. Raises UserError if there are none."""
+    if config.val_path or _OWN.fullmatch(config.dataset):
+        if config.val_path and config.path is None and config.mixture is None and config.dataset in ENCODERS:
+            raise UserError(
+                f"--data.val-path {config.val_path} is given without --data.path: give the file to train on too"
+            )
+        return None if config.val_fraction else Source(config.dataset, config.val_path, "validation", _columns(config))
+    if config.val_fraction or (config.dataset == "alpaca" and config.path):
+        return None
+    if given := config.mixture or config.path:
+        raise UserError(
+            f"{given} is given without rows to evaluate on: give --data.val-path or --data.val-fraction, or switch "
+            "evaluation off with --eval.no-enabled"
+        )
+    return Source(config.dataset, None, "validation")
 
 
-# --- formats: one row -> ids and mask. Their errors lack the place, load_documents adds it.
+def load_collator(config: DataConfig, tokenizer: Any) -> Callable[[Any], Any] | None:
+    """What get_data_collator(tokenizer) in the user's own file returns, None without one.
+
+    Raises UserError if the batches are packs, which it could not make.
+    """
+    if not (own := _OWN.fullmatch(config.dataset)):
+        return None
+    make = getattr(_module(own[1]), "get_data_collator", None)
+    if make and config.batching == "packing":
+        raise UserError(f"{own[1]} has a get_data_collator, which is for --data.batching padding: give that")
+    return make and make(tokenizer)
+
+
+def _columns(config: DataConfig) -> dict[str, str]:
+    return {name: column for name, _, column in (text.partition("=") for text in config.columns)}
+
+
+_OWN = re.compile(r"(.+\.py)(?::(\w+))?")
+"""FILE.py:FUNCTION"""
+
+
+def _own_function(dataset: str) -> Callable[[DataConfig, Any, Split], Iterable[Any]] | None:
+    if not (own := _OWN.fullmatch(dataset)):
+        return None
+    function = getattr(_module(own[1]), own[2] or "get_custom_dataset", None)
+    if not callable(function):
+        raise UserError(f"--data.dataset {dataset}: {own[1]} has no function {own[2] or 'get_custom_dataset'}")
+    return function
+
+
+@cache
+def _module(file: str) -> ModuleType:
+    """The user's file, run once."""
+    if not Path(file).is_file():
+        raise UserError(f"--data.dataset {file}: no such file")
+    name = f"minillama_own_{Path(file).stem}"
+    spec = spec_from_file_location(name, file)
+    assert spec and spec.loader
+    sys.modules[name] = module = module_from_spec(spec)  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def _from_hub(path: str, split: Split) -> Any:
+    """The `datasets.Dataset` that hub:ORG/NAME[/CONFIG][:SPLIT], or hub:FOLDER[:SPLIT], names."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f'{path} needs a package: pip install -e ".[hub]"') from None
+    name, _, given = path.removeprefix(HUB).partition(":")
+    config = None
+    if not Path(name).exists() and name.count("/") > 1:
+        name, _, config = name.rpartition("/")
+    try:
+        return datasets.load_dataset(name, config, split=given or split)
+    except Exception as error:  # a wrong name, split or configuration, no connection: each has a type of its own
+        raise UserError(f"{path}: {error}") from error
+
+
+# --- formats: one row -> ids and mask. Their errors lack the place, `encode_rows` adds it.
 
 
 def encode_samsum(row: dict[str, Any], tokenizer: Any) -> Encoded:
@@ -175,31 +353,131 @@ def encode_grammar(row: dict[str, Any], tokenizer: Any) -> Encoded:
 
 
 def encode_chat(row: dict[str, Any], tokenizer: Any) -> Encoded:
-    messages = _field(row, "messages")
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"field 'messages' must be a list of messages, found {shown(messages)}")
-    for number, message in enumerate(messages, 1):
-        fields = message if isinstance(message, dict) else {}
-        if not all(isinstance(fields.get(name), str) for name in ("role", "content")):
-            raise UserError(f"message {number} needs the texts 'role' and 'content', found {shown(message)}")
+    """OpenAI's messages, ShareGPT's conversations, or a prompt with a response."""
+    if "conversations" in row and "messages" not in row:
+        messages = [_from_sharegpt(number, turn) for number, turn in enumerate(_list(row, "conversations"), 1)]
+    elif "prompt" in row and "messages" not in row:
+        messages = [
+            {"role": "user", "content": _text(row, "prompt")},
+            {"role": "assistant", "content": _answer(row, "response")},
+        ]
+    else:
+        messages = [_checked(number, message) for number, message in enumerate(_list(row, "messages"), 1)]
+    if row.get("system") and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": _text(row, "system")}, *messages]
     ids, mask = tokenizer.encode_chat(messages)
     if not any(mask):
         raise UserError("no message has the role 'assistant', so nothing to train on: drop the row")
     return ids, mask
 
 
-ENCODERS = {
+def encode_text(row: dict[str, Any], tokenizer: Any) -> Encoded:
+    text = _answer(row, "text")
+    # Lists of Python's integers take ten times the room of an array: a book goes in parts, cut at ends of lines.
+    parts = [np.array([tokenizer.bos_id] if tokenizer.bos_id is not None else [], np.int32)]
+    start = 0
+    while start < len(text):
+        end = text.rfind("\n", start, start + LONGEST_PART) + 1 if len(text) - start > LONGEST_PART else len(text)
+        end = end or start + LONGEST_PART
+        parts.append(np.array(tokenizer.encode(text[start:end]), np.int32))
+        start = end
+    ids = np.concatenate([*parts, [tokenizer.eos_id]])
+    return ids, np.ones(len(ids), np.bool_)
+
+
+def encode_own(row: dict[str, Any], tokenizer: Any) -> Encoded:
+    """What a user's own function gives: ids and labels as for llama-recipes, or a row of the formats chat and text."""
+    if "input_ids" not in row:
+        return encode_text(row, tokenizer) if "text" in row else encode_chat(row, tokenizer)
+    ids, labels = (np.asarray(_field(row, name)) for name in ("input_ids", "labels"))
+    for name, values in (("input_ids", ids), ("labels", labels)):
+        if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer) or not 0 < len(values) == len(ids):
+            raise UserError(f"field '{name}' must be a list of integers, of one length with input_ids")
+    trained = labels != IGNORE
+    if not (ids.min() >= 0 and ids.max() < tokenizer.vocab_size and (ids == labels)[trained].all()):
+        raise UserError(
+            f"input_ids must be from 0 to {tokenizer.vocab_size - 1}, and each of the labels {IGNORE} or the id itself"
+        )
+    return ids, trained
+
+
+ENCODERS: dict[str, Callable[[dict[str, Any], Any], Encoded]] = {
     "samsum": encode_samsum,
     "alpaca": encode_alpaca,
     "grammar": encode_grammar,
     "chat": encode_chat,
+    "text": encode_text,
+}
+FIELDS = {
+    "samsum": ("dialogue", "summary"),
+    "alpaca": ("instruction", "input", "output"),
+    "grammar": ("input", "target"),
+    "chat": ("messages", "conversations", "system", "prompt", "response"),
+    "text": ("text",),
 }
 
 
-def _encoder(dataset: str):
-    if dataset not in ENCODERS:
-        raise UserError(f"--data.dataset {dataset} is unknown: choose one of {', '.join(ENCODERS)}")
-    return ENCODERS[dataset]
+def encode_rows(
+    rows: Sequence[tuple[str, Any]], source: Source, tokenizer: Any, train_on: Literal["answers", "all"] = "answers"
+) -> tuple[Documents, list[str]]:
+    """The documents that the (place, row) pairs become, and for each row that cannot be used its place and why."""
+    encode, tokens, trained, offsets, refused = ENCODERS.get(source.dataset, encode_own), [], [], [0], []
+    for place, row in rows:
+        try:
+            row = row() if callable(row) else row
+            if not isinstance(row, dict):
+                raise UserError(f"a row must be an object, found {shown(row)}")
+            ids, mask = encode(_renamed(row, source.columns), tokenizer)
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, UTF-8 cannot
+            refused.append(f"{place}: text that is not Unicode ({error}): mend or drop the row")
+        except UserError as error:
+            refused.append(f"{place}: {error}")
+        else:
+            tokens.append(np.asarray(ids, np.int32))
+            trained.append(np.ones(len(ids), np.bool_) if train_on == "all" else np.asarray(mask, np.bool_))
+            offsets.append(offsets[-1] + len(ids))
+    empty = np.empty(0, np.int32)
+    return Documents(
+        np.concatenate([empty, *tokens]), np.concatenate([empty.astype(np.bool_), *trained]), np.array(offsets)
+    ), refused
+
+
+def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    for name, column in columns.items():
+        if column not in row:
+            raise UserError(
+                f"field '{column}', to be {name}, is missing, the fields are {', '.join(map(repr, row)) or 'none'}: "
+                "mend --data.columns or the row"
+            )
+    return {**row, **{name: row[column] for name, column in columns.items()}} if columns else row
+
+
+def _from_sharegpt(number: int, turn: Any) -> dict[str, str]:
+    """{"from": "human", "value": "Hi"} -> {"role": "user", "content": "Hi"}"""
+    said = turn if isinstance(turn, dict) else {}
+    role = SHAREGPT_ROLES.get(said.get("from", ""))
+    if role is None or not isinstance(said.get("value"), str):
+        raise UserError(
+            f"turn {number} needs 'from', one of {', '.join(SHAREGPT_ROLES)}, and the text 'value', found {shown(turn)}"
+        )
+    return {"role": role, "content": said["value"]}
+
+
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
+
+
+def _checked(number: int, message: Any) -> dict[str, Any]:
+    fields = message if isinstance(message, dict) else {}
+    if not all(isinstance(fields.get(name), str) for name in ("role", "content")):
+        raise UserError(f"message {number} needs the texts 'role' and 'content', found {shown(message)}")
+    return message
 
 
 def _prompt_answer(prompt: str, answer: str, tokenizer: Any) -> Encoded:
@@ -212,7 +490,7 @@ def _field(row: dict[str, Any], name: str) -> Any:
     if name not in row:
         raise UserError(
             f"field '{name}' is missing, the fields are {', '.join(map(repr, row)) or 'none'}: "
-            "rename one, or choose the --data.dataset that has these"
+            f"name the right one with --data.columns {name}=COLUMN, or choose the --data.dataset that has these"
         )
     return row[name]
 
@@ -229,3 +507,14 @@ def _answer(row: dict[str, Any], name: str) -> str:
     if not value.strip():
         raise UserError(f"field '{name}' is empty ({shown(value)}), so nothing to train on: drop the row")
     return value
+
+
+def _list(row: dict[str, Any], name: str) -> list[Any]:
+    value = _field(row, name)
+    if not isinstance(value, list) or not value:
+        raise UserError(f"field '{name}' must be a list of messages, found {shown(value)}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -184,6 +184,31 @@ def on_rank_zero(task: Callable[[], T]) -> T:
     return answer[1]
 
 
+def on_each_node(task: Callable[[], T]) -> T:
+    """Runs task on the first process of each machine while the others wait, however long it takes.
+
+    Returns on every rank the result of its machine. If it raises anywhere, every rank raises, as on_rank_zero does.
+    Every rank must call it.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    result, failure = None, None
+    if local_rank == 0:
+        try:
+            result = task()
+        except Exception as error:
+            failure = error
+    answers: list[Any] = [None] * dist.get_world_size()
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    dist.all_gather_object(answers, (failure and str(failure), result), patient)
+    dist.destroy_process_group(patient)
+    if failure is not None and not isinstance(failure, (OSError, UserError)):
+        raise failure
+    for problem, _ in answers:
+        if problem is not None:
+            raise UserError(problem)
+    return answers[dist.get_rank() - local_rank][1]
+
+
 def all_reduce(
     values: list[float], op: Literal["sum", "max"] = "sum", device: torch.device | str = "cpu"
 ) -> list[float]:

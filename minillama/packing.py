@@ -4,88 +4,98 @@ Packing puts many documents into a pack. Padding makes each document a pack of i
 """
 
 import hashlib
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minillama.datasets import DataConfig, Documents
+from minillama.datasets import Documents
 from minillama.errors import UserError
 from minillama.loss import IGNORE
-
-Pack = list[int]
-"""The documents of one pack, by number, in order."""
-
+from minillama.permutation import permuted
 
 BUCKET = 64
 """Padded documents of like length that follow each other in an epoch."""
+SORTED_TOGETHER = 64 * BUCKET
+"""Padded documents that are sorted into buckets together."""
+PACKED_TOGETHER = 65_536
+"""Documents among which those are sought that fill a pack."""
+
+TooLong = Literal["drop", "truncate", "split"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed:
-    """Documents, in packs, and how an epoch goes through these."""
+    """Documents, or pieces of them, in packs, and how an epoch goes through these. The arrays may lie on the disk."""
 
     batching: Literal["packing", "padding"]
-    documents: Documents
-    packs: list[Pack]
     context_length: int
-    dropped: int = 0
-    """Documents longer than the context, which no pack holds."""
-    truncated: int = 0
-    """Documents that were longer than the context; `documents` has what is left of them."""
+    documents: Documents
+    starts: np.ndarray
+    """int64 (pieces,): where in the documents' tokens each piece starts; the pieces of a pack stand together"""
+    sizes: np.ndarray
+    """int64 (pieces,): tokens in each piece"""
+    firsts: np.ndarray
+    """int64 (packs + 1,): pack p holds the pieces firsts[p]:firsts[p + 1]"""
+    lengths: np.ndarray
+    """int64 (packs,): tokens in each pack"""
+    long: dict[str, int] = field(default_factory=dict)
+    """How many documents longer than the context were dropped, truncated, or split, and how many of their pieces have no
+    token to train and were left out ("untrained")"""
+    fingerprint: str = ""
+    """The same for the same tokens in the same packs, wherever they were read from"""
+    collator: Callable[[list[dict[str, list[int]]]], dict[str, Tensor]] | None = None
+    """The user's own, from documents to a padded batch"""
 
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """int64 (packs,): tokens in each pack"""
-        starts = np.cumsum([0, *map(len, self.packs[:-1])])
-        return np.add.reduceat(self.documents.lengths[list(chain.from_iterable(self.packs))], starts)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """The same for the same tokens in the same packs, wherever they were read from."""
-        documents = self.documents
-        arrays = [documents.tokens, documents.trained, documents.offsets, self.lengths]
-        digest = hashlib.sha256(self.batching.encode())
-        for array in [*arrays, np.fromiter(chain.from_iterable(self.packs), np.int64)]:
-            digest.update(str((array.dtype, array.shape)).encode())
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
+    def __len__(self) -> int:
+        """Packs"""
+        return len(self.firsts) - 1
 
     @property
     def tokens(self) -> int:
-        return int(self.lengths.sum())
+        return int(self.sizes.sum())
 
     @property
     def efficiency(self) -> float:
         """Tokens over the places that the packs have for them."""
-        return self.tokens / (len(self.packs) * self.context_length)
+        return self.tokens / (len(self) * self.context_length)
 
     def padded_efficiency(self, batch_size: int, world_size: int, accumulate: int) -> float:
-        """Tokens over the places of an epoch's batches, each as wide as its longest row."""
-        order, window = self.order(0, 0), batch_size * world_size * accumulate
-        places = 0
-        for cursor in range(0, len(order), window):
+        """Tokens over the places of batches that are each as wide as their longest row, in the first 10,000 or so rows
+        of an epoch."""
+        window = batch_size * world_size * accumulate
+        tokens = places = 0
+        for cursor in range(0, min(len(self), 10_000), window):
             # all full steps fall into the same micro-batches whoever takes them: one rank is quicker to go through
-            for rows in self.micro_batches(order[cursor : cursor + window], batch_size, 0, 1):
+            for rows in self.micro_batches(self.order(0, 0, cursor, cursor + window), batch_size, 0, 1):
+                tokens += int(self.lengths[rows].sum())
                 places += len(rows) * int(self.lengths[rows].max())
-        return self.tokens / places
+        return tokens / places
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The order (packs,) in which an epoch goes through the packs.
+    def order(self, seed: int, epoch: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The packs at the places from start to stop of the order in which an epoch goes through all of them.
 
         It depends on no batch size and no number of ranks: all ranks agree on it, and so does a resumed run on others.
         """
-        random = np.random.default_rng((seed, epoch))
+        stop = len(self) if stop is None else min(stop, len(self))
         if self.batching == "packing":
-            return random.permutation(len(self.packs))
+            return permuted(np.arange(start, stop), len(self), seed, epoch)
+        first = start - start % SORTED_TOGETHER
+        parts = [self._by_length(seed, epoch, place) for place in range(first, stop, SORTED_TOGETHER)]
+        return np.concatenate(parts)[start - first : stop - first]
+
+    def _by_length(self, seed: int, epoch: int, place: int) -> np.ndarray:
+        """The padded documents at SORTED_TOGETHER places from `place` on, in buckets of like length."""
+        random = np.random.default_rng((seed, epoch, place))
+        places = np.arange(place, min(place + SORTED_TOGETHER, len(self)))
+        rows = permuted(places, len(self), seed, epoch)
         # The noise gives a document other neighbours in each epoch; sorted by bare length, a small set would make much
         # the same steps again and again.
-        by_length = np.argsort(self.lengths * random.uniform(1, 1.1, len(self.packs)), kind="stable")
-        buckets = np.split(by_length, range(BUCKET, len(by_length), BUCKET))
+        rows = rows[np.argsort(self.lengths[rows] * random.uniform(1, 1.1, len(rows)), kind="stable")]
+        buckets = np.split(rows, range(BUCKET, len(rows), BUCKET))
         random.shuffle(buckets)
         return np.concatenate(buckets)
 
@@ -101,68 +111,113 @@ class Packed:
         return np.array_split(window, rounds * world_size)[rank::world_size]
 
 
-def batch_documents(documents: Documents, config: DataConfig, seed: int) -> Packed:
-    """The documents as --data.batching has them. Raises UserError if the context length leaves nothing to train on."""
-    if config.batching == "packing":
-        return pack(documents, config.context_length, seed)
-    return pad(documents, config.context_length)
+@dataclass(frozen=True)
+class Part:
+    """Some documents, and what becomes of those that are longer than the context."""
+
+    rows: np.ndarray
+    """int64 (n,): numbers of documents; one may come more than once"""
+    too_long: TooLong
+    """split: into pieces that overlap by one token, as a piece's first cannot be predicted, so that each token is, once"""
 
 
-def pack(documents: Documents, context_length: int, seed: int) -> Packed:
-    """Best fit, longest first: each document goes whole into the fullest pack that still has room for it.
+def pack(documents: Documents, context_length: int, seed: int, parts: Sequence[Part] = ()) -> Packed:
+    """Best fit, longest first: each piece goes whole into the fullest pack that still has room for it.
 
-    Within a pack documents are in random order. Raises UserError if every document is longer than the context.
+    parts: which documents; without, all, and those longer than the context are dropped. Documents that stand together in
+    the file, of one source perhaps, come into different packs. Raises UserError if nothing is left to train on.
     """
-    lengths = documents.lengths
-    fitting = np.flatnonzero(lengths <= context_length)
-    if len(fitting) == 0:
-        raise UserError(
-            f"all {len(lengths)} rows are longer than --data.context-length {context_length} (the shortest has "
-            f"{lengths.min()} tokens): raise it"
-        )
-    random = np.random.default_rng(seed)
-    packs: list[Pack] = []
+    starts, sizes, long = _pieces(documents, context_length, parts or [Part(np.arange(len(documents)), "drop")])
+    mixed = permuted(np.arange(len(sizes)), len(sizes), seed)
+    packs: list[np.ndarray] = []
+    for some in np.array_split(mixed, -(-len(mixed) // PACKED_TOGETHER)):
+        packs += [some[np.sort(p)] for p in _best_fit(sizes[some], context_length)]
+    order = np.concatenate(packs)
+    firsts = np.cumsum([0, *map(len, packs)])
+    return _packed("packing", context_length, documents, starts[order], sizes[order], firsts, long)
+
+
+def pad(documents: Documents, context_length: int, parts: Sequence[Part] = ()) -> Packed:
+    """Each piece alone in a pack. parts as for `pack`, but without, long documents are truncated.
+
+    Raises UserError if nothing is left to train on.
+    """
+    starts, sizes, long = _pieces(documents, context_length, parts or [Part(np.arange(len(documents)), "truncate")])
+    return _packed("padding", context_length, documents, starts, sizes, np.arange(len(starts) + 1), long)
+
+
+def _packed(batching, context_length: int, documents: Documents, starts, sizes, firsts, long: dict[str, int]) -> Packed:
+    digest = hashlib.blake2b(f"{batching} {documents.fingerprint}".encode(), digest_size=16)
+    for array in (starts, sizes, firsts):
+        digest.update(np.ascontiguousarray(array).data)
+    lengths = np.add.reduceat(sizes, firsts[:-1])
+    return Packed(batching, context_length, documents, starts, sizes, firsts, lengths, long, digest.hexdigest())
+
+
+def _pieces(
+    documents: Documents, context_length: int, parts: Sequence[Part]
+) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """Where the pieces start in the documents' tokens and how many they have, both int64 (pieces,), and Packed.long."""
+    found, rows = [], 0
+    long = {"dropped": 0, "truncated": 0, "split": 0, "untrained": 0}
+    shortest = None
+    for part in parts:
+        starts = documents.offsets[part.rows]
+        sizes = documents.offsets[part.rows + 1] - starts
+        cut = sizes > context_length
+        rows += len(sizes)
+        if len(sizes):
+            shortest = min(int(sizes.min()), shortest or int(sizes.min()))
+        long[{"drop": "dropped", "truncate": "truncated", "split": "split"}[part.too_long]] += int(cut.sum())
+        found.append(np.stack((starts[~cut], sizes[~cut])))
+        if part.too_long == "drop" or not cut.any():
+            continue
+        starts, sizes = starts[cut], sizes[cut]
+        if part.too_long == "truncate":
+            sizes = np.full_like(sizes, context_length)
+        else:
+            pieces = -(-(sizes - 1) // (context_length - 1))  # each but the first token is predicted once
+            number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+            ends = np.repeat(starts + sizes, pieces)
+            starts = np.repeat(starts, pieces) + number * (context_length - 1)
+            sizes = np.minimum(ends - starts, context_length)
+        spans = zip(starts.tolist(), (starts + sizes).tolist(), strict=True)
+        trained = np.array([documents.trained[start + 1 : end].any() for start, end in spans])
+        long["untrained"] += int((~trained).sum())
+        found.append(np.stack((starts[trained], sizes[trained])))
+    starts, sizes = np.concatenate(found, axis=1)
+    if len(starts) == 0:
+        if long["dropped"] == rows:
+            problem = (
+                f"all {rows} rows are longer than --data.context-length {context_length} (the shortest has {shortest} "
+            )
+            problem += "tokens)"
+        else:
+            problem = f"no row has a token to train among its first --data.context-length {context_length}"
+        raise UserError(f"{problem}: raise it")
+    return starts, sizes, long
+
+
+def _best_fit(sizes: np.ndarray, context_length: int) -> list[list[int]]:
+    """Packs of indices into sizes (n,), none of which is above context_length."""
+    packs: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(context_length + 1)]  # packs, by the room they have left
     rooms = 0  # the set of r for which with_room[r] is not empty, as the bits of an integer
-    for document in fitting[np.argsort(-lengths[fitting], kind="stable")].tolist():
-        length = int(lengths[document])
-        wide_enough = rooms >> length
+    by_size = np.argsort(-sizes, kind="stable")
+    for piece, size in zip(by_size.tolist(), sizes[by_size].tolist(), strict=True):
+        wide_enough = rooms >> size
         if wide_enough:
-            room = length + (wide_enough & -wide_enough).bit_length() - 1
+            room = size + (wide_enough & -wide_enough).bit_length() - 1
             chosen = with_room[room].pop()
             if not with_room[room]:
                 rooms ^= 1 << room
         else:
             room, chosen = context_length, len(packs)
             packs.append([])
-        packs[chosen].append(document)
-        with_room[room - length].append(chosen)
-        rooms |= 1 << (room - length)
-    packs = [random.permutation(p).tolist() for p in packs]
-    return Packed("packing", documents, packs, context_length, dropped=len(lengths) - len(fitting))
-
-
-def pad(documents: Documents, context_length: int) -> Packed:
-    """Each document alone in a pack, truncated to the context.
-
-    Raises UserError if no document has a trained token left.
-    """
-    lengths, offsets = documents.lengths, documents.offsets
-    too_long = np.flatnonzero(lengths > context_length)
-    keep = np.ones(offsets[-1], np.bool_)
-    for i in too_long:
-        keep[offsets[i] + context_length : offsets[i + 1]] = False
-    kept = Documents(
-        documents.tokens[keep],
-        documents.trained[keep],
-        np.concatenate(([0], np.cumsum(np.minimum(lengths, context_length)))),
-    )
-    if not kept.trained.any():
-        raise UserError(
-            f"no row has a token to train among its first --data.context-length {context_length} (the longest has "
-            f"{lengths.max()} tokens): raise it"
-        )
-    return Packed("padding", kept, [[i] for i in range(len(kept))], context_length, truncated=len(too_long))
+        packs[chosen].append(piece)
+        with_room[room - size].append(chosen)
+        rooms |= 1 << (room - size)
+    return packs
 
 
 @dataclass(frozen=True)
@@ -176,7 +231,7 @@ class Batch:
     labels: Tensor
     """(B, T) int64, on the host: the next token where that is trained, -100 elsewhere"""
     document_ids: Tensor
-    """(B, T) int64, on the host: which document of its row a token is of; the padding at a row's end is one more"""
+    """(B, T) int64, on the host: which document of its row a token is of; padding is -1"""
     count: int
     """Tokens, without padding"""
     trained: int
@@ -188,27 +243,54 @@ class Batch:
 def collate(packed: Packed, packs: np.ndarray | list[int], pad_id: int, device: torch.device | str) -> Batch:
     """Lays packs side by side, padded to the longest. No packs: a batch of one padding token and no label."""
     documents = packed.documents
-    rows = [packed.packs[i] for i in packs]
-    width = max((int(documents.lengths[row].sum()) for row in rows), default=1)
-    shape = (max(1, len(rows)), width)
+    spans = [range(packed.firsts[p], packed.firsts[p + 1]) for p in packs]
+    if packed.collator and spans:
+        return _collated(packed, [span[0] for span in spans], device)
+    shape = (max(1, len(packs)), max((int(packed.lengths[p]) for p in packs), default=1))
     tokens = np.full(shape, pad_id, np.int64)
     labels = np.full(shape, IGNORE, np.int64)
     document_ids = np.full(shape, -1, np.int64)
     positions = np.zeros(shape, np.int64)
     squares = 0
-    for r, row in enumerate(rows):
+    for r, span in enumerate(spans):
         start = 0
-        for number, document in enumerate(row):
-            ids, trained = documents[document]
-            end = start + len(ids)
+        for number, piece in enumerate(span):
+            begin, size = int(packed.starts[piece]), int(packed.sizes[piece])
+            ids, trained = documents.tokens[begin : begin + size], documents.trained[begin : begin + size]
+            end = start + size
             tokens[r, start:end] = ids
             # the shift: a document's last token predicts nothing, and its first is predicted by nothing
             labels[r, start : end - 1] = np.where(trained[1:], ids[1:], IGNORE)
             document_ids[r, start:end] = number
-            positions[r, start:end] = np.arange(len(ids))
-            squares += len(ids) ** 2
+            positions[r, start:end] = np.arange(size)
+            squares += size**2
             start = end
+    documents.release()
+    return _batch(tokens, positions, labels, document_ids, squares, device)
 
+
+def _collated(packed: Packed, pieces: list[int], device: torch.device | str) -> Batch:
+    """A batch as the user's collator makes it of these documents, its labels shifted. Raises UserError if it is none."""
+    rows = []
+    for piece in pieces:
+        span = slice(packed.starts[piece], packed.starts[piece] + packed.sizes[piece])
+        ids, trained = packed.documents.tokens[span], packed.documents.trained[span]
+        labels = np.where(trained, ids, IGNORE).tolist()
+        rows.append({"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": labels})
+    made = packed.collator(rows)  # type: ignore[misc]
+    missing = [name for name in ("input_ids", "labels") if name not in made]
+    if missing or made["labels"].shape != made["input_ids"].shape:
+        raise UserError("the collator must return tensors input_ids and labels of one shape (batch, tokens)")
+    tokens, labels = (made[name].numpy().astype(np.int64) for name in ("input_ids", "labels"))
+    known = made["attention_mask"].numpy() > 0 if "attention_mask" in made else np.ones(tokens.shape, np.bool_)
+    shifted = np.full(tokens.shape, IGNORE, np.int64)
+    shifted[:, :-1] = np.where(known[:, 1:] & known[:, :-1], labels[:, 1:], IGNORE)
+    positions = np.maximum(known.cumsum(1) - 1, 0)
+    squares = int((known.sum(1) ** 2).sum())
+    return _batch(tokens, positions, shifted, np.where(known, 0, -1), squares, device)
+
+
+def _batch(tokens, positions, labels, document_ids, squares: int, device: torch.device | str) -> Batch:
     def on_device(array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -19,15 +19,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from minillama.cache import open_packed, prepare
 from minillama.checkpoint import Checkpoint, CheckpointConfig, find_checkpoint, has_checkpoint, saved_steps
-from minillama.datasets import DataConfig, check_vocabulary, load_datasets
-from minillama.distributed import Device, FsdpConfig, all_reduce, on_rank_zero, say
+from minillama.datasets import DataConfig, check_vocabulary, load_collator
+from minillama.distributed import Device, FsdpConfig, all_reduce, on_each_node, on_rank_zero, say
 from minillama.errors import UserError
 from minillama.hf import read_json, weights_fingerprint
 from minillama.metrics import LogConfig
 from minillama.model import Llama
 from minillama.optim import OptimConfig
-from minillama.packing import Packed, batch_documents
+from minillama.packing import Packed
 from minillama.profiling import MFU_FORMULA, count_parameters
 from minillama.tokenizer import load_tokenizer
 from minillama.train import EvalConfig, Progress, TrainConfig, count_steps
@@ -301,12 +302,19 @@ def load_data(config: RunConfig, model: Llama) -> tuple[Any, Packed, Packed | No
     """The tokenizer, what to train on, and what to evaluate on. Raises UserError for what is wrong with the data."""
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     check_vocabulary(tokenizer, model.config.vocab_size)
-    train, validation = load_datasets(config.data, tokenizer, validation=config.eval.enabled)
-    return (
-        tokenizer,
-        batch_documents(train, config.data, config.seed),
-        batch_documents(validation, config.data, config.seed) if validation else None,
+    collator = load_collator(config.data, tokenizer)
+    processes = config.data.workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    folders = on_each_node(
+        lambda: prepare(config.data, tokenizer, config.seed, validation=config.eval.enabled, processes=processes)
     )
+    train = replace(open_packed(folders[0]), collator=collator)
+    validation = replace(open_packed(folders[1]), collator=collator) if folders[1] else None
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, train.fingerprint)
+    if len(set(everywhere)) > 1:
+        raise UserError("the machines have different training data: give all of them the same files")
+    say(f"data        {folders[0].parent}")
+    return tokenizer, train, validation
 
 
 def summary(
@@ -345,20 +353,19 @@ def summary(
 
 
 def _described(packed: Packed, model: Llama, batch_size: int, world_size: int, accumulate: int) -> str:
-    lengths = packed.documents.lengths[[i for pack in packed.packs for i in pack]]
-    text = f"{len(lengths)} rows, {packed.tokens:,} tokens, "
+    text = f"{len(packed.sizes):,} rows, {packed.tokens:,} tokens, "
     if packed.batching == "padding":
         efficiency = packed.padded_efficiency(batch_size, world_size, accumulate)
         text += f"batches of {batch_size} padded to the longest ({efficiency:.1%} full)"
     else:
-        text += f"{len(packed.packs)} packs of {packed.context_length} ({packed.efficiency:.1%} full)"
-    if packed.truncated:
-        untrained = sum(not packed.documents[i][1].any() for i in range(len(packed.documents)))
-        text += (
-            f"; {packed.truncated} TRUNCATED to {packed.context_length}, {untrained} rows with NOTHING left to train"
-        )
-    if packed.dropped:
-        text += f"; {packed.dropped} longer than that DROPPED"
-    if (longest := max(lengths)) > (limit := model.config.max_position_embeddings):
+        text += f"{len(packed):,} packs of {packed.context_length} ({packed.efficiency:.1%} full)"
+    for what in ("dropped", "truncated", "split"):
+        if packed.long[what]:
+            text += f"; {packed.long[what]:,} longer than {packed.context_length} {what.upper()}"
+    if packed.long["untrained"]:
+        text += f", and {packed.long['untrained']:,} of them left out, with NOTHING left to train"
+    if packed.documents.refused:
+        text += f"; {packed.documents.refused:,} bad ones SKIPPED"
+    if (longest := int(packed.sizes.max())) > (limit := model.config.max_position_embeddings):
         text += f"; the longest, {longest}, BEYOND the {limit} the model was made for"
     return text

@@ -5,6 +5,7 @@ sentencepiece (Llama 2). Which one is decided by what is in the files, never by 
 """
 
 import base64
+import hashlib
 import json
 import re
 import unicodedata
@@ -25,6 +26,10 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 # so it stays whole (possessive: no backtracking through a long run that has no digit behind it).
 DIGITS_GPT2_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s++(?=\p{N})|\s+(?!\S)|\s+"
 
+# Whatever may decide ids:
+FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model", "added_tokens.json", "chat_template.jinja")
+NAMES = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
+
 # tiktoken's regex engine keeps one stack entry for each character of white space and gives up at a million.
 LONGEST_SPACE = 100_000
 
@@ -33,8 +38,12 @@ class Tokenizer:
     """What `load_tokenizer` returns. All ids are plain ints.
 
     `bos_id` is None where the checkpoint has no BOS; `pad_id` is `eos_id` where it names no padding token;
-    `vocab_size` is the highest id + 1, which may be less than the rows of the model's embedding.
+    `vocab_size` is the highest id + 1, which may be less than the rows of the model's embedding. `path` is where it was
+    loaded from; `fingerprint` is the same for files with the same content.
     """
+
+    path: Path
+    fingerprint: str
 
     def __init__(self, engine: Any, special: dict[str, dict[str, Any]], names: dict[str, Any], where: Path) -> None:
         self._engine = engine
@@ -172,6 +181,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(
             f"{path}: no such file or folder; give a checkpoint's folder, tokenizer.json or tokenizer.model"
         )
+    tokenizer = _read_tokenizer(path)
+    tokenizer.path = path
+    digest = hashlib.blake2b(digest_size=16)
+    for file in [path] if path.is_file() else []:
+        digest.update(file.read_bytes())
+    for name in FILES + NAMES:
+        file = (path if path.is_dir() else path.parent) / name
+        digest.update(f"{name} {file.stat().st_size}".encode() + file.read_bytes() if file.is_file() else b"")
+    tokenizer.fingerprint = digest.hexdigest()
+    return tokenizer
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
     folder = path if path.is_dir() else path.parent
     names = _names(folder)
     json_file = folder / "tokenizer.json" if path.is_dir() or path.suffix != ".json" else path
@@ -362,7 +384,7 @@ class _SentencePiece:
 def _names(folder: Path) -> dict[str, Any]:
     """What the files beside the vocabulary say: special tokens by role, added tokens, the chat template."""
     names: dict[str, Any] = {}
-    for file in ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json"):
+    for file in NAMES:
         if (folder / file).exists():
             names |= {key: value for key, value in _read_json(folder / file).items() if value is not None}
     added = {

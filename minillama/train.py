@@ -109,7 +109,7 @@ class Step:
 
 def count_steps(packed: Packed, config: TrainConfig, window: int) -> int:
     """Optimizer steps of a run that takes `window` packs a step."""
-    per_epoch = -(-len(packed.packs) // window)
+    per_epoch = -(-len(packed) // window)
     return min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
 
 
@@ -121,14 +121,14 @@ def steps(
     Every epoch takes every pack once, in an order of its own; its last step may be short. A step's packs do not depend
     on the number of ranks: each takes its share of them, in as many micro-batches of config.batch_size as that needs.
     """
-    packs, window, number = len(packed.packs), start.window, start.step
+    packs, window, number = len(packed), start.window, start.step
     total = count_steps(packed, config, window)
     for epoch in range(start.epoch, config.epochs):
-        order = packed.order(seed, epoch)
         for cursor in range(start.cursor if epoch == start.epoch else 0, packs, window):
             if number >= total:
                 return
-            mine = packed.micro_batches(order[cursor : cursor + window], config.batch_size, rank, world_size)
+            taken = packed.order(seed, epoch, cursor, cursor + window)
+            mine = packed.micro_batches(taken, config.batch_size, rank, world_size)
             end = min(cursor + window, packs)
             yield Step(number, epoch, end, epoch + end / packs, end == packs, number + 1 == total, mine)
             number += 1
@@ -229,7 +229,8 @@ def eval_batches(
 
     config.max_steps takes the same mixed sample of them each time, whatever the run's seed.
     """
-    order, window = packed.order(0, 0), config.batch_size * world_size
-    for cursor in range(0, len(order), window)[: config.max_steps or None]:
-        [packs] = packed.micro_batches(order[cursor : cursor + window], config.batch_size, rank, world_size)
+    window = config.batch_size * world_size
+    for cursor in range(0, len(packed), window)[: config.max_steps or None]:
+        taken = packed.order(0, 0, cursor, cursor + window)
+        [packs] = packed.micro_batches(taken, config.batch_size, rank, world_size)
         yield collate(packed, packs, pad_id, device)

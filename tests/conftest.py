@@ -8,6 +8,7 @@ import pickle
 import runpy
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ from safetensors.torch import save_file
 from minillama.model import Llama, LlamaConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # peft and transformers, the references, look no name up
+_cache = tempfile.TemporaryDirectory()  # of tokenized data; child processes find it there too
+os.environ["XDG_CACHE_HOME"] = _cache.name
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minillama.datasets import DataConfig, check_vocabulary, load_datasets, load_documents
+from minillama.cache import open_packed, prepare
+from minillama.datasets import DataConfig, check_vocabulary
 from minillama.errors import UserError
 from minillama.rows import read_rows
 
@@ -15,7 +16,7 @@ REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 class Bytes:
     """One id a byte; 256 and 257 are BOS and EOS. A chat turn is "role:content" and EOS."""
 
-    bos_id, eos_id, vocab_size = 256, 257, 258
+    bos_id, eos_id, vocab_size, fingerprint = 256, 257, 258, "bytes"
 
     def encode(self, text, *, bos=False, eos=False):
         return [256] * bos + list(text.encode()) + [257] * eos
@@ -30,7 +31,7 @@ class Bytes:
 
 
 class NoBos(Bytes):
-    bos_id = None
+    bos_id, fingerprint = None, "bytes without BOS"
 
     def encode(self, text, *, bos=False, eos=False):
         assert not bos
@@ -42,8 +43,10 @@ def write(path, content):
     return path
 
 
-def load(path, dataset):
-    return load_documents(dataset, path, "train", Bytes())
+def load(path, dataset, tokenizer=None, **flags):
+    """All documents of a file, through the cache."""
+    config = DataConfig(dataset, path, **flags)
+    return open_packed(prepare(config, tokenizer or Bytes(), 0, validation=False)[0]).documents
 
 
 def pieces(document):
@@ -55,8 +58,11 @@ def pieces(document):
     return bytes(tokens[1:cut].tolist()).decode(), bytes(tokens[cut:-1].tolist()).decode()
 
 
-def datasets(dataset, path=None, val_path=None, validation=True):
-    return load_datasets(DataConfig(dataset, path, val_path), Bytes(), validation=validation)
+def datasets(dataset, path=None, val_path=None, validation=True, **flags):
+    """The documents to train on and to evaluate on, in the order of the file."""
+    config = DataConfig(dataset, path, val_path, batching="padding", **flags)
+    packs = [folder and open_packed(folder) for folder in prepare(config, Bytes(), 0, validation=validation)]
+    return [p and [p.documents[i] for i in np.searchsorted(p.documents.offsets, p.starts, "right") - 1] for p in packs]
 
 
 # --- formats
@@ -123,18 +129,17 @@ def test_chat(tmp_path):
 
 def test_a_tokenizer_without_bos(tmp_path):
     path = write(tmp_path / "a.csv", "input,target\na,b\n")
-    (document,) = load_documents("grammar", path, "train", NoBos())
+    (document,) = load(path, "grammar", NoBos())
     assert document[0].tolist() == [*b"Correct this to standard English: a\n---\nCorrected: b", 257]
 
 
 @pytest.mark.parametrize("dataset", ["samsum", "alpaca", "grammar", "chat"])
 def test_bundled_sets(dataset):
     train, validation = datasets(dataset)
-    assert validation is not None and len(train) >= 60 and len(validation) >= 12
+    assert len(train) >= 60 and len(validation) >= 12
     for documents in (train, validation):
-        assert documents.offsets[0] == 0 and documents.offsets[-1] == len(documents.tokens)
         assert all(trained.any() and not trained[0] for _, trained in documents)
-        assert documents.lengths.max() < 4096
+        assert max(len(tokens) for tokens, _ in documents) < 4096
     assert not {tokens.tobytes() for tokens, _ in train} & {tokens.tobytes() for tokens, _ in validation}
 
 
@@ -200,9 +205,22 @@ BAD = [
     ("a.csv", b"input,target\na,b\nc\xe9,d\n", "grammar", ["line 3: not UTF-8", "0xe9", "position 1", "save"]),
     ("a.jsonl", b"\xff\xfe{\x00", "grammar", ["line 1: not UTF-8", "0xff", "position 0"]),
     ("a.json", b'[\n{"input": "\xe9"}]', "grammar", ["line 2: not UTF-8", "0xe9"]),
-    ("a.txt", "a", "grammar", ["unknown format '.txt'", ".json, .jsonl, .csv"]),
+    ("a.tsv", "a", "grammar", ["unknown format '.tsv'", ".json, .jsonl, .csv"]),
+    ("a.txt", "a", "grammar", ["'input' is missing, the fields are 'text'"]),
+    ("a.txt", " \n", "text", ["'text' is empty"]),
+    ("a.txt", b"a\nb\xe9", "text", ["line 2: not UTF-8", "0xe9"]),
+    ("a.csv", "input;target\na;b\n", "grammar", ['header is one field, "input;target"', "commas"]),
+    ("a.csv", "input,input\na,b\n", "grammar", ["names a field twice"]),
+    ("a.json", f"[{GOOD}, {GOOD}", "grammar", ["not JSON", "delimiter"]),
+    ("a.json", f"[{GOOD},]", "grammar", ["not JSON"]),
+    ("a.json", f"[{GOOD}]\n7", "grammar", ["not JSON", "Extra data: line 2"]),
     ("a", "a", "grammar", ["unknown format ''"]),
-    ("a.jsonl", '{"conversations": []}', "chat", ["line 1:", "'messages' is missing", "'conversations'"]),
+    ("a.jsonl", '{"dialog": []}', "chat", ["line 1:", "'messages' is missing", "'dialog'"]),
+    ("a.jsonl", '{"conversations": []}', "chat", ["line 1:", "'conversations' must be a list", "found []"]),
+    ("a.jsonl", '{"conversations": [{"from": "me"}]}', "chat", ["turn 1 needs 'from', one of human", '"from": "me"']),
+    ("a.jsonl", '{"conversations": [{"from": "gpt", "value": 1}]}', "chat", ["turn 1 needs", "'value'"]),
+    ("a.jsonl", '{"conversations": [["gpt", "hi"]]}', "chat", ["turn 1 needs", '["gpt", "hi"]']),
+    ("a.jsonl", '{"prompt": "a"}', "chat", ["'response' is missing"]),
     ("a.jsonl", '{"messages": "hi"}', "chat", ["line 1:", "'messages' must be a list", 'found "hi"']),
     ("a.jsonl", '{"messages": []}', "chat", ["line 1:", "'messages' must be a list", "found []"]),
     ("a.jsonl", '{"messages": ["hi"]}', "chat", ["line 1: message 1 needs", 'found "hi"']),
@@ -290,7 +308,6 @@ def test_alpaca_alone_holds_out_its_first_twentieth(tmp_path):
     path = alpaca_file(tmp_path / "a.jsonl", 59)
     train, validation = datasets("alpaca", path)
     assert answers(validation) == [0, 1] and answers(train) == list(range(2, 59))
-    assert train.offsets[0] == 0 and train.offsets[-1] == len(train.tokens) == len(train.trained)
     train, validation = datasets("alpaca", path, validation=False)
     assert answers(train) == list(range(59)) and validation is None
     train, validation = datasets("alpaca", path, alpaca_file(tmp_path / "b.jsonl", 3))
@@ -301,7 +318,7 @@ def test_alpaca_alone_holds_out_its_first_twentieth(tmp_path):
 
 def test_impossible_flags(tmp_path):
     path = alpaca_file(tmp_path / "a.jsonl", 3)
-    with pytest.raises(UserError, match=r"without a file to evaluate on: .*--data\.val-path.*--eval\.no-enabled"):
+    with pytest.raises(UserError, match=r"without rows to evaluate on: .*--data\.val-path.*--eval\.no-enabled"):
         datasets("samsum", path)
     with pytest.raises(UserError, match=r"--data\.val-path .* without --data\.path"):
         datasets("alpaca", None, path)
@@ -347,14 +364,14 @@ def test_real_files_and_llama31_tokenizer_give_the_ids_of_transformers():
     samsum = REAL / "datasets" / "samsum" / "val_200.json"
     rows = json.loads(samsum.read_text(encoding="utf-8"))
     same(
-        load_documents("samsum", samsum, "validation", ours),
+        load(samsum, "samsum", ours),
         [expected(f"Summarize this dialog:\n{row['dialogue']}\n---\nSummary:\n", row["summary"]) for row in rows],
     )
     grammar = REAL / "datasets" / "grammar" / "val_200.csv"
     with grammar.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     same(
-        load_documents("grammar", grammar, "validation", ours),
+        load(grammar, "grammar", ours),
         [
             expected(f"Correct this to standard English: {row['input']}\n---\nCorrected: ", row["target"])
             for row in rows
@@ -372,8 +389,8 @@ def test_real_files_and_llama31_tokenizer_give_the_ids_of_transformers():
         )
     rows = json.loads(alpaca.read_text(encoding="utf-8"))
     same(
-        load_documents("alpaca", alpaca, "validation", ours),
+        load(alpaca, "alpaca", ours),
         [expected(prompt, row["output"]) for prompt, row in zip(prompts, rows, strict=True)],
     )
-    chat = load_documents("chat", REAL / "datasets" / "chat" / "messages_val_60.jsonl", "validation", ours)
+    chat = load(REAL / "datasets" / "chat" / "messages_val_60.jsonl", "chat", ours)
     assert len(chat) == 60 and all(trained.any() for _, trained in chat)

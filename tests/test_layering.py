@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ONLY_IN = {
     "tyro": {"recipes", "tools"},
-    "datasets": {"minillama/datasets.py"},
+    "datasets": {"minillama/datasets.py", "tools"},
     "tiktoken": {"minillama/tokenizer.py"},
     "sentencepiece": {"minillama/tokenizer.py"},
     "jinja2": {"minillama/chat.py"},
@@ -16,7 +16,7 @@ ONLY_IN = {
     "wandb": {"minillama/metrics.py"},
     "matplotlib": {"minillama/metrics.py"},
     "gguf": {"tools"},
-    "pyarrow": {"minillama/rows.py"},
+    "pyarrow": {"minillama/rows.py", "tools"},
     "transformers": set(),
     "peft": set(),
 }

@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import random_model
 
-from minillama.datasets import DataConfig, Documents
+from minillama.datasets import Documents
 from minillama.errors import UserError
-from minillama.packing import batch_documents, collate, pack, pad
+from minillama.packing import Part, collate, pack, pad
 from minillama.train import TrainConfig, batch_loss, count_steps, steps
 
 
@@ -18,19 +18,31 @@ def documents_of(lengths, seed=0):
     return Documents(tokens, random.random(offsets[-1]) < 0.5, offsets)
 
 
+def packs_of(packed):
+    """The documents of each pack, by number: for those that are whole."""
+    documents = np.searchsorted(packed.documents.offsets, packed.starts, "right") - 1
+    return [documents[a:b].tolist() for a, b in zip(packed.firsts[:-1], packed.firsts[1:], strict=True)]
+
+
+def pieces_of(packed):
+    """The tokens of each pack's pieces."""
+    spans = [packed.documents.tokens[a : a + n].tolist() for a, n in zip(packed.starts, packed.sizes, strict=True)]
+    return [spans[a:b] for a, b in zip(packed.firsts[:-1], packed.firsts[1:], strict=True)]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_every_document_that_fits_is_in_one_pack(seed):
     random = np.random.default_rng(seed)
     context = int(random.integers(5, 200))
     lengths = random.integers(1, context * 5 // 4, 300)
     packed = pack(documents_of(lengths), context, seed)
-    held = sorted(i for p in packed.packs for i in p)
+    held = sorted(i for p in packs_of(packed) for i in p)
     assert held == np.flatnonzero(lengths <= context).tolist()
-    assert packed.dropped == (lengths > context).sum()
-    assert all(0 < lengths[p].sum() <= context for p in packed.packs)
+    assert packed.long == {"dropped": (lengths > context).sum(), "truncated": 0, "split": 0, "untrained": 0}
+    assert all(0 < lengths[p].sum() <= context for p in packs_of(packed))
     assert packed.tokens == lengths[lengths <= context].sum()
     # best fit leaves no two packs that would go into one
-    fill = sorted(lengths[p].sum() for p in packed.packs)
+    fill = sorted(lengths[p].sum() for p in packs_of(packed))
     assert len(fill) == 1 or fill[0] + fill[1] > context
 
 
@@ -50,7 +62,7 @@ def test_batch_of_packs_by_hand():
     tokens = np.array([10, 11, 12, 20, 21, 30, 31, 32, 33], np.int32)
     trained = np.array([0, 0, 1, 1, 1, 0, 1, 0, 1], bool)
     packed = pack(Documents(tokens, trained, np.array([0, 3, 5, 9])), 5, 0)
-    batch = collate(packed, [next(i for i, p in enumerate(packed.packs) if len(p) == 2)], 99, "cpu")
+    batch = collate(packed, [next(i for i, p in enumerate(packs_of(packed)) if len(p) == 2)], 99, "cpu")
     row = [10, 11, 12, 20, 21] if batch.tokens[0, 0] == 10 else [20, 21, 10, 11, 12]
     assert batch.tokens.tolist() == [row]
     # 20 is trained, but nothing in its document stands before it
@@ -75,8 +87,8 @@ def test_no_packs_is_a_batch_without_labels():
 def of_packs(batching, count):
     """`count` packs; those of padding have lengths of their own."""
     lengths = np.random.default_rng(count).integers(1, 9, count) if batching == "padding" else [8] * count
-    packed = batch_documents(documents_of(lengths), DataConfig(batching=batching, context_length=8), 0)
-    assert len(packed.packs) == count
+    packed = pad(documents_of(lengths), 8) if batching == "padding" else pack(documents_of(lengths), 8, 0)
+    assert len(packed) == count
     return packed
 
 
@@ -180,35 +192,84 @@ def test_epochs_of_a_small_padded_set_have_steps_of_their_own():
     assert again < 0.4 * together.min()
 
 
+def long(dropped=0, truncated=0, split=0, untrained=0):
+    return {"dropped": dropped, "truncated": truncated, "split": split, "untrained": untrained}
+
+
 def test_truncation_by_hand():
-    tokens = np.array([10, 11, 12, 13, 20, 30, 31, 32, 33, 34], np.int32)
-    trained = np.array([0, 1, 1, 1, 1, 0, 0, 0, 1, 1], bool)
-    packed = pad(Documents(tokens, trained, np.array([0, 4, 5, 10])), 3)
-    assert (packed.truncated, packed.dropped, packed.tokens) == (2, 0, 7)
-    assert packed.packs == [[0], [1], [2]] and packed.lengths.tolist() == [3, 1, 3]
-    batch = collate(packed, [2, 0, 1], 99, "cpu")
-    assert batch.tokens.tolist() == [[30, 31, 32], [10, 11, 12], [20, 99, 99]]
-    # 33 and 34, all that was trained in their document, are cut off: it stays, and trains nothing
-    assert batch.labels.tolist() == [[-100, -100, -100], [11, 12, -100], [-100, -100, -100]]
-    assert batch.positions.tolist() == [[0, 1, 2], [0, 1, 2], [0, 0, 0]]
-    assert batch.document_ids.tolist() == [[0, 0, 0], [0, 0, 0], [0, -1, -1]]
-    assert (batch.count, batch.trained, batch.squares) == (7, 2, 19)
+    tokens = np.array([10, 11, 12, 13, 20, 30, 31, 32, 33, 34, 40, 41, 42, 43], np.int32)
+    trained = np.array([0, 1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 1], bool)
+    packed = pad(Documents(tokens, trained, np.array([0, 4, 5, 10, 14])), 3)
+    # 33 and 34, all that was trained in their document, are cut off: it is left out
+    assert packed.long == long(truncated=3, untrained=1) and packed.tokens == 7
+    assert sorted(pieces_of(packed)) == [[[10, 11, 12]], [[20]], [[40, 41, 42]]]
+    batch = collate(packed, [pieces_of(packed).index([[t, t + 1, t + 2]]) for t in (40, 10)], 99, "cpu")
+    assert batch.tokens.tolist() == [[40, 41, 42], [10, 11, 12]]
+    assert batch.labels.tolist() == [[-100, 42, -100], [11, 12, -100]]
+    assert batch.positions.tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert (batch.count, batch.trained, batch.squares) == (6, 3, 18)
 
 
-def test_truncation_cuts_the_ends_off_and_nothing_else():
-    documents = documents_of(np.random.default_rng(4).integers(1, 40, 100))
-    packed = pad(documents, 25)
-    assert packed.truncated == (documents.lengths > 25).sum() > 0
-    for before, after in zip(documents, packed.documents, strict=True):
-        for x, y in zip(before, after, strict=True):
-            assert x.dtype == y.dtype and x[:25].tolist() == y.tolist()
+@pytest.mark.parametrize("context", [2, 7, 25])
+@pytest.mark.parametrize("batching", ["packing", "padding"])
+def test_split_documents_predict_each_token_once(batching, context):
+    documents = documents_of(np.random.default_rng(4).integers(1, 60, 100))
+    documents.tokens[:] = np.arange(len(documents.tokens))  # so that a token tells where it stood
+    parts = [Part(np.arange(60), "split"), Part(np.arange(60, 100), "split")]
+    packed = pad(documents, context, parts) if batching == "padding" else pack(documents, context, 5, parts)
+    assert packed.long["split"] == (documents.lengths > context).sum() > 0
+    assert packed.lengths.max() <= context
+    batch = collate(packed, np.arange(len(packed)), 0, "cpu")
+    predicted = batch.tokens[batch.labels != -100] + 1
+    assert (predicted == batch.labels[batch.labels != -100]).all()
+    expected = [
+        t
+        for i, (_, trained) in enumerate(documents)
+        for t in documents.offsets[i] + np.flatnonzero(trained)
+        if t > documents.offsets[i]
+    ]
+    assert sorted(predicted.tolist()) == expected
+    whole = [piece for p in pieces_of(packed) for piece in p]
+    fitting = np.flatnonzero(documents.lengths <= context)
+    assert all(documents[i][0].tolist() in whole for i in fitting)
+
+
+def test_split_by_hand():
+    documents = Documents(np.arange(10, dtype=np.int32), np.arange(10) != 4, np.array([0, 7, 10]))
+    packed = pad(documents, 4, [Part(np.array([0, 1]), "split")])
+    # 3 is the last of the first piece and the first of the second, which predicts 5 and 6 and, untrained, 4
+    assert sorted(pieces_of(packed)) == [[[0, 1, 2, 3]], [[3, 4, 5, 6]], [[7, 8, 9]]]
+    assert packed.long == long(split=1)
+
+
+def test_parts_choose_and_repeat_documents():
+    documents = documents_of([5, 6, 7, 8])
+    parts = [Part(np.array([2, 2, 0]), "drop"), Part(np.array([3]), "truncate")]
+    for packed in (pack(documents, 7, 1, parts), pad(documents, 7, parts)):
+        documents.trained[:] = True
+        assert sorted(i for p in packs_of(packed) for i in p) == [0, 2, 2, 3]
+        assert packed.long == long(truncated=1)
+    other = pack(documents, 7, 1, parts[:1])
+    assert other.fingerprint != pack(documents, 7, 1, parts).fingerprint == pack(documents, 7, 1, parts).fingerprint
+    assert pad(documents, 7, parts[:1]).fingerprint != other.fingerprint
+
+
+def test_many_documents_are_packed_window_by_window():
+    lengths = np.random.default_rng(0).integers(30, 400, 150_000)
+    packed = pack(documents_of(lengths), 4096, 0)
+    assert packed.efficiency > 0.999
+    assert sorted(i for p in packs_of(packed) for i in p) == list(range(150_000))
+    first = np.concatenate(packs_of(packed)[:20])
+    assert abs(first.mean() - 75_000) < 10_000  # of all parts of the file
 
 
 def test_truncation_that_leaves_nothing_to_train():
     documents = Documents(np.arange(9, dtype=np.int32), np.arange(9) == 8, np.array([0, 2, 9]))
-    with pytest.raises(UserError, match=r"no row has a token to train among its first --data.context-length 6 \("):
-        pad(documents, 6)
-    assert pad(documents, 7).truncated == 0
+    packed = pad(documents, 6)
+    assert (packed.long, pieces_of(packed)) == (long(truncated=1, untrained=1), [[[0, 1]]])
+    with pytest.raises(UserError, match=r"no row has a token to train among its first --data.context-length 6"):
+        pad(documents, 6, [Part(np.array([1]), "truncate")])
+    assert pad(documents, 7).long == long()
 
 
 def loss_and_gradient(model, losses):
@@ -225,7 +286,7 @@ def loss_and_gradient(model, losses):
 @pytest.mark.parametrize("batching, context", [("packing", 40), ("padding", 40), ("padding", 15)])
 def test_batches_have_the_loss_and_gradient_of_their_documents_one_by_one(batching, context):
     documents = documents_of(np.random.default_rng(2).integers(1, 40, 12))
-    packed = batch_documents(documents, DataConfig(batching=batching, context_length=context), 0)
+    packed = pad(documents, context) if batching == "padding" else pack(documents, context, 0)
     model = random_model(num_hidden_layers=2)
 
     def one_by_one():
@@ -242,9 +303,9 @@ def test_batches_have_the_loss_and_gradient_of_their_documents_one_by_one(batchi
 
 
 def test_batches_without_a_label_have_no_gradient():
-    """An empty one, and one of a document whose trained tokens are all cut off."""
-    documents = Documents(np.arange(9, dtype=np.int32), np.arange(9) >= 5, np.array([0, 7, 9]))
-    packed, model = pad(documents, 4), random_model()
+    """An empty one, and one of a document without trained tokens."""
+    documents = Documents(np.arange(9, dtype=np.int32), np.arange(9) >= 7, np.array([0, 7, 9]))
+    packed, model = pad(documents, 9), random_model()
     for rows in ([], [0]):
         batch = collate(packed, rows, 7, "cpu")
         loss, gradient = loss_and_gradient(model, [batch_loss(model, batch)])
@@ -253,13 +314,13 @@ def test_batches_without_a_label_have_no_gradient():
 
 def test_labels_shift_within_each_document():
     packed = pack(documents_of([5, 9, 2, 1, 7]), 12, 3)
-    batch = collate(packed, list(range(len(packed.packs))), 0, "cpu")
+    batch = collate(packed, list(range(len(packed))), 0, "cpu")
     total = 0
     for i in range(5):
         ids, trained = packed.documents[i]
         total += int(trained[1:].sum())
     assert batch.trained == total
-    for r, row in enumerate(packed.packs):
+    for r, row in enumerate(packs_of(packed)):
         for number, document in enumerate(row):
             ids, trained = (torch.from_numpy(x.copy()) for x in packed.documents[document])
             here = batch.document_ids[r] == number

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from test_model import hf_twin
 from transformers import AutoModelForCausalLM
 
-from minillama.datasets import DataConfig, load_datasets
+from minillama.cache import open_packed, prepare
+from minillama.datasets import DataConfig
 from minillama.generate import generate
 from minillama.hf import from_pretrained
-from minillama.packing import pack
 from minillama.tokenizer import load_tokenizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -71,13 +71,8 @@ def test_a_run_on_two_ranks_leaves_what_it_should(run, tiny_folder, data):
     assert codes == [0, 0], text
     assert sorted(p.name for p in out.iterdir()) == ["adapter", "checkpoints", "loss.png", "metrics.jsonl", "run.json"]
     trained, evaluated = metrics(out)
-    packs = len(
-        pack(
-            load_datasets(DataConfig(path=data / "train.json"), load_tokenizer(tiny_folder), validation=False)[0],
-            200,
-            42,
-        ).packs
-    )
+    config = DataConfig(path=data / "train.json", context_length=200)
+    packs = len(open_packed(prepare(config, load_tokenizer(tiny_folder), 42, validation=False)[0]))
     per_epoch = -(-packs // 4)
     assert [m["step"] for m in trained] == list(range(1, 2 * per_epoch + 1))
     assert [m["step"] for m in evaluated] == [0, per_epoch, 2 * per_epoch]

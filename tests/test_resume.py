@@ -189,7 +189,7 @@ def test_the_samples_of_a_step_do_not_depend_on_who_takes_them(batching):
         assert len(everything) == count_steps(packed, config, start.window)
         for epoch in range(3):
             packs = [i for step, ids in everything if step.epoch == epoch for i in ids]
-            assert sorted(packs) == list(range(len(packed.packs)))
+            assert sorted(packs) == list(range(len(packed)))
         where = start
         done = []
         while len(done) < len(everything):  # a few steps each time, on other ranks, in other micro-batches
@@ -378,7 +378,7 @@ def test_a_signal_ends_an_evaluation_which_is_made_up_for(common, data, tmp_path
     workers = when_lines(out, 2, process)
     time.sleep(0.3)
     os.kill(workers[0], signal.SIGTERM)
-    assert process.wait(100) != 0 and "138" not in log.read_text() and "143" in log.read_text()
+    assert process.wait(100) != 0 and re.search(r"exitcode *: 143", log.read_text())
     assert [line["step"] for line in numbers(out) if "eval_loss" in line] == [0]
     mark = json.loads((last_checkpoint(out) / "checkpoint.json").read_text())
     assert mark["progress"]["step"] == 2 and mark["progress"]["evaluate"]

@@ -39,7 +39,7 @@ def trajectories(mesh, folder):
             block.register_forward_pre_hook(lambda _, args, to=tables: to.update(table.dtype for table in args[1]))
         scaler = LossScaler() if precision == "fp16" else None
         losses, seen, norms = [], set(), set()
-        for step in steps(packed, config, 0, dist.get_rank(), mesh.size(), config.begin(mesh.size())):
+        for step in steps(packed, config, 4, dist.get_rank(), mesh.size(), config.begin(mesh.size())):
             batches = [collate(packed, packs, 0, "cpu") for packs in step.micro_batches]
             loss, norm = train_step(model, optimizer, batches, clip_norm=1.0, scaler=scaler)
             losses.append(loss.item())
