@@ -22,7 +22,7 @@ from minillama.model import Llama, LlamaConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # peft and transformers, the references, look no name up
 _cache = tempfile.TemporaryDirectory()  # of tokenized data; child processes find it there too
-os.environ["XDG_CACHE_HOME"] = _cache.name
+os.environ["XDG_CACHE_HOME"] = os.environ["HF_DATASETS_CACHE"] = _cache.name
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],

@@ -1,13 +1,16 @@
 import csv
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from minillama.cache import open_packed, prepare
-from minillama.datasets import DataConfig, check_vocabulary
+from minillama.datasets import DataConfig, check_vocabulary, load_collator
 from minillama.errors import UserError
+from minillama.packing import collate
 from minillama.rows import read_rows
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -127,6 +130,211 @@ def test_chat(tmp_path):
     assert np.flatnonzero(document[1]).tolist() == [18, 19, 37, 38, 39]
 
 
+SAID = [("system", "s"), ("user", "q"), ("assistant", "a"), ("tool", "t"), ("assistant", "b")]
+CHATS = {
+    "messages": [{"role": role, "content": text} for role, text in SAID],
+    "conversations": [
+        {"from": {"user": "human", "assistant": "gpt"}.get(role, role), "value": text, "weight": 0}
+        for role, text in SAID
+    ],
+}
+
+
+def test_sharegpt_is_openai_in_other_words(tmp_path):
+    forms = [{name: CHATS[name]} for name in CHATS]
+    forms += [{name: CHATS[name][1:], "system": "s"} for name in CHATS]
+    forms += [{"messages": CHATS["messages"], "system": "never read: there is one", "conversations": []}]
+    documents = load(write(tmp_path / "a.json", json.dumps(forms)), "chat")
+    said = [*b"system:s", 257, *b"user:q", 257, *b"assistant:a", 257, *b"tool:t", 257, *b"assistant:b", 257]
+    for tokens, trained in documents:
+        assert tokens.tolist() == [256, *said]
+        assert tokens[trained].tolist() == [*b"a", 257, *b"b", 257]
+    assert len(documents) == 5
+
+
+def test_a_prompt_with_a_response_is_a_chat(tmp_path):
+    path = write(tmp_path / "a.csv", "question,answer\nq,a\n")
+    (document,) = load(path, "chat", columns=("prompt=question", "response=answer"))
+    assert document[0].tolist() == [256, *b"user:q", 257, *b"assistant:a", 257]
+    assert document[0][document[1]].tolist() == [*b"a", 257]
+
+
+def test_text_trains_every_token(tmp_path, monkeypatch):
+    (tmp_path / "b").mkdir()
+    write(tmp_path / "b" / "1.txt", "\ufeffone\r\n🦙")
+    write(tmp_path / "b" / "2.TXT", "two\n")
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in ("one\r\n🦙", "two\n"))
+    for path in (tmp_path / "b", write(tmp_path / "a.jsonl", rows)):
+        documents = load(path, "text")
+        assert [d[0].tolist() for d in documents] == [[256, *"one\r\n🦙".encode(), 257], [256, *b"two\n", 257]]
+        assert documents.trained.all()
+    assert load(tmp_path / "b", "text", NoBos())[1][0].tolist() == [*b"two\n", 257]
+
+    # a long text goes in parts, cut behind line breaks where there are some
+    monkeypatch.setattr("minillama.datasets.LONGEST_PART", 10)
+    asked = []
+
+    class Parts(Bytes):
+        fingerprint = "parts"
+
+        def encode(self, text, *, bos=False, eos=False):
+            asked.append(text)
+            return super().encode(text)
+
+    text = "a line\nanother\n" + "x" * 25 + "\nend"
+    (document,) = load(write(tmp_path / "long.txt", text), "text", Parts())
+    assert document[0].tolist() == [256, *text.encode(), 257]
+    assert asked == ["a line\n", "another\n", "x" * 10, "x" * 10, "xxxxx\nend"]
+
+
+def test_columns(tmp_path):
+    rows = [{"text": "t", "tldr": "s", "summary": "never read"}, {"text": "t"}]
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows[:1]))
+    (document,) = load(path, "samsum", columns=("dialogue=text", "summary=tldr"))
+    assert pieces(document) == ("Summarize this dialog:\nt\n---\nSummary:\n", "s")
+    write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"line 2: field 'tldr', to be summary, is missing, the fields are 'text'"):
+        load(path, "samsum", columns=("dialogue=text", "summary=tldr"))
+    with pytest.raises(UserError, match="samsum has no field prompt, only dialogue, summary"):
+        load(path, "samsum", columns=("prompt=text",))
+    for wrong in ("dialogue", "=text", "a=", "a=b=c"):
+        with pytest.raises(UserError, match=f"--data.columns {wrong}: give FIELD=COLUMN"):
+            DataConfig(columns=(wrong,))
+
+
+def test_training_on_all_and_skipping_bad_rows(tmp_path):
+    rows = ['{"input": "a", "target": "b"}', '{"input": "a"}', "[", '{"input": "\\ud83d", "target": "b"}']
+    path = write(tmp_path / "a.jsonl", "\n".join([*rows, '{"input": "c", "target": "d"}']).encode() + b"\n\xff")
+    documents = load(path, "grammar", bad_rows="skip", train_on="all")
+    assert len(documents) == 2 and documents.refused == 4 and documents.trained.all()
+    documents = load(path, "grammar", bad_rows="skip")
+    assert [pieces(document)[1] for document in documents] == ["b", "d"]
+    path = write(tmp_path / "a.csv", "input,target\na,b\nc,d,e\nf,g\n")
+    documents = load(path, "grammar", bad_rows="skip")
+    assert [pieces(document)[1] for document in documents] == ["b", "g"] and documents.refused == 1
+
+
+def test_rows_that_are_alike_are_all_kept(tmp_path):
+    rows = [{"id": 7, "input": "a", "target": "b"}] * 3
+    assert len(load(write(tmp_path / "a.json", json.dumps(rows)), "grammar")) == 3
+
+
+OWN = '''
+import dataclasses
+
+@dataclasses.dataclass
+class Row:  # needs its module
+    text: str
+
+def get_custom_dataset(config, tokenizer, split):
+    """The signature of llama-recipes"""
+    ids = tokenizer.encode(split, bos=True, eos=True)
+    yield {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * 3 + ids[3:]}
+
+def rows(config, tokenizer, split):
+    return [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": Row(str(config.path)).text}]},
+            {"text": "t"}]
+
+def bad(config, tokenizer, split):
+    return [{"input_ids": [1, 2], "labels": [-100, 2]}, BAD]
+
+CALLED = []
+def get_data_collator(tokenizer):
+    CALLED.append(tokenizer)
+    import torch
+    def collate(rows):
+        """Pads on the left, and trains no token 2."""
+        width = max(len(row["input_ids"]) for row in rows)
+        padded = lambda name, fill: torch.tensor([[fill] * (width - len(r[name])) + r[name] for r in rows])
+        labels = padded("labels", -100)
+        labels[labels == 2] = -100
+        return {"input_ids": padded("input_ids", 0), "attention_mask": padded("attention_mask", 0), "labels": labels}
+    return collate
+'''
+
+
+def test_a_function_of_ones_own(tmp_path):
+    file = write(tmp_path / "own.py", OWN)
+    train, validation = datasets(str(file))
+    for (tokens, trained), split in ((train[0], "train"), (validation[0], "validation")):
+        assert tokens.tolist() == [256, *split.encode(), 257]
+        assert trained.tolist() == [False] * 3 + [True] * (len(tokens) - 3)
+    chat, text = load(Path("some/where"), f"{file}:rows")
+    assert chat[0].tolist() == [256, *b"user:q", 257, *b"assistant:some/where", 257] and not chat[1].all()
+    assert text[0].tolist() == [256, *b"t", 257] and text[1].all()
+    for wrong, message in ((f"{file}:none", "has no function none"), (f"{tmp_path}/no.py", "no.py: no such file")):
+        with pytest.raises(UserError, match=message):
+            load(None, wrong)
+
+
+BAD_OWN = [
+    ("3", "row 2: a row must be an object, found 3"),
+    ('{"input_ids": [1, 2]}', "'labels' is missing"),
+    ('{"input_ids": [1, 2], "labels": [1]}', "field 'labels' must be a list of integers, of one length"),
+    ('{"input_ids": [], "labels": []}', "field 'input_ids' must be a list of integers"),
+    ('{"input_ids": [[1]], "labels": [[1]]}', "field 'input_ids' must be a list of integers"),
+    ('{"input_ids": [1.5], "labels": [1]}', "field 'input_ids' must be a list of integers"),
+    ('{"input_ids": [1, 258], "labels": [1, -100]}', "input_ids must be from 0 to 257"),
+    ('{"input_ids": [-1], "labels": [-100]}', "input_ids must be from 0 to 257"),
+    ('{"input_ids": [1, 2], "labels": [2, -100]}', "each of the labels -100 or the id itself"),
+]
+
+
+@pytest.mark.parametrize("row, message", BAD_OWN)
+def test_bad_rows_of_ones_own(tmp_path, row, message):
+    file = write(tmp_path / "own.py", OWN.replace("BAD", row))
+    with pytest.raises(UserError, match=f"own.py:bad, row 2: .*{message}".replace(": .*row 2", "")):
+        load(None, f"{file}:bad")
+
+
+def test_a_collator_of_ones_own(tmp_path):
+    file = write(tmp_path / "own.py", OWN.replace("BAD", '{"input_ids": [3, 2, 4], "labels": [3, 2, 4]}'))
+    config = DataConfig(f"{file}:bad", batching="padding", cache_dir=tmp_path)
+    tokenizer = Bytes()
+    packed = open_packed(prepare(config, tokenizer, 0, validation=False)[0])
+    collator = load_collator(config, tokenizer)
+    assert [tokenizer] == sys.modules["minillama_own_own"].CALLED
+    batch = collate(replace(packed, collator=collator), [0, 1], 9, "cpu")
+    assert batch.tokens.tolist() == [[0, 1, 2], [3, 2, 4]]
+    assert batch.labels.tolist() == [[-100, -100, -100], [-100, 4, -100]]
+    assert batch.document_ids.tolist() == [[-1, 0, 0], [0, 0, 0]]
+    assert batch.positions.tolist() == [[0, 0, 1], [0, 1, 2]]
+    assert (batch.count, batch.trained, batch.squares) == (5, 1, 13)
+    assert collate(replace(packed, collator=collator), [], 9, "cpu").tokens.tolist() == [[9]]  # never asked for nothing
+    with pytest.raises(UserError, match=r"has a get_data_collator, which is for --data\.batching padding"):
+        load_collator(replace(config, batching="packing"), tokenizer)
+    with pytest.raises(UserError, match="the collator must return tensors input_ids and labels"):
+        collate(replace(packed, collator=lambda rows: {"input_ids": 0}), [0], 9, "cpu")
+    write(tmp_path / "none.py", "def get_custom_dataset(*_): ...")
+    assert (
+        load_collator(DataConfig(str(tmp_path / "none.py")), tokenizer)
+        is None
+        is load_collator(DataConfig(), tokenizer)
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_set_of_the_hub(tmp_path):
+    """As far as it goes offline: a folder takes the way of a name."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    for split, count in (("train", 5), ("validation", 2)):
+        write(
+            folder / f"{split}.jsonl",
+            "".join(json.dumps({"input": "a", "target": f"{k}"}) + "\n" for k in range(count)),
+        )
+    train, validation = datasets("grammar", Path(f"hub:{folder}"), Path(f"hub:{folder}:validation"))
+    assert answers(train) == list(range(5)) and answers(validation) == [0, 1]
+    assert answers(datasets("grammar", Path(f"hub:{folder}:validation"), validation=False)[0]) == [0, 1]
+    with pytest.raises(UserError, match=f"hub:{folder}:test: .*test"):
+        load(Path(f"hub:{folder}:test"), "grammar")
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other" / "train.jsonl", '{"input": "a"}\n')
+    with pytest.raises(UserError, match=f"hub:{tmp_path}/other, row 1: field 'target' is missing"):
+        load(Path(f"hub:{tmp_path}/other"), "grammar")
+
+
 def test_a_tokenizer_without_bos(tmp_path):
     path = write(tmp_path / "a.csv", "input,target\na,b\n")
     (document,) = load(path, "grammar", NoBos())
@@ -154,6 +362,17 @@ def test_csv_quotes_newlines_blank_lines_and_long_fields(tmp_path):
     assert [pieces(document)[1] for document in documents] == ["d", "e"]
     assert pieces(documents[0])[0] == 'Correct this to standard English: a, "b"\nc\n---\nCorrected: '
     assert documents.lengths[1] == 1 + 34 + 200_000 + 16 + 2
+
+
+@pytest.mark.parametrize("part", [1, 3, 50])
+def test_json_is_read_in_parts(tmp_path, monkeypatch, part):
+    monkeypatch.setattr("minillama.rows.PART", part)
+    rows = [{"a": "é🦙\\" * k, "b": [{}, [k, None, "]"]], "c": -1.5e3} for k in range(20)]
+    for indent in (None, 1):
+        read = []
+        path = write(tmp_path / "a.json", " \n" + json.dumps(rows, indent=indent, ensure_ascii=False) + "\r\n ")
+        assert [row for _, row in read_rows(path, read.append)] == rows
+        assert sum(read) == path.stat().st_size
 
 
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
@@ -394,3 +613,58 @@ def test_real_files_and_llama31_tokenizer_give_the_ids_of_transformers():
     )
     chat = load(REAL / "datasets" / "chat" / "messages_val_60.jsonl", "chat", ours)
     assert len(chat) == 60 and all(trained.any() for _, trained in chat)
+
+
+def turns_of_llama3(ids, tokenizer):
+    """Which ids are trained, by another way than the library's: from behind an assistant's header to its <|eot_id|>."""
+    head, end, over = (tokenizer.id_of(f"<|{name}|>") for name in ("start_header_id", "end_header_id", "eot_id"))
+    trained, role, inside = [], None, False
+    for place, token in enumerate(ids):
+        trained.append(inside and role == "assistant")
+        if token == head:
+            role, inside = tokenizer.decode(ids[place + 1 : ids.index(end, place)]), False
+        elif token == end:
+            inside = True
+        elif token == over:
+            inside = False
+    return trained
+
+
+def turns_of_chatml(ids, tokenizer):
+    """The same for <|im_start|>assistant\\n ... <|im_end|>."""
+    head, over = (tokenizer.id_of(f"<|im_{name}|>") for name in ("start", "end"))
+    trained, place = [False] * len(ids), 0
+    while head in ids[place:]:
+        place = ids.index(head, place)
+        end = ids.index(over, place)
+        start = next(i for i in range(place + 2, end) if "\n" in tokenizer.decode(ids[place + 1 : i]))
+        if tokenizer.decode(ids[place + 1 : start]) == "assistant\n":
+            trained[start : end + 1] = [True] * (end + 1 - start)
+        place = end
+    return trained
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs the optional real data beside the checkout")
+@pytest.mark.parametrize("name", ["llama3", "llama3_1-hf", "SmolLM2"])
+def test_real_chats_are_trained_on_the_assistants_turns(name, tmp_path):
+    from minillama.tokenizer import load_tokenizer
+
+    smol = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct"
+    if name == "SmolLM2" and not smol.exists():
+        pytest.skip("needs what make demo leaves")
+    tokenizer = load_tokenizer(smol if name == "SmolLM2" else REAL / "tokenizers" / name)
+    turns = turns_of_chatml if name == "SmolLM2" else turns_of_llama3
+    for file in ("messages_train.jsonl", "sharegpt_dummy_conversation.json"):
+        path = REAL / "datasets" / "chat" / file
+        documents = load(path, "chat", tokenizer)
+        rows = [row() if callable(row) else row for _, row in read_rows(path)]
+        assert len(documents) == len(rows)
+        for (tokens, trained), row in zip(documents, rows, strict=True):
+            assert trained.tolist() == turns(tokens.tolist(), tokenizer)
+            turns_in_row = row.get("messages") or row["conversations"]
+            answers = [m for m in turns_in_row if "assistant" in m.values() or m.get("from") == "gpt"]
+            text = tokenizer.decode(tokens[trained].tolist())
+            place = 0
+            for answer in answers:  # each is there, and in their order
+                content = (answer.get("content") or answer.get("value")).strip()
+                place = text.index(content, place) + len(content)
