@@ -84,7 +84,11 @@ def open_documents(folder: Path) -> Documents:
 
 def refused_rows(folder: Path) -> list[str]:
     """Places of the rows above a folder of packs that --data.bad-rows skip left out, and what is wrong with each."""
-    return (folder.parent / "refused.txt").read_text(encoding="utf-8").splitlines()
+    return _lines(folder.parent / "refused.txt")
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8").splitlines()
 
 
 def _open(folder: Path, kinds: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -102,9 +106,12 @@ def _open(folder: Path, kinds: dict[str, Any]) -> tuple[dict[str, Any], dict[str
 def _documents(sources: list[Source], config: DataConfig, tokenizer: Any, processes: int) -> Path:
     """The folder of all documents of the sources, end to end."""
     described = [[source.dataset, dict(source.columns), source.content(config, tokenizer)] for source in sources]
-    name = _hash(described, config.train_on, config.bad_rows, tokenizer.fingerprint)
+    name = _hash(described, config.train_on, tokenizer.fingerprint)
     cache_dir = config.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama"
-    return _built(cache_dir / name, lambda part: _tokenize(part, sources, config, tokenizer, processes))
+    folder = _built(cache_dir / name, lambda part: _tokenize(part, sources, config, tokenizer, processes))
+    if config.bad_rows == "error" and (problems := _lines(folder / "refused.txt")):
+        raise UserError(problems[0])
+    return folder
 
 
 def _packs(documents: Path, sources: list[Source], config: DataConfig, seed: int, held: Held) -> Path:

@@ -155,6 +155,16 @@ def test_no_row_at_all_can_be_used(config, tmp_path):
         prepare(replace(config, path=path, bad_rows="skip"), Bytes(), 0, validation=False)
 
 
+def test_rows_that_were_skipped_are_errors_where_they_must_not_be(config, tmp_path):
+    config = replace(config, path=rows_file(tmp_path / "b.jsonl", 5, bad=(2, 3)), bad_rows="skip")
+    folder, _ = prepare(config, Bytes(), 0, validation=False)
+    with pytest.raises(UserError, match=r"b\.jsonl, line 3: field 'target' is empty"):
+        prepare(replace(config, bad_rows="error"), Strict(), 0, validation=False)
+    write(config.path, rows_file(tmp_path / "c.jsonl", 5).read_bytes())
+    fine, _ = prepare(replace(config, bad_rows="error"), Bytes(), 0, validation=False)
+    assert prepare(config, Strict(), 0, validation=False)[0] == fine != folder
+
+
 def in_processes(count, target, *args):
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=target, args=args) for _ in range(count)]

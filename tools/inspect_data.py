@@ -1,0 +1,122 @@
+"""Shows what a training run would be fed: samples with their trained tokens marked, lengths, packing, refused rows.
+
+python tools/inspect_data.py --model MODEL_FOLDER --data.dataset chat --data.path rows.jsonl
+
+Takes the recipes' --data flags. Rows that cannot be used are listed instead of ending it. What it tokenizes stays in the
+cache, and a run with --data.bad-rows skip finds it there.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.text import Text
+
+from minillama.cache import open_packed, prepare, refused_rows
+from minillama.datasets import FIELDS, DataConfig, training_sources
+from minillama.distributed import user_errors
+from minillama.packing import Packed
+from minillama.permutation import permuted
+from minillama.tokenizer import load_tokenizer
+
+BARS = 12
+WIDTH = 50
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to look at."""
+
+    model: Path
+    """Folder of the model, or its tokenizer's file."""
+    data: DataConfig = DataConfig()
+    samples: int = 3
+    """Documents to show."""
+    refused: int = 10
+    """Refused rows to show."""
+    seed: int = 42
+    """The run's: decides which rows are held out, and which documents are shown."""
+
+
+def histogram(lengths: np.ndarray) -> Iterator[str]:
+    """Lines: the range of lengths, a bar, how many."""
+    edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, BARS + 1).astype(int))
+    counts, _ = np.histogram(lengths, edges)
+    for low, high, count in zip(edges[:-1], edges[1:] - 1, counts, strict=True):
+        yield f"{low:>9,} to {high:<7,} {'█' * round(WIDTH * count / counts.max()):{WIDTH}} {count:,}"
+
+
+def described(packed: Packed) -> Iterator[str]:
+    documents = packed.documents
+    trained = sum(
+        int(documents.trained[start + 1 : start + size].sum())
+        for start, size in zip(packed.starts.tolist(), packed.sizes.tolist(), strict=True)
+    )
+    yield f"{len(packed.sizes):,} documents, {packed.tokens:,} tokens, {trained / packed.tokens:.1%} of them trained"
+    if packed.batching == "packing":
+        yield f"{len(packed):,} packs of {packed.context_length}, {packed.efficiency:.2%} full"
+    else:
+        yield f"batches of 4 are {packed.padded_efficiency(4, 1, 1):.2%} full"
+    for what, count in packed.long.items():
+        if count:
+            left_out = "pieces without a trained token, left out"
+            yield f"{count:,} {left_out if what == 'untrained' else f'longer than {packed.context_length}, {what}'}"
+    quantiles = np.quantile(packed.sizes, (0.5, 0.9, 0.99, 1)).astype(int)
+    yield "tokens in a document: half have up to {:,}, 90% {:,}, 99% {:,}, all {:,}".format(*quantiles)
+    yield from histogram(np.asarray(packed.sizes))
+
+
+def sample(packed: Packed, piece: int, tokenizer: Any, marks: bool) -> Text:
+    """The piece as text, what is trained in green, or between ⟦ and ⟧."""
+    span = slice(packed.starts[piece], packed.starts[piece] + packed.sizes[piece])
+    ids, trained = packed.documents.tokens[span].tolist(), packed.documents.trained[span].tolist()
+    trained[0] = False  # nothing stands before it to predict it from
+    text = Text()
+    for learn, run in groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1]):
+        said = tokenizer.decode([token for token, _ in run])
+        text.append(f"⟦{said}⟧" if learn and marks else said, style="bold green" if learn else "dim")
+    return text
+
+
+def main(config: Config) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    say = console.out
+    tokenizer = load_tokenizer(config.model)
+    data = replace(config.data, bad_rows="skip")
+    held_out = bool(data.val_path or data.val_fraction or data.path is data.mixture is None or data.dataset == "alpaca")
+    processes = data.workers
+    folders = prepare(data, tokenizer, config.seed, validation=held_out, processes=processes)
+    for source in training_sources(data):
+        _, row = next(source.rows(data, tokenizer))
+        row = row() if callable(row) else row
+        known = {source.columns.get(name, name) for name in FIELDS.get(source.dataset, row)}
+        say(f"{source.name}: {source.dataset}; fields not used: {', '.join(sorted(row.keys() - known)) or 'none'}")
+    for name, folder in zip(("training", "validation"), folders, strict=True):
+        if folder is None:
+            continue
+        packed = open_packed(folder)
+        say(f"\n{name}: {folder}")
+        for line in described(packed):
+            say(f"  {line}")
+        refused = refused_rows(folder)
+        if name == "validation" and folder.parent == folders[0].parent:  # a part of the same rows
+            continue
+        say(f"  rows refused: {len(refused):,}")
+        for line in refused[: config.refused]:
+            say(f"    {line}")
+    train = open_packed(folders[0])
+    marks = not console.is_terminal
+    pieces = permuted(np.arange(min(config.samples, len(train.sizes))), len(train.sizes), config.seed, 1)
+    for number, piece in enumerate(pieces.tolist(), 1):
+        say(f"\nsample {number}: {train.sizes[piece]} tokens, {'between ⟦ and ⟧' if marks else 'green'} is trained")
+        console.print(sample(train, piece, tokenizer, marks))
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(tyro.cli(Config, description=__doc__))
