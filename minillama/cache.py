@@ -300,8 +300,8 @@ def _share(job: Job, k: int) -> list[Chunk]:
     return made
 
 
-def _chunks(source: Source, job: Job, k: int) -> Iterator[list[tuple[str, Any]]]:
-    chunk: list[tuple[str, Any]] = []
+def _chunks(source: Source, job: Job, k: int) -> Iterator[list[tuple[str, Callable[[], Any]]]]:
+    chunk: list[tuple[str, Callable[[], Any]]] = []
     read = 0
 
     def progress(count: int) -> None:

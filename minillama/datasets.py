@@ -15,7 +15,7 @@ from functools import cache, cached_property, partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -113,9 +113,8 @@ class Documents:
         Else a process that goes through all of a large set would seem to hold all of it.
         """
         for array in (self.tokens, self.trained):
-            mapped = array.base
-            if isinstance(mapped, mmap.mmap):
-                mapped.madvise(mmap.MADV_DONTNEED)
+            if isinstance(array.base, np.memmap):
+                cast(mmap.mmap, array.base.base).madvise(mmap.MADV_DONTNEED)
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -175,7 +174,7 @@ class Source:
         """Raises UserError for what cannot be read."""
         if function := _own_function(self.dataset):
             for number, row in enumerate(function(config, tokenizer, self.split), 1):
-                yield f"{self.dataset}, row {number}", row
+                yield f"{self.dataset}, row {number}", partial(_itself, row)
         elif (found := self._hub()) is not None:
             for number in range(len(found)):
                 progress(1)
@@ -188,7 +187,7 @@ class Source:
         if self.is_own:
             digest = hashlib.blake2b(digest_size=16)
             for _, row in self.rows(config, tokenizer):
-                digest.update(json.dumps(row, default=_plain).encode())
+                digest.update(json.dumps(row(), default=_plain).encode())
             return digest.hexdigest()
         if (found := self._hub()) is not None:
             return found._fingerprint
@@ -418,13 +417,16 @@ FIELDS = {
 
 
 def encode_rows(
-    rows: Sequence[tuple[str, Any]], source: Source, tokenizer: Any, train_on: Literal["answers", "all"] = "answers"
+    rows: Sequence[tuple[str, Callable[[], Any]]],
+    source: Source,
+    tokenizer: Any,
+    train_on: Literal["answers", "all"] = "answers",
 ) -> tuple[Documents, list[str]]:
-    """The documents that the (place, row) pairs become, and for each row that cannot be used its place and why."""
+    """The documents that rows, as `read_rows` gives them, become, and for each that cannot be used its place and why."""
     encode, tokens, trained, offsets, refused = ENCODERS.get(source.dataset, encode_own), [], [], [0], []
-    for place, row in rows:
+    for place, read in rows:
         try:
-            row = row() if callable(row) else row
+            row = read()
             if not isinstance(row, dict):
                 raise UserError(f"a row must be an object, found {shown(row)}")
             ids, mask = encode(_renamed(row, source.columns), tokenizer)
@@ -514,6 +516,10 @@ def _list(row: dict[str, Any], name: str) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise UserError(f"field '{name}' must be a list of messages, found {shown(value)}")
     return value
+
+
+def _itself(row: Any) -> Any:
+    return row
 
 
 def _plain(value: Any) -> Any:

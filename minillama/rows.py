@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 from minillama.errors import UserError
 
-Rows = Iterator[tuple[str, Any]]
-"""(place, row, or a function of nothing that returns it or raises UserError); lines and rows are counted from 1"""
+Rows = Iterator[tuple[str, Callable[[], Any]]]
+"""(place, function that returns the row or raises UserError); lines and rows are counted from 1"""
 Progress = Callable[[int], Any]
 """Told how many more bytes of the files have been read"""
 
@@ -88,7 +88,7 @@ def _json_rows(path: Path, progress: Progress) -> Rows:
     try:
         with path.open("rb") as file:
             for number, row in enumerate(_items(file, progress), 1):
-                yield f"{path}, row {number}", row
+                yield f"{path}, row {number}", partial(_itself, row)
     except (ValueError, RecursionError):
         # What is wrong, and in which line, is easier to say of the whole.
         try:
@@ -221,14 +221,18 @@ def _parquet_rows(path: Path, progress: Progress) -> Rows:
                 progress(size * len(batch) // file.metadata.num_rows)
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", row
+                    yield f"{path}, row {number}", partial(_itself, row)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: not a Parquet file that can be read ({error}): write it anew") from error
 
 
 def _text_rows(path: Path, progress: Progress) -> Rows:
     """The whole file is one document."""
-    yield str(path), {"text": "".join(_lines(path, progress))}
+    yield str(path), partial(_itself, {"text": "".join(_lines(path, progress))})
+
+
+def _itself(row: Any) -> Any:
+    return row
 
 
 READERS = {

@@ -371,7 +371,7 @@ def test_json_is_read_in_parts(tmp_path, monkeypatch, part):
     for indent in (None, 1):
         read = []
         path = write(tmp_path / "a.json", " \n" + json.dumps(rows, indent=indent, ensure_ascii=False) + "\r\n ")
-        assert [row for _, row in read_rows(path, read.append)] == rows
+        assert [row() for _, row in read_rows(path, read.append)] == rows
         assert sum(read) == path.stat().st_size
 
 
@@ -497,7 +497,8 @@ def test_parquet(tmp_path):
     rows = [{"input": f"i{k}", "target": f"t{k}"} for k in range(2_500)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=700)
     assert [pieces(document)[1] for document in load(tmp_path / "a.parquet", "grammar")] == [r["target"] for r in rows]
-    assert list(read_rows(tmp_path / "a.parquet"))[2_499] == (f"{tmp_path / 'a.parquet'}, row 2500", rows[-1])
+    place, row = list(read_rows(tmp_path / "a.parquet"))[2_499]
+    assert (place, row()) == (f"{tmp_path / 'a.parquet'}, row 2500", rows[-1])
 
     parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}]), tmp_path / "chat.parquet")
     write(tmp_path / "chat.jsonl", json.dumps({"messages": messages}))
@@ -657,7 +658,7 @@ def test_real_chats_are_trained_on_the_assistants_turns(name, tmp_path):
     for file in ("messages_train.jsonl", "sharegpt_dummy_conversation.json"):
         path = REAL / "datasets" / "chat" / file
         documents = load(path, "chat", tokenizer)
-        rows = [row() if callable(row) else row for _, row in read_rows(path)]
+        rows = [row() for _, row in read_rows(path)]
         assert len(documents) == len(rows)
         for (tokens, trained), row in zip(documents, rows, strict=True):
             assert trained.tolist() == turns(tokens.tolist(), tokenizer)

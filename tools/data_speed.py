@@ -2,12 +2,13 @@
 
 python tools/data_speed.py --tokenizer MODEL_FOLDER --rows FILE.json --folder /tmp/speed
 
-Copies FILE's rows, numbered so that no two are alike, into a file of --megabytes, and has both read, tokenize and keep it,
-in turns and in processes of their own. Needs pip install -e ".[hub]".
+Copies FILE's rows, with numbers so that no two are alike, into a file of --megabytes, and has both read, tokenize and
+keep it, in turns and in processes of their own. Needs pip install -e ".[hub]".
 """
 
 import json
 import multiprocessing
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typing import Any
 import tyro
 
 from minillama.cache import open_packed, prepare
-from minillama.datasets import FIELDS, DataConfig, Source, encode_rows
+from minillama.datasets import DataConfig, Source, encode_rows
 from minillama.packing import collate
 from minillama.rows import read_rows
 from minillama.tokenizer import load_tokenizer
@@ -42,14 +43,12 @@ class Config:
 
 
 def write_rows(config: Config, file: Path) -> int:
-    rows = [row for _, row in read_rows(config.rows)]
-    text = FIELDS[config.dataset][0]
+    rows = [read() for _, read in read_rows(config.rows)]
     written, number = 0, 0
     with file.open("w", encoding="utf-8") as opened:
         while written < config.megabytes * 10**6:
-            row = dict(rows[number % len(rows)])
-            row[text] = f"{number}: {row[text]}" if isinstance(row[text], str) else row[text]
-            written += opened.write(json.dumps(row, ensure_ascii=False) + "\n")
+            text = json.dumps(rows[number % len(rows)], ensure_ascii=False)
+            written += opened.write(re.sub(r"(?<=[a-z]) (?=[a-z])", f" {number} ", text, count=2) + "\n")
             number += 1
     return file.stat().st_size
 
@@ -88,7 +87,7 @@ def theirs(config: Config, answer: Any) -> None:
     tokenizer, source = load_tokenizer(config.tokenizer), Source(config.dataset, None, "train")
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
-        documents, _ = encode_rows([("", dict(row))], source, tokenizer)
+        documents, _ = encode_rows([("", lambda: dict(row))], source, tokenizer)
         return {"input_ids": documents.tokens, "trained": documents.trained}
 
     datasets.disable_progress_bars()

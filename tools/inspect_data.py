@@ -92,8 +92,8 @@ def main(config: Config) -> None:
     processes = data.workers
     folders = prepare(data, tokenizer, config.seed, validation=held_out, processes=processes)
     for source in training_sources(data):
-        _, row = next(source.rows(data, tokenizer))
-        row = row() if callable(row) else row
+        _, read = next(source.rows(data, tokenizer))
+        row = read()
         known = {source.columns.get(name, name) for name in FIELDS.get(source.dataset, row)}
         say(f"{source.name}: {source.dataset}; fields not used: {', '.join(sorted(row.keys() - known)) or 'none'}")
     for name, folder in zip(("training", "validation"), folders, strict=True):
