@@ -129,11 +129,12 @@ def pack(documents: Documents, context_length: int, seed: int, parts: Sequence[P
     """
     starts, sizes, long = _pieces(documents, context_length, parts or [Part(np.arange(len(documents)), "drop")])
     mixed = permuted(np.arange(len(sizes)), len(sizes), seed)
-    packs: list[np.ndarray] = []
+    orders, counts = [], [np.zeros(1, np.int64)]
     for some in np.array_split(mixed, -(-len(mixed) // PACKED_TOGETHER)):
-        packs += [some[np.sort(p)] for p in _best_fit(sizes[some], context_length)]
-    order = np.concatenate(packs)
-    firsts = np.cumsum([0, *map(len, packs)])
+        packs = _best_fit(sizes[some], context_length)
+        orders.append(some[np.concatenate([np.sort(p) for p in packs])])
+        counts.append(np.array([len(p) for p in packs]))
+    order, firsts = np.concatenate(orders), np.cumsum(np.concatenate(counts))
     return _packed("packing", context_length, documents, starts[order], sizes[order], firsts, long)
 
 
