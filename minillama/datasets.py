@@ -506,7 +506,7 @@ def _text(row: dict[str, Any], name: str) -> str:
 
 def _answer(row: dict[str, Any], name: str) -> str:
     value = _text(row, name)
-    if not value.strip():
+    if not value or value.isspace():
         raise UserError(f"field '{name}' is empty ({shown(value)}), so nothing to train on: drop the row")
     return value
 

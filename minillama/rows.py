@@ -228,7 +228,17 @@ def _parquet_rows(path: Path, progress: Progress) -> Rows:
 
 def _text_rows(path: Path, progress: Progress) -> Rows:
     """The whole file is one document."""
-    yield str(path), partial(_itself, {"text": "".join(_lines(path, progress))})
+    progress(path.stat().st_size)
+    yield str(path), partial(_text, path)
+
+
+def _text(path: Path) -> dict[str, str]:
+    content = path.read_bytes()
+    try:
+        return {"text": content.decode("utf-8-sig")}
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"line {line}: not UTF-8 ({error}): save the file as UTF-8") from error
 
 
 def _itself(row: Any) -> Any:
