@@ -380,7 +380,7 @@ def encode_text(row: dict[str, Any], tokenizer: Any) -> Encoded:
         end = end or start + LONGEST_PART
         parts.append(np.array(tokenizer.encode(text[start:end]), np.int32))
         start = end
-    ids = np.concatenate([*parts, [tokenizer.eos_id]])
+    ids = np.concatenate([*parts, np.array([tokenizer.eos_id], np.int32)])
     return ids, np.ones(len(ids), np.bool_)
 
 
