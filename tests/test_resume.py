@@ -370,7 +370,7 @@ def test_a_signal_saves_and_a_killed_worker_is_replaced(run, common, tmp_path):
 
 
 def test_a_signal_ends_an_evaluation_which_is_made_up_for(common, data, tmp_path):
-    (tmp_path / "long.json").write_text(json.dumps(json.loads((data / "train.json").read_text()) * 150))
+    (tmp_path / "long.json").write_text(json.dumps(json.loads((data / "train.json").read_text()) * 60))
     out, log = tmp_path / "out", tmp_path / "log"
     flags = [*common, "--output-dir", out, "--data.val-path", tmp_path / "long.json", "--data.batching", "padding"]
     flags = [*flags, "--eval.every", 2, "--train.max-steps", 2, "--resume", "auto", "--eval.batch-size", 1]
