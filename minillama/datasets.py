@@ -173,7 +173,10 @@ class Source:
     def rows(self, config: DataConfig, tokenizer: Any, progress: Progress = lambda count: None) -> Rows:
         """Raises UserError for what cannot be read."""
         if function := _own_function(self.dataset):
-            for number, row in enumerate(function(config, tokenizer, self.split), 1):
+            made = function(config, tokenizer, self.split)
+            if not isinstance(made, Iterable):
+                raise UserError(f"{self.dataset} must return rows, a list or a generator, not {shown(made)}")
+            for number, row in enumerate(made, 1):
                 yield f"{self.dataset}, row {number}", partial(_itself, row)
         elif (found := self._hub()) is not None:
             for number in range(len(found)):
@@ -219,7 +222,8 @@ def training_sources(config: DataConfig) -> list[Source]:
     try:
         listed = json.loads(config.mixture.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"--data.mixture {config.mixture} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--data.mixture {config.mixture} cannot be read: {reason}") from None
     if not isinstance(listed, list) or not listed:
         raise UserError(f"--data.mixture {config.mixture}: must be a list of sources, found {shown(listed)}")
     sources = []
@@ -273,7 +277,10 @@ def load_collator(config: DataConfig, tokenizer: Any) -> Callable[[Any], Any] | 
     make = getattr(_module(own[1]), "get_data_collator", None)
     if make and config.batching == "packing":
         raise UserError(f"{own[1]} has a get_data_collator, which is for --data.batching padding: give that")
-    return make and make(tokenizer)
+    collator = make and make(tokenizer)
+    if make and not callable(collator):
+        raise UserError(f"{own[1]}: get_data_collator must return a function, not {shown(collator)}")
+    return collator
 
 
 def _columns(config: DataConfig) -> dict[str, str]:

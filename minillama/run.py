@@ -353,7 +353,8 @@ def summary(
 
 
 def _described(packed: Packed, model: Llama, batch_size: int, world_size: int, accumulate: int) -> str:
-    text = f"{len(packed.sizes):,} rows, {packed.tokens:,} tokens, "
+    rows = "rows and pieces of rows" if packed.long["split"] else "rows"
+    text = f"{len(packed.sizes):,} {rows}, {packed.tokens:,} tokens, "
     if packed.batching == "padding":
         efficiency = packed.padded_efficiency(batch_size, world_size, accumulate)
         text += f"batches of {batch_size} padded to the longest ({efficiency:.1%} full)"
@@ -363,7 +364,7 @@ def _described(packed: Packed, model: Llama, batch_size: int, world_size: int, a
         if packed.long[what]:
             text += f"; {packed.long[what]:,} longer than {packed.context_length} {what.upper()}"
     if packed.long["untrained"]:
-        text += f", and {packed.long['untrained']:,} of them left out, with NOTHING left to train"
+        text += f", of which {packed.long['untrained']:,} {rows} LEFT OUT, with nothing to train"
     if packed.documents.refused:
         text += f"; {packed.documents.refused:,} bad ones SKIPPED"
     if (longest := int(packed.sizes.max())) > (limit := model.config.max_position_embeddings):

@@ -305,6 +305,11 @@ def test_a_collator_of_ones_own(tmp_path):
         load_collator(replace(config, batching="packing"), tokenizer)
     with pytest.raises(UserError, match="the collator must return tensors input_ids and labels"):
         collate(replace(packed, collator=lambda rows: {"input_ids": 0}), [0], 9, "cpu")
+    write(tmp_path / "three.py", "def get_data_collator(_): return 3\ndef get_custom_dataset(*_): ...")
+    with pytest.raises(UserError, match=r"three\.py: get_data_collator must return a function, not 3"):
+        load_collator(replace(config, dataset=str(tmp_path / "three.py")), tokenizer)
+    with pytest.raises(UserError, match=r"three\.py must return rows, a list or a generator, not null"):
+        load(None, str(tmp_path / "three.py"))
     write(tmp_path / "none.py", "def get_custom_dataset(*_): ...")
     assert (
         load_collator(DataConfig(str(tmp_path / "none.py")), tokenizer)
