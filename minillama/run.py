@@ -104,6 +104,7 @@ def start_run(config: RunConfig, train: Packed) -> Start:
         "data": train.fingerprint,
     }
     checkpoint = None if resume == "none" else find_checkpoint(resume, output_dir)
+    efficiency = _efficiency(train, config.train.batch_size, dist.get_world_size(), config.train.accumulate)
     lines = []
     if checkpoint is None:
         progress = config.train.begin(dist.get_world_size())
@@ -117,6 +118,7 @@ def start_run(config: RunConfig, train: Packed) -> Start:
             "launch": _launch(),
             "command": sys.argv,
             "flags": asdict(config),
+            "data": {"tokens": train.tokens, "packs": len(train), "efficiency": round(efficiency, 4)},
             "world_size": dist.get_world_size(),
             "resumed_from": checkpoint and checkpoint.folder,
             "versions": {
@@ -352,14 +354,20 @@ def summary(
     return "\n".join(lines)
 
 
+def _efficiency(packed: Packed, batch_size: int, world_size: int, accumulate: int) -> float:
+    if packed.batching == "padding":
+        return packed.padded_efficiency(batch_size, world_size, accumulate)
+    return packed.efficiency
+
+
 def _described(packed: Packed, model: Llama, batch_size: int, world_size: int, accumulate: int) -> str:
     rows = "rows and pieces of rows" if packed.long["split"] else "rows"
     text = f"{len(packed.sizes):,} {rows}, {packed.tokens:,} tokens, "
     if packed.batching == "padding":
-        efficiency = packed.padded_efficiency(batch_size, world_size, accumulate)
-        text += f"batches of {batch_size} padded to the longest ({efficiency:.1%} full)"
+        text += f"batches of {batch_size} padded to the longest"
     else:
-        text += f"{len(packed):,} packs of {packed.context_length} ({packed.efficiency:.1%} full)"
+        text += f"{len(packed):,} packs of {packed.context_length}"
+    text += f" ({_efficiency(packed, batch_size, world_size, accumulate):.1%} full)"
     for what in ("dropped", "truncated", "split"):
         if packed.long[what]:
             text += f"; {packed.long[what]:,} longer than {packed.context_length} {what.upper()}"

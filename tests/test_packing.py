@@ -146,6 +146,16 @@ def test_epochs_and_seeds_have_orders_of_their_own(batching):
         assert packed.order(1, 1).tolist() == orders[1]
 
 
+@pytest.mark.parametrize("batching", ["packing", "padding"])
+def test_any_part_of_an_order_can_be_asked_for(batching):
+    lengths = np.random.default_rng(0).integers(1, 9, 10_000) if batching == "padding" else [8] * 10_000
+    packed = pad(documents_of(lengths), 8) if batching == "padding" else pack(documents_of(lengths), 8, 0)
+    whole = packed.order(3, 2)
+    assert sorted(whole) == list(range(10_000))
+    for start, stop in ((0, 1), (4000, 4200), (4096, 8192), (63, 9999), (8191, 8193), (9999, 20_000), (10_000, 10_001)):
+        assert packed.order(3, 2, start, stop).tolist() == whole[start:stop].tolist()
+
+
 def test_documents_of_one_length_keep_no_order():
     order = pad(documents_of([5] * 200), 8).order(0, 0)
     assert np.abs(np.diff(order)).mean() > 200 / 4  # 1 in the file's order, 200 / 3 in a random one

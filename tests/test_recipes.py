@@ -85,6 +85,7 @@ def test_a_run_on_two_ranks_leaves_what_it_should(run, tiny_folder, data):
         torch.tensor(evaluated[0]["eval_loss"]).exp().item(), rel=1e-4
     )
     saved = json.loads((out / "run.json").read_text())
+    assert saved["data"]["packs"] == packs and 0.5 < saved["data"]["efficiency"] <= 1
     assert (
         saved["world_size"] == 2
         and saved["flags"]["optim"]["lr"] == 0.02
