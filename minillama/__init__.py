@@ -11,7 +11,8 @@ from minillama.model import Llama, LlamaConfig
 from minillama.surgery import replace_modules
 
 if TYPE_CHECKING:
-    from minillama.hf import from_pretrained, load_adapter, load_weights, save_adapter, save_pretrained
+    from minillama.adapters import load_adapter, save_adapter
+    from minillama.hf import from_pretrained, load_weights, save_pretrained
     from minillama.tokenizer import load_tokenizer
     from minillama.train import train_step
 
@@ -37,7 +38,8 @@ __all__ = [
 
 # What needs more than torch is imported when it is asked for: `import minillama.model` needs torch alone.
 _LATER = {
-    "hf": ("from_pretrained", "load_adapter", "load_weights", "save_adapter", "save_pretrained"),
+    "adapters": ("load_adapter", "save_adapter"),
+    "hf": ("from_pretrained", "load_weights", "save_pretrained"),
     "tokenizer": ("load_tokenizer",),
     "train": ("train_step",),
 }

@@ -24,7 +24,8 @@ from minillama.checkpoint import Checkpoint, CheckpointConfig, find_checkpoint, 
 from minillama.datasets import DataConfig, check_vocabulary, load_collator
 from minillama.distributed import Device, FsdpConfig, all_reduce, on_each_node, on_rank_zero, say
 from minillama.errors import UserError
-from minillama.hf import read_json, weights_fingerprint
+from minillama.files import read_json
+from minillama.hf import weights_fingerprint
 from minillama.metrics import LogConfig
 from minillama.model import Llama
 from minillama.optim import OptimConfig

@@ -14,6 +14,7 @@ from typing import Annotated
 import torch
 import tyro
 
+from minillama.adapters import check_adapter, continue_adapter, load_adapter_weights, save_adapter
 from minillama.checkpoint import Checkpoints
 from minillama.distributed import (
     choose_strategy,
@@ -29,15 +30,7 @@ from minillama.distributed import (
     user_errors,
 )
 from minillama.errors import UserError
-from minillama.hf import (
-    check_adapter,
-    check_weights,
-    continue_adapter,
-    load_adapter_weights,
-    load_weights,
-    read_config,
-    save_adapter,
-)
+from minillama.hf import check_weights, load_weights, read_config
 from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.metrics import Metrics, plot_loss
 from minillama.model import Llama

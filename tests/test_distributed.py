@@ -12,6 +12,7 @@ from test_packing import documents_of
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minillama.adapters import save_adapter
 from minillama.distributed import (
     FsdpConfig,
     choose_strategy,
@@ -24,7 +25,7 @@ from minillama.distributed import (
     shard,
 )
 from minillama.errors import UserError
-from minillama.hf import base_parameters, from_pretrained, load_weights, read_config, save_adapter
+from minillama.hf import base_parameters, from_pretrained, load_weights, read_config
 from minillama.lora import LoraConfig, apply_lora
 from minillama.model import Llama
 from minillama.optim import OptimConfig, make_optimizer

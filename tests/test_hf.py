@@ -16,9 +16,10 @@ from test_llama_adapter import peft_twin as prompted_twin
 from test_lora import adapted, trainable
 from test_model import hf_twin
 
+from minillama.adapters import load_adapter, save_adapter
 from minillama.distributed import FsdpConfig, like, local, materialise, set_dtypes, shard
 from minillama.errors import UserError
-from minillama.hf import from_pretrained, load_adapter, load_weights, read_config, save_adapter, save_pretrained
+from minillama.hf import from_pretrained, load_weights, read_config, save_pretrained
 from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.lora import LoraConfig, apply_lora, merge_lora
 from minillama.model import Llama

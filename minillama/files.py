@@ -1,0 +1,78 @@
+"""Files written whole or not at all, and JSON."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from minillama.distributed import on_rank_zero
+from minillama.errors import UserError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return content
+
+
+@contextmanager
+def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., None]]]:
+    """Makes `folder` whole or not at all. Every rank must enter it, and make the same calls.
+
+    Gives the path to write to, and a function that calls another one on rank 0 while the others wait. If that fails,
+    every rank raises UserError: none is left waiting in the next collective. At the end the path takes `folder`'s place.
+    A folder that holds something, but no file `mark`, is none of ours: an error, never replaced.
+    """
+    path, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
+
+    def on_disk(function: Callable[..., object], *args: Any) -> None:
+        def attempt() -> None:
+            try:
+                function(*args)
+            except OSError as error:
+                raise UserError(f"{folder} cannot be written: {error}") from None
+
+        if dist.is_initialized():
+            on_rank_zero(attempt)
+        else:
+            attempt()
+
+    def begin() -> None:
+        if folder.exists() and any(folder.iterdir()) and not (folder / mark).exists():
+            raise UserError(f"{folder} holds other files: give a new folder, or one to replace that has {mark}")
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+
+    def finish() -> None:
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)  # not removed before the new one is in its place
+        path.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    try:
+        on_disk(begin)
+        yield path, on_disk
+        on_disk(finish)
+    except BaseException:
+        if is_rank_zero():
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def is_rank_zero() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
