@@ -4,7 +4,6 @@ import hashlib
 import shutil
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from minillama.distributed import local, materialise, rank, reshard
 from minillama.errors import UserError
 from minillama.files import is_rank_zero, new_folder, read_json, write_json
+from minillama.meta import MetaWeights, Weights, is_meta_folder, read_meta_config
 from minillama.model import Llama, LlamaConfig
 
 READ_BYTES = 32 * 2**20
@@ -40,13 +40,15 @@ TOKENIZER_FILES = (
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
-    """The config of a Hugging Face folder. Raises UserError for a folder or a config that is not a Llama's."""
+    """The config of a Hugging Face or Meta folder. Raises UserError for a folder or a config that is not a Llama's."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(
             f"the model folder {folder} does not exist: give a local folder in Hugging Face's format (config.json and "
-            "*.safetensors)"
+            "*.safetensors) or Meta's (params.json and consolidated.*.pth)"
         )
+    if is_meta_folder(folder):
+        return read_meta_config(folder)
     try:
         return LlamaConfig.from_dict(read_json(folder / "config.json"))
     except UserError as error:
@@ -83,51 +85,74 @@ def open_tensors(file: Path) -> Any:
         raise UserError(f"{file} cannot be read, it may be truncated or not a safetensors file: {error}") from None
 
 
-def _dtype(file: Path, name: str) -> torch.dtype:
-    with open_tensors(file) as tensors:
-        return tensors.get_slice(name)[:1].dtype
+class HfWeights:
+    """The tensors of a Hugging Face folder, read a few rows at a time; making one reads the files' headers.
+
+    Raises UserError for files that are missing, damaged, or not as the index says.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._files = find_tensors(folder)
+        self.names = list(self._files)
+        self._described: dict[str, tuple[list[int], torch.dtype]] = {}
+        for file in dict.fromkeys(self._files.values()):
+            with open_tensors(file) as tensors:
+                there = set(tensors.keys())
+                for name in (name for name in self.names if self._files[name] == file):
+                    if name not in there:
+                        raise UserError(f"{name} is missing from {file}, where the index says it is")
+                    rows = tensors.get_slice(name)
+                    self._described[name] = rows.get_shape(), rows[:0].dtype
+
+    def shape(self, name: str) -> list[int]:
+        return list(self._described[name][0])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._described[name][1]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """(stop - start, ...)"""
+        with open_tensors(self._files[name]) as tensors:
+            return tensors.get_slice(name)[start:stop]
+
+
+def open_weights(folder: str | Path) -> Weights:
+    """The tensors of a Hugging Face or Meta folder. Raises UserError for what is missing or damaged."""
+    folder = Path(folder)
+    return MetaWeights(folder) if is_meta_folder(folder) else HfWeights(folder)
 
 
 def weights_fingerprint(folder: str | Path) -> str:
     """Tells base models apart by config, names, shapes, and the first row of each tensor: quick, however large they are."""
-    digest = hashlib.sha256(repr(read_config(folder)).encode())
-    for name, file in sorted(find_tensors(folder).items()):
-        with open_tensors(file) as tensors:
-            rows = tensors.get_slice(name)
-            digest.update(f"{name} {rows.get_shape()} {rows.get_dtype()}".encode())
-            digest.update(rows[:1].contiguous().view(torch.uint8).numpy())
+    weights, digest = open_weights(folder), hashlib.sha256(repr(read_config(folder)).encode())
+    for name in sorted(weights.names):
+        digest.update(f"{name} {weights.shape(name)} {weights.dtype(name)}".encode())
+        digest.update(weights.rows(name, 0, 1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def check_weights(model: nn.Module, folder: str | Path) -> dict[str, Path]:
-    """The file of every base parameter of `model`; reads headers only.
+def check_weights(model: nn.Module, folder: str | Path) -> Weights:
+    """The tensors in `folder`, which are those that `model` was built from; reads headers only.
 
     Raises UserError with the names of missing, unexpected and wrongly shaped tensors.
     """
-    files = find_tensors(folder)
-    wanted = base_parameters(model)
+    weights, wanted = open_weights(folder), base_parameters(model)
     # Files may hold the tied head too, and old ones RoPE's frequencies, which we compute.
-    spare = {name for name in files if name.endswith("rotary_emb.inv_freq")}
+    spare = {name for name in weights.names if name.endswith("rotary_emb.inv_freq")}
     if "lm_head.weight" not in wanted and "model.embed_tokens.weight" in wanted:
         spare.add("lm_head.weight")
-    problems = [f"{name} is missing" for name in wanted if name not in files]
-    problems += [f"{name} is not part of the model" for name in files if name not in wanted and name not in spare]
-    by_file: dict[Path, list[str]] = {}
-    for name in wanted:
-        if name in files:
-            by_file.setdefault(files[name], []).append(name)
-    for file, names in by_file.items():
-        with open_tensors(file) as tensors:
-            there = set(tensors.keys())
-            for name in names:
-                if name not in there:
-                    problems.append(f"{name} is missing from {file.name}, where the index says it is")
-                elif (shape := tensors.get_slice(name).get_shape()) != list(wanted[name].shape):
-                    problems.append(f"{name} has shape {shape}, the config asks for {list(wanted[name].shape)}")
+    there = set(weights.names)
+    problems = [f"{name} is missing" for name in wanted if name not in there]
+    problems += [f"{name} is not part of the model" for name in weights.names if name not in wanted.keys() | spare]
+    problems += [
+        f"{name} has shape {weights.shape(name)}, the config asks for {list(parameter.shape)}"
+        for name, parameter in wanted.items()
+        if name in there and weights.shape(name) != list(parameter.shape)
+    ]
     if problems:
         more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(f"the weights in {folder} do not fit their config: {'; '.join(problems[:8])}{more}")
-    return {name: files[name] for name in wanted}
+    return weights
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -150,9 +175,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
     of the model's stays below READERS * READ_BYTES. Returns the names of the parameters filled. Raises UserError as
     check_weights does.
     """
-    files = check_weights(model, folder)
-    twin = None if "lm_head.weight" in files else find_tensors(folder).get("lm_head.weight")
-    parameters = base_parameters(model)
+    weights, parameters = check_weights(model, folder), base_parameters(model)
+    has_twin = "lm_head.weight" not in parameters and "lm_head.weight" in weights.names
     bytes_of = {name: local(p).numel() * p.element_size() for name, p in parameters.items()}
 
     with tqdm(
@@ -167,26 +191,23 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
         def load(name: str) -> None:
             target, offset = local(parameters[name]).detach(), _row_offset(parameters[name])
             step = max(1, READ_BYTES * len(target) // max(1, bytes_of[name]))
-            with ExitStack() as stack:
-                rows = stack.enter_context(open_tensors(files[name])).get_slice(name)
-                head_rows = None
-                if name == "model.embed_tokens.weight" and twin is not None:
-                    head_rows = stack.enter_context(open_tensors(twin)).get_slice("lm_head.weight")
-                for start in range(0, len(target), step):
-                    piece = target[start : start + step]
-                    place = slice(offset + start, offset + start + len(piece))
-                    piece.copy_(rows[place])
-                    if head_rows is not None and not torch.equal(rows[place], head_rows[place]):
-                        raise UserError(
-                            f"{folder}: lm_head.weight is not the embedding, yet config.json has tie_word_embeddings: "
-                            "set it to false"
-                        )
-                    bar.update(piece.numel() * piece.element_size())
+            for start in range(0, len(target), step):
+                piece = target[start : start + step]
+                place = offset + start, offset + start + len(piece)
+                rows = weights.rows(name, *place)
+                piece.copy_(rows)
+                checked = has_twin and name == "model.embed_tokens.weight"
+                if checked and not torch.equal(rows, weights.rows("lm_head.weight", *place)):
+                    raise UserError(
+                        f"{folder}: lm_head.weight is not the embedding, yet config.json has tie_word_embeddings: set it to "
+                        "false"
+                    )
+                bar.update(piece.numel() * piece.element_size())
 
         with ThreadPoolExecutor(READERS) as pool:
-            for _ in pool.map(load, files):
+            for _ in pool.map(load, parameters):
                 pass
-    return set(files)
+    return set(parameters)
 
 
 def _row_offset(parameter: Tensor) -> int:
@@ -206,11 +227,10 @@ def from_pretrained(
     """
     config = read_config(folder)
     if dtype is None:
-        name = "model.embed_tokens.weight"
-        files = find_tensors(folder)
-        if name not in files:
+        name, weights = "model.embed_tokens.weight", open_weights(folder)
+        if name not in weights.names:
             raise UserError(f"the weights in {folder} do not fit their config: {name} is missing")
-        dtype = _dtype(files[name], name)
+        dtype = weights.dtype(name)
     with torch.device("meta"):
         model = Llama(config).to(dtype)
     materialise(model, device)
@@ -251,8 +271,8 @@ def save_pretrained(
         )
     if base.is_relative_to(folder):
         raise UserError(f"{folder} cannot be written: the base model is there, and its files are needed")
-    sources = check_weights(model, base)
-    dtypes = {name: _dtype(file, name) for name, file in sources.items()}
+    weights = check_weights(model, base)
+    dtypes = {name: weights.dtype(name) for name in base_parameters(model)}
     copies = {file: base / file for file in ("config.json", "generation_config.json")}
     copies |= _tokenizer_files(base if tokenizer is None else Path(tokenizer))
 
@@ -266,13 +286,16 @@ def save_pretrained(
     weight_map = {name: file for file, names in files.items() for name in names}
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
 
+    def write_with_copies(file: Path, tensors: dict[str, Tensor], copied: list[str]) -> None:
+        write_tensors(file, tensors | {name: weights.rows(name, 0, weights.shape(name)[0]) for name in copied})
+
     with new_folder(folder, mark="config.json") as (path, on_disk):
         on_disk(_copy, copies, path)
         if len(parts) > 1:
             on_disk(write_json, path / "model.safetensors.index.json", index)
         for file, names in files.items():
             tensors = {name: gather(parameters[name], dtypes[name]) for name in names if name not in unchanged}
-            on_disk(write_tensors, path / file, tensors, {name: sources[name] for name in names if name in unchanged})
+            on_disk(write_with_copies, path / file, tensors, [name for name in names if name in unchanged])
 
 
 def split_by_size(sizes: dict[str, int], limit: int) -> list[list[str]]:
@@ -309,10 +332,7 @@ def gather(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return whole.cpu().contiguous() if is_rank_zero() else torch.empty(0)
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor], copied: dict[str, Path] | None = None) -> None:
-    for name, source in (copied or {}).items():
-        with open_tensors(source) as there:
-            tensors[name] = there.get_tensor(name)
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     try:
         save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:

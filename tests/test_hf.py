@@ -392,12 +392,12 @@ def fail_in_the_middle(mesh, base, out):
 
     written = []
 
-    def full_disk(file, tensors, copied):
+    def full_disk(file, tensors):
         if len(written) == 2:
             file.write_bytes(b"half")
             raise OSError(28, "No space left on device", str(file))
         written.append(file)
-        write(file, tensors, copied)
+        write(file, tensors)
 
     minillama.hf.MAX_FILE_BYTES = 30_000
     write, minillama.hf.write_tensors = minillama.hf.write_tensors, full_disk
