@@ -1,9 +1,12 @@
 """Hugging Face folders in, each rank reading only what it holds, and out."""
 
 import hashlib
+import json
+import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -274,28 +277,86 @@ def save_pretrained(
     weights = check_weights(model, base)
     dtypes = {name: weights.dtype(name) for name in base_parameters(model)}
     copies = {file: base / file for file in ("config.json", "generation_config.json")}
-    copies |= _tokenizer_files(base if tokenizer is None else Path(tokenizer))
+    copies |= tokenizer_files(base if tokenizer is None else Path(tokenizer))
 
     reshard(model)  # first: it is the sharded parameters that stay
     parameters = base_parameters(model)
     sizes = {name: p.numel() * dtypes[name].itemsize for name, p in parameters.items()}
-    parts = split_by_size(sizes, MAX_FILE_BYTES)
-    files = {f"model-{i:05}-of-{len(parts):05}.safetensors": names for i, names in enumerate(parts, start=1)}
-    if len(parts) == 1:
-        files = {"model.safetensors": parts[0]}
-    weight_map = {name: file for file, names in files.items() for name in names}
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    files = split_into_files(sizes)
 
     def write_with_copies(file: Path, tensors: dict[str, Tensor], copied: list[str]) -> None:
         write_tensors(file, tensors | {name: weights.rows(name, 0, weights.shape(name)[0]) for name in copied})
 
     with new_folder(folder, mark="config.json") as (path, on_disk):
         on_disk(_copy, copies, path)
-        if len(parts) > 1:
-            on_disk(write_json, path / "model.safetensors.index.json", index)
+        if is_meta_folder(base):
+            on_disk(write_json, path / "config.json", config_json(model.config, next(iter(dtypes.values()))))
+        if len(files) > 1:
+            on_disk(write_json, path / "model.safetensors.index.json", _index(files, sizes))
         for file, names in files.items():
             tensors = {name: gather(parameters[name], dtypes[name]) for name in names if name not in unchanged}
             on_disk(write_with_copies, path / file, tensors, [name for name in names if name in unchanged])
+
+
+def write_hf(
+    weights: Weights,
+    config: dict[str, Any],
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int], Any] = lambda count: None,
+) -> None:
+    """Writes config.json and the tensors into a folder that exists, READ_BYTES at a time.
+
+    config: the contents of config.json. dtype: None keeps each tensor's.
+    """
+    dropped = ("lm_head.weight",) if config.get("tie_word_embeddings") else ()
+    names = [name for name in weights.names if name not in dropped and not name.endswith("rotary_emb.inv_freq")]
+    dtypes = {name: dtype or weights.dtype(name) for name in names}
+    sizes = {name: math.prod(weights.shape(name)) * dtypes[name].itemsize for name in names}
+    files = split_into_files(sizes)
+    write_json(folder / "config.json", config)
+    if len(files) > 1:
+        write_json(folder / "model.safetensors.index.json", _index(files, sizes))
+    for file, inside in files.items():
+        # The format: 8 bytes with the length of a JSON header, the header, then all tensors' bytes as it says.
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in inside:
+            kind, shape = SAFETENSORS_DTYPES[dtypes[name]], weights.shape(name)
+            header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end := end + sizes[name]]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file).open("wb") as opened:
+            opened.write(len(text).to_bytes(8, "little") + text)
+            for name in inside:
+                height = weights.shape(name)[0]
+                step = max(1, READ_BYTES * height // max(1, sizes[name]))
+                for start in range(0, height, step):
+                    rows = weights.rows(name, start, min(start + step, height)).to(dtypes[name]).contiguous()
+                    progress(opened.write(rows.view(torch.uint8).numpy().data))
+
+
+SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+def config_json(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of a model that did not come with one."""
+    kind = str(dtype).removeprefix("torch.")
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": kind} | asdict(config)
+
+
+def split_into_files(sizes: dict[str, int]) -> dict[str, list[str]]:
+    """Which tensors, of so many bytes each, go into which safetensors file."""
+    parts = split_by_size(sizes, MAX_FILE_BYTES)
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{i:05}-of-{len(parts):05}.safetensors": names for i, names in enumerate(parts, start=1)}
+
+
+def _index(files: dict[str, list[str]], sizes: dict[str, int]) -> dict[str, Any]:
+    weight_map = {name: file for file, names in files.items() for name in names}
+    return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
 
 
 def split_by_size(sizes: dict[str, int], limit: int) -> list[list[str]]:
@@ -308,14 +369,14 @@ def split_by_size(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return groups
 
 
-def _tokenizer_files(path: Path) -> dict[str, Path]:
+def tokenizer_files(path: Path) -> dict[str, Path]:
     """Where a tokenizer's files are, there or not, by the names that they have in a Hugging Face folder."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder, so the tokenizer cannot be copied from it")
     if path.is_dir():
         return {file: path / file for file in TOKENIZER_FILES}
     own_name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
-    return _tokenizer_files(path.parent) | {own_name: path}
+    return tokenizer_files(path.parent) | {own_name: path}
 
 
 def _copy(sources: dict[str, Path], folder: Path) -> None:

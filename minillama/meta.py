@@ -100,10 +100,11 @@ class MetaWeights:
             return parts[0][start:stop].clone()
         if dim == 1:
             return torch.cat([part[start:stop] for part in parts], dim=1)
-        places = torch.arange(start, stop)
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            places = interleaved(places, self.config.head_dim or 0)
         height = len(parts[0])
+        if not name.endswith(("q_proj.weight", "k_proj.weight")):
+            first = [number * height for number in range(len(parts))]
+            return torch.cat([part[max(0, start - n) : max(0, stop - n)] for n, part in zip(first, parts, strict=True)])
+        places = interleaved(torch.arange(start, stop), self.config.head_dim or 0)
         found = torch.empty(len(places), *parts[0].shape[1:], dtype=parts[0].dtype)
         for number, part in enumerate(parts):
             here = (places >= number * height) & (places < (number + 1) * height)

@@ -42,7 +42,7 @@ class RunConfig:
     """The flags of every training recipe."""
 
     model: Path
-    """Folder of the base model, in Hugging Face's format."""
+    """Folder of the base model, in Hugging Face's format or Meta's."""
     output_dir: Path
     """Folder for what the run leaves; made if need be."""
     tokenizer: Path | None = None

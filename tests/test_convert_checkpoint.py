@@ -1,4 +1,4 @@
-"""GGUF to Hugging Face: the logits of transformers before and after, the tokenizer, and what is refused."""
+"""Between Hugging Face's, Meta's and GGUF: the logits of transformers before and after, the tokenizer, what is refused."""
 
 import importlib.util
 import json
@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import random_model, save_folder
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from minillama.errors import UserError
+from minillama.hf import from_pretrained
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -278,3 +281,68 @@ def test_the_command(tmp_path):
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1
     assert again.stderr == f"error: {target} exists already; name another target, or remove it first\n"
+
+
+@pytest.mark.parametrize("files", [1, 2])
+@pytest.mark.parametrize("tied", [False, True])
+def test_to_metas_format_and_back(tmp_path, monkeypatch, tied, files):
+    source = save_folder(random_model(tie_word_embeddings=tied).bfloat16(), tmp_path / "hf", tie_word_embeddings=tied)
+    (source / "generation_config.json").write_text('{"temperature": 0.5}')
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    tool.convert_checkpoint(source, tmp_path / "meta", files=files)
+    names = {"params.json", "tokenizer.model", "chat_template.jinja", "generation_config.json"}
+    assert {p.name for p in (tmp_path / "meta").iterdir()} == names | {f"consolidated.0{n}.pth" for n in range(files)}
+
+    monkeypatch.setattr("minillama.hf.MAX_FILE_BYTES", 40_000)
+    monkeypatch.setattr("minillama.hf.READ_BYTES", 500)
+    tool.convert_checkpoint(tmp_path / "meta", tmp_path / "back")
+    parts = sorted((tmp_path / "back").glob("*.safetensors"))
+    assert len(parts) > 1 and parts[0].name == f"model-00001-of-{len(parts):05}.safetensors"
+    expected, found = load_file(source / "model.safetensors"), {}
+    for part in parts:
+        assert part.stat().st_size < 42_000
+        found |= load_file(part)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) and found[name].dtype == torch.bfloat16 for name in found)
+    for name in ("tokenizer.model", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
+    tokens = torch.arange(20)[None]
+    ours = from_pretrained(source, dtype=torch.float32)
+    torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=1e-4, atol=1e-4)
+    assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (256, 257)
+
+
+@pytest.mark.parametrize("way", ["to meta", "to hf"])
+def test_another_dtype_and_another_tokenizer(tmp_path, way):
+    source = save_folder(random_model(), tmp_path / "hf")
+    if way == "to hf":
+        tool.convert_checkpoint(source, tmp_path / "meta")
+        source = tmp_path / "meta"
+    other = save_folder(random_model(), tmp_path / "other")
+    (other / "tokenizer.model").write_bytes((other / "tokenizer.model").read_bytes() + b"\n")
+    tool.convert_checkpoint(source, tmp_path / "out", dtype="float16", tokenizer=other)
+    for name, tensor in from_pretrained(tmp_path / "out").state_dict().items():
+        assert torch.equal(tensor, random_model().state_dict()[name].half())
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes().endswith(b"\n\n")
+
+
+def test_what_is_not_converted(tmp_path):
+    source = save_folder(random_model(), tmp_path / "hf")
+    for arguments, message in (
+        (({"files": 3}), "3 files: n_kv_heads 2 is not a multiple"),
+        (({"files": 0}), "--files 0"),
+        (({"tokenizer": tmp_path / "none"}), "none: no such file or folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tool.convert_checkpoint(source, tmp_path / "out", **arguments)
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+        tool.convert_checkpoint(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        tool.convert_checkpoint(tmp_path / "empty", tmp_path / "out")
+    (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read, it may be truncated"):
+        tool.convert_checkpoint(source, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "hf"]  # nothing half-written

@@ -1,14 +1,15 @@
-"""Convert a checkpoint: a GGUF file becomes a Hugging Face folder that minillama and transformers load.
+"""Convert a checkpoint between Hugging Face's format and Meta's, or a GGUF file to Hugging Face's.
 
+    python tools/convert_checkpoint.py Llama-3.2-1B meta/Llama-3.2-1B
+    python tools/convert_checkpoint.py meta/Llama-3.2-1B hf/Llama-3.2-1B --tokenizer Llama-3.2-1B
     python tools/convert_checkpoint.py SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-135M-Instruct
 
-Needs the gguf package (pip install "minillama[demo]"). Quantised weights are dequantised to --dtype; what the
-quantisation lost stays lost. Host memory is about one copy of the model in --dtype.
+What SOURCE is decides: a Hugging Face folder becomes a Meta folder, a Meta folder or a GGUF file a Hugging Face folder.
+Tensors are read and written a few rows at a time. GGUF needs the gguf package (pip install "minillama[demo]"); what its
+quantisation lost stays lost.
 """
 
-import json
 import math
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -17,9 +18,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import tyro
-from safetensors.torch import save_file
+from tqdm import tqdm
 
 from minillama.errors import UserError
+from minillama.files import new_folder, write_json
+from minillama.hf import config_json, open_weights, read_config, tokenizer_files, write_hf
+from minillama.meta import Weights, interleaved, is_meta_folder, write_meta
+from minillama.tokenizer import load_tokenizer
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -31,47 +36,86 @@ def convert_checkpoint(
     source: Annotated[Path, tyro.conf.Positional],
     target: Annotated[Path, tyro.conf.Positional],
     *,
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    dtype: Literal["same", "bfloat16", "float16", "float32"] = "same",
+    files: int = 1,
+    tokenizer: Path | None = None,
 ) -> None:
-    """Convert a GGUF file to a Hugging Face folder.
+    """Convert a checkpoint from Hugging Face's format to Meta's, or from Meta's or GGUF to Hugging Face's.
 
     Args:
-        source: the GGUF file; Llama architecture with a byte-level BPE tokenizer.
+        source: a Hugging Face folder, a Meta folder, or a GGUF file (Llama architecture, byte-level BPE tokenizer).
         target: the folder to write; it must not exist yet, or be empty.
-        dtype: of the weights written.
+        dtype: of the weights written. same: as they are; bfloat16 from GGUF.
+        files: of a Meta folder: consolidated.00.pth and so on, for as many processes of its model parallelism.
+        tokenizer: folder or file to take the tokenizer from; None: the source's own.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already; name another target, or remove it first")
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder")
+    to_meta = source.is_dir() and not is_meta_folder(source)
+    if files != 1 and (not to_meta or files < 1):
+        raise UserError(f"--files {files}: only a Meta folder has several such files, at least 1")
+    wanted = None if dtype == "same" else getattr(torch, dtype)
+    if source.is_file():
+        convert_gguf(source, target, wanted or torch.bfloat16)
+        return
+
+    config, weights = read_config(source), open_weights(source)
+    copied = tokenizer_files(tokenizer or source) | {"generation_config.json": source / "generation_config.json"}
+    model = source / "original" / "tokenizer.model"  # where Meta's own Hugging Face folders have it
+    if not copied["tokenizer.model"].exists() and model.exists():
+        copied["tokenizer.model"] = model
+    with new_folder(target, mark="config.json") as (folder, on_disk), progress_bar(weights) as bar:
+        if to_meta:
+            on_disk(lambda: write_meta(weights, config, folder, dtype=wanted, files=files, progress=bar.update))
+        else:
+            described = config_json(config, wanted or weights.dtype("model.embed_tokens.weight"))
+            if any(path.exists() for path in copied.values()):
+                known = load_tokenizer(tokenizer or source)
+                described |= {"bos_token_id": known.bos_id, "eos_token_id": known.eos_id}
+            on_disk(lambda: write_hf(weights, described, folder, dtype=wanted, progress=bar.update))
+        on_disk(copy, copied, folder)
+    parameters = sum(math.prod(weights.shape(name)) for name in weights.names)
+    print(f"{target}: {len(weights.names)} tensors, {parameters:,} parameters")
+
+
+def progress_bar(weights: Weights) -> Any:
+    total = sum(math.prod(weights.shape(name)) * weights.dtype(name).itemsize for name in weights.names)
+    return tqdm(total=total, desc="converting", unit="B", unit_scale=True, leave=False)
+
+
+def copy(sources: dict[str, Path], folder: Path) -> None:
+    for name, file in sources.items():
+        if file.exists():
+            shutil.copyfile(file, folder / name)
+
+
+# --- GGUF
+
+
+def convert_gguf(source: Path, target: Path, dtype: torch.dtype) -> None:
     reader = open_gguf(source)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
 
-    config = read_config(fields, tensors)
+    config = read_gguf_config(fields, tensors)
     tokenizer, tokenizer_config = read_tokenizer(fields)
     config |= {
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": end_tokens(fields),
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
-        "torch_dtype": dtype,
+        "torch_dtype": str(dtype).removeprefix("torch."),
     }
     generation_config = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    weights = read_weights(tensors, config, getattr(torch, dtype))
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    unfinished.mkdir()
-    try:
-        write_json(unfinished / "config.json", config)
-        write_json(unfinished / "generation_config.json", generation_config)
-        write_json(unfinished / "tokenizer.json", tokenizer)
-        write_json(unfinished / "tokenizer_config.json", tokenizer_config)
-        save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")  # safetensors writes 0600
-        unfinished.rename(target)  # whole or not at all; an empty target is replaced
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
-    print(f"{target}: {len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} parameters, {dtype}")
+    weights = GgufWeights(tensors, config)
+    with new_folder(target, mark="config.json") as (folder, on_disk), progress_bar(weights) as bar:
+        on_disk(write_json, folder / "generation_config.json", generation_config)
+        on_disk(write_json, folder / "tokenizer.json", tokenizer)
+        on_disk(write_json, folder / "tokenizer_config.json", tokenizer_config)
+        on_disk(lambda: write_hf(weights, config, folder, dtype=dtype, progress=bar.update))
+    parameters = sum(math.prod(weights.shape(name)) for name in weights.names)
+    print(f"{target}: {len(weights.names)} tensors, {parameters:,} parameters, {config['torch_dtype']}")
 
 
 def open_gguf(source: Path) -> Any:
@@ -90,7 +134,7 @@ def open_gguf(source: Path) -> Any:
         raise UserError(f"{source} is a damaged GGUF file, or of an unknown version: {error}") from error
 
 
-def read_config(fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+def read_gguf_config(fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
     """config.json of a LlamaForCausalLM; raises for what that class cannot express."""
     architecture = fields.get("general.architecture")
     if architecture != "llama":
@@ -139,7 +183,7 @@ def read_rope_scaling(fields: dict[str, Any], tensors: dict[str, Any], config: d
         return None
     # Llama 3.1's scaling is stored as its result, one divisor a frequency. The rule has one set of values in
     # all published models except for the factor, so apply it and compare.
-    divisors = dequantise(tensors["rope_freqs.weight"])
+    divisors = dequantise(tensors["rope_freqs.weight"], tensors["rope_freqs.weight"].data)
     factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
     frequencies = config["rope_theta"] ** -(np.arange(0, config["head_dim"], 2) / config["head_dim"])
     turns = original * frequencies / (2 * math.pi)
@@ -156,62 +200,69 @@ def read_rope_scaling(fields: dict[str, Any], tensors: dict[str, Any], config: d
     }
 
 
-def read_weights(tensors: dict[str, Any], config: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All weights under their Hugging Face names, dequantised one at a time."""
-    width, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    q = config["num_attention_heads"] * head_dim
-    kv = config["num_key_value_heads"] * head_dim
-    names = {
-        "token_embd.weight": ("model.embed_tokens.weight", (config["vocab_size"], width)),
-        "output_norm.weight": ("model.norm.weight", (width,)),
-    }
-    if not config["tie_word_embeddings"]:
-        names["output.weight"] = ("lm_head.weight", (config["vocab_size"], width))
-    for layer in range(config["num_hidden_layers"]):
-        for theirs, ours, shape in (
-            ("attn_norm", "input_layernorm", (width,)),
-            ("attn_q", "self_attn.q_proj", (q, width)),
-            ("attn_k", "self_attn.k_proj", (kv, width)),
-            ("attn_v", "self_attn.v_proj", (kv, width)),
-            ("attn_output", "self_attn.o_proj", (width, q)),
-            ("ffn_norm", "post_attention_layernorm", (width,)),
-            ("ffn_gate", "mlp.gate_proj", (inner, width)),
-            ("ffn_up", "mlp.up_proj", (inner, width)),
-            ("ffn_down", "mlp.down_proj", (width, inner)),
-        ):
-            names[f"blk.{layer}.{theirs}.weight"] = (f"model.layers.{layer}.{ours}.weight", shape)
+class GgufWeights:
+    """The tensors of a GGUF file under their Hugging Face names, dequantised to fp32 a few rows at a time."""
 
-    if missing := sorted(names.keys() - tensors.keys()):
-        raise UserError(f"the GGUF file lacks {len(missing)} tensors of a Llama: {', '.join(missing[:4])} ...")
-    if unknown := sorted(tensors.keys() - names.keys() - {"rope_freqs.weight"}):
-        raise UserError(f"the GGUF file has {len(unknown)} tensors no Llama has: {', '.join(unknown[:4])} ...")
-    weights = {}
-    for theirs, (ours, shape) in names.items():
-        weight = dequantise(tensors[theirs])
-        if weight.shape != shape:
-            raise UserError(f"{theirs} has shape {weight.shape}; its configuration says {shape}")
-        if theirs.endswith((".attn_q.weight", ".attn_k.weight")):
-            weight = half_split(weight, head_dim)
-        # A copy even in fp32, where .to() is none: the file is mapped read-only.
-        weights[ours] = torch.from_numpy(weight.copy()).to(dtype)
-    return weights
+    def __init__(self, tensors: dict[str, Any], config: dict[str, Any]) -> None:
+        width, inner, self._head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+        q = config["num_attention_heads"] * self._head_dim
+        kv = config["num_key_value_heads"] * self._head_dim
+        found = {
+            "model.embed_tokens.weight": ("token_embd.weight", [config["vocab_size"], width]),
+            "model.norm.weight": ("output_norm.weight", [width]),
+        }
+        if not config["tie_word_embeddings"]:
+            found["lm_head.weight"] = ("output.weight", [config["vocab_size"], width])
+        for layer in range(config["num_hidden_layers"]):
+            for theirs, ours, shape in (
+                ("attn_norm", "input_layernorm", [width]),
+                ("attn_q", "self_attn.q_proj", [q, width]),
+                ("attn_k", "self_attn.k_proj", [kv, width]),
+                ("attn_v", "self_attn.v_proj", [kv, width]),
+                ("attn_output", "self_attn.o_proj", [width, q]),
+                ("ffn_norm", "post_attention_layernorm", [width]),
+                ("ffn_gate", "mlp.gate_proj", [inner, width]),
+                ("ffn_up", "mlp.up_proj", [inner, width]),
+                ("ffn_down", "mlp.down_proj", [width, inner]),
+            ):
+                found[f"model.layers.{layer}.{ours}.weight"] = (f"blk.{layer}.{theirs}.weight", shape)
+
+        wanted = {theirs for theirs, _ in found.values()}
+        if missing := sorted(wanted - tensors.keys()):
+            raise UserError(f"the GGUF file lacks {len(missing)} tensors of a Llama: {', '.join(missing[:4])} ...")
+        if unknown := sorted(tensors.keys() - wanted - {"rope_freqs.weight"}):
+            raise UserError(f"the GGUF file has {len(unknown)} tensors no Llama has: {', '.join(unknown[:4])} ...")
+        for theirs, shape in found.values():
+            there = [int(size) for size in reversed(tensors[theirs].shape)]  # GGUF counts the last dimension first
+            if there != shape:
+                raise UserError(f"{theirs} has shape {tuple(there)}; its configuration says {tuple(shape)}")
+        self.names = list(found)
+        self._found = {name: (tensors[theirs], shape) for name, (theirs, shape) in found.items()}
+
+    def shape(self, name: str) -> list[int]:
+        return list(self._found[name][1])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        tensor, shape = self._found[name]
+        places = torch.arange(start, stop)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            places = interleaved(places, self._head_dim)  # GGUF rotates neighbours, as Meta does
+        data = tensor.data[places.numpy()]  # copied: the file is mapped read-only
+        return torch.from_numpy(dequantise(tensor, data)).view(-1, *shape[1:])
 
 
-def dequantise(tensor: Any) -> np.ndarray:
+def dequantise(tensor: Any, data: np.ndarray) -> np.ndarray:
+    """data: some rows of tensor.data."""
     from gguf.quants import dequantize
 
     try:
-        return dequantize(tensor.data, tensor.tensor_type)
+        return dequantize(data, tensor.tensor_type)
     except NotImplementedError as error:
         kind = tensor.tensor_type.name
         raise UserError(f"{tensor.name} is quantised as {kind}, which gguf cannot dequantise") from error
-
-
-def half_split(weight: np.ndarray, head_dim: int) -> np.ndarray:
-    """GGUF rotates neighbours (0,1), (2,3), ... of a head; Hugging Face rotates (0, D/2), (1, D/2+1), ..."""
-    rows, columns = weight.shape
-    pairs = weight.reshape(rows // head_dim, head_dim // 2, 2, columns)
-    return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
 def read_tokenizer(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -315,10 +366,6 @@ def need(fields: dict[str, Any], name: str) -> Any:
 def shortest(value: float) -> float:
     """GGUF floats are fp32: 9.999999747378752e-06 is 1e-05."""
     return float(str(np.float32(value)))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
