@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minillama.attention import attend
 from minillama.errors import UserError
-from minillama.model import Attention
+from minillama.model import Attention, Seen
 from minillama.surgery import M, replace_modules
 
 
@@ -53,16 +53,16 @@ class PromptedAttention(Attention):
         nn.init.normal_(self.adaption_prompt)
         nn.init.zeros_(self.adaption_gate)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int] | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], seen: Seen) -> Tensor:
         q, k, v = self.project(x, rope)
-        attended = attend(q, k, v, lengths)
+        attended = attend(q, k, v, seen)
         prompt = self.adaption_prompt.to(x.dtype)
         k, v = (proj(prompt).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))  # (len, K, D)
         # Every token sees every slot, whatever its document: the whole batch is one row of B * T queries, and no mask.
         q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q.flatten(0, 1), k, v))
-        seen = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
-        seen = seen[0].transpose(0, 1).view_as(attended)
-        y = self.o_proj((attended + self.adaption_gate * seen).to(x.dtype).flatten(-2))
+        prompted = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+        prompted = prompted[0].transpose(0, 1).view_as(attended)
+        y = self.o_proj((attended + self.adaption_gate * prompted).to(x.dtype).flatten(-2))
         # PEFT projects both parts apart, which adds o_proj's bias, where there is one, twice: so do we.
         return y if self.o_proj.bias is None else y + self.o_proj.bias
 

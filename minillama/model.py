@@ -13,12 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillama.attention import attend, document_lengths
+from minillama.attention import KvCache, attend, document_lengths
 from minillama.errors import UserError
 from minillama.loss import linear_cross_entropy
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+Seen = list[int] | KvCache | None
+"""What a token sees besides the earlier tokens of its row: see `attend`"""
 
 
 @dataclass(frozen=True)
@@ -167,8 +171,8 @@ class Attention(nn.Module):
         k = rotate(self.k_proj(x).unflatten(-1, heads), rope)
         return q, k, self.v_proj(x).unflatten(-1, heads)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int] | None) -> Tensor:
-        return self.o_proj(attend(*self.project(x, rope), lengths).flatten(-2))
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], seen: Seen) -> Tensor:
+        return self.o_proj(attend(*self.project(x, rope), seen).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -191,8 +195,8 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int] | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, lengths)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], seen: Seen) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, seen)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -205,10 +209,10 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int] | None) -> Tensor:
+    def forward(self, tokens: Tensor, rope: tuple[Tensor, Tensor], seen: Seen) -> Tensor:
         x = self.embed_tokens(tokens)
         for layer in self.layers:
-            x = layer(x, rope, lengths)
+            x = layer(x, rope, seen)
         return self.norm(x)
 
 
@@ -241,6 +245,7 @@ class Llama(nn.Module):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        cache: KvCache | None = None,
     ) -> Tensor:
         """Logits (B, T, V) of the token after each of tokens (B, T); or, with labels, their summed loss.
 
@@ -249,7 +254,11 @@ class Llama(nn.Module):
             tokens stand side by side. Best left on the host: on a device, finding the documents waits for it.
         labels: (B, T) the token to be predicted AT each position (already shifted), or -100 for none. The result is
             then the cross entropy summed over all labels, in nats, fp32 (). Best left on the host, as above.
+        cache: the tokens follow those of the calls before with it; the result is the last token's logits, (B, 1, V).
         """
+        if cache is not None:
+            rope = rope_table(self.config, cache.positions(tokens.shape[1]))
+            return self.lm_head(self.model(tokens, rope, cache)[:, -1:])
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         lengths = None if document_ids is None else document_lengths(document_ids)

@@ -2,23 +2,61 @@ import torch
 from conftest import random_model
 from test_model import hf_twin
 
-from minillama import generate
+from minillama import LlamaAdapterConfig, LoraConfig, apply_llama_adapter, apply_lora, generate
+from minillama.attention import KvCache
+from minillama.errors import UserError
+from minillama.generate import _choose, stream
+
+PROMPTS = [[5, 77, 301, 12], [9], [400, 3, 3, 17, 250, 31, 8], [2, 2]]
+
+
+def answers(model, prompts, **settings):
+    columns = zip(*stream(model, prompts, **settings), strict=True)
+    return [[token for token in column if token is not None] for column in columns]
 
 
 def test_greedy_equals_transformers():
     model = random_model()
-    prompt = [5, 77, 301, 12]
-    expected = hf_twin(model).generate(
-        torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    assert generate(model, prompt, max_new_tokens=24) == expected[0, 4:].tolist()
+    expected = [
+        hf_twin(model)
+        .generate(torch.tensor([p]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(p) :]
+        .tolist()
+        for p in PROMPTS
+    ]
+    assert [generate(model, prompt, max_new_tokens=24) for prompt in PROMPTS] == expected
+    assert answers(model, PROMPTS, max_new_tokens=24) == expected  # together, padded on the left
+
+
+def test_cached_logits_are_those_of_the_whole_sequence():
+    for model in (
+        random_model(),
+        random_model(num_key_value_heads=4),
+        apply_lora(random_model(), LoraConfig(targets=("all-linear",))),
+        apply_llama_adapter(random_model(), LlamaAdapterConfig(prompt_len=3, layers=2)),
+    ):
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        model.eval()
+        tokens = torch.randint(0, 512, (3, 12), generator=torch.Generator().manual_seed(0))
+        padding = torch.tensor([0, 4, 2])
+        with torch.no_grad():
+            cache = KvCache(3, 12, padding)
+            for cut in (6, 7, 10, 12):
+                cached = model(tokens[:, cache.length : cut], cache=cache)
+                for row, start in enumerate(padding.tolist()):
+                    whole = model(tokens[row : row + 1, start:cut])[:, -1:]
+                    torch.testing.assert_close(cached[row : row + 1], whole, rtol=1e-5, atol=1e-5)
 
 
 def test_stops_before_a_stop_token():
     model = random_model()
     tokens = generate(model, [5, 77], max_new_tokens=10)
     stop = tokens[4]
-    assert generate(model, [5, 77], max_new_tokens=10, stop_ids=[stop]) == tokens[: tokens.index(stop)]
+    ended = tokens[: tokens.index(stop)]
+    assert generate(model, [5, 77], max_new_tokens=10, stop_ids=[stop]) == ended
+    alone = generate(model, [9, 8], max_new_tokens=10, stop_ids=[stop])
+    assert answers(model, [[5, 77], [9, 8]], max_new_tokens=10, stop_ids=[stop]) == [ended, alone]
+    assert generate(model, [5], max_new_tokens=0) == []
 
 
 def test_sampling_follows_the_softmax_and_the_seed():
@@ -29,3 +67,37 @@ def test_sampling_follows_the_softmax_and_the_seed():
     likely = probability > probability.median()
     share = sum(likely[t].item() for t in first) / 300
     assert abs(share - probability[likely].sum().item()) < 0.1
+
+
+def test_what_is_left_to_sample_from_is_what_transformers_leaves():
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(1)) * 2
+    for temperature, top_k, top_p in ((1.0, 5, 1.0), (0.7, 0, 0.8), (2.0, 20, 0.5), (1.5, 3, 0.05)):
+        warpers = [TemperatureLogitsWarper(temperature)]
+        warpers += [TopKLogitsWarper(top_k)] if top_k else []
+        warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        expected = LogitsProcessorList(warpers)(None, logits.clone())[0].softmax(-1)
+        random = torch.Generator().manual_seed(0)
+        drawn = _choose(logits.expand(4000, -1), temperature, top_k, top_p, random)[:, 0]
+        counts = torch.bincount(drawn, minlength=50) / 4000
+        assert set(drawn.tolist()) <= set(expected.nonzero().flatten().tolist())
+        assert (counts - expected).abs().max() < 0.03
+
+
+def test_impossible_settings():
+    model = random_model()
+    for settings in ({"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}):
+        try:
+            generate(model, [1], max_new_tokens=1, **settings)
+        except UserError as error:
+            assert "must be at least 0" in str(error)
+        else:
+            raise AssertionError(settings)
+    for prompts in ([], [[]], [[1], []]):
+        try:
+            list(stream(model, prompts, max_new_tokens=1))
+        except UserError as error:
+            assert "at least one token" in str(error)
+        else:
+            raise AssertionError(prompts)
