@@ -1,0 +1,203 @@
+"""Ask a model: one prompt, a file of them, or a chat.
+
+python recipes/generate.py --model Llama-3.2-1B-Instruct --prompt "What is the capital of France?"
+python recipes/generate.py --model Llama-3.2-1B-Instruct --adapter out/alpaca/adapter --chat
+torchrun --nproc_per_node 4 recipes/generate.py --model Llama-3.1-70B-Instruct --prompts questions.jsonl
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from minillama.adapters import check_adapter, load_adapter_weights, read_adapter_config
+from minillama.distributed import (
+    Device,
+    FsdpConfig,
+    make_mesh,
+    materialise,
+    on_rank_zero,
+    process_group,
+    quiet_but_on_rank_zero,
+    rank,
+    say,
+    set_dtypes,
+    shard,
+    user_errors,
+)
+from minillama.errors import UserError
+from minillama.files import read_json
+from minillama.generate import stream
+from minillama.hf import check_weights, load_weights, read_config
+from minillama.llama_adapter import apply_llama_adapter
+from minillama.lora import LoraConfig, apply_lora
+from minillama.model import Llama
+from minillama.rows import read_rows
+from minillama.tokenizer import load_tokenizer
+
+END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Ask a model: one prompt, a file of them, or a chat. On several processes each holds a part of the model."""
+
+    model: Path
+    """Folder of the model, in Hugging Face's format or Meta's; a full fine-tuning's model/."""
+    adapter: Path | None = None
+    """Folder of an adapter for it, in PEFT's format."""
+    tokenizer: Path | None = None
+    """Folder or file of the tokenizer; None: the model's folder."""
+    prompt: str | None = None
+    """What to ask; the answer is printed as it comes."""
+    prompts: Path | None = None
+    """A .jsonl, .json, .csv or .parquet file of rows with a `prompt`, or a chat's `messages`; a line of JSON is printed
+    for each, with its `answer`."""
+    chat: bool = False
+    """Ask again and again, each time with what was said before; an empty line ends it."""
+    system: str | None = None
+    """The system message of a chat."""
+    template: Literal["chat", "none"] = "chat"
+    """chat: prompts are put to the model in its chat format. none: they are the beginning of a text that it goes on
+    with, as after training on samsum, alpaca, grammar or text."""
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0: the likeliest token each time."""
+    top_k: int = 0
+    """Choose among so many of the likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Choose among the likeliest tokens that together have this probability."""
+    seed: int = 42
+    batch_size: int = 8
+    """Prompts of a file that are answered together."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """What the model computes in. auto: bf16 on CUDA, fp32 on a CPU."""
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        if sum((self.prompt is not None, self.prompts is not None, self.chat)) != 1:
+            raise UserError("give one of --prompt, --prompts and --chat")
+        if self.chat and self.template == "none":
+            raise UserError("--chat needs --template chat")
+        if self.max_new_tokens < 1 or self.batch_size < 1:
+            raise UserError("--max-new-tokens and --batch-size must be at least 1")
+
+
+def load_model(config: Config, device: str) -> Llama:
+    """The model, with its adapter, on one process or spread over all."""
+    with torch.device("meta"):
+        model = Llama(read_config(config.model)).requires_grad_(False)
+    check_weights(model, config.model)
+    if config.adapter:
+        adapter = read_adapter_config(model, config.adapter)
+        _ = apply_lora(model, adapter) if isinstance(adapter, LoraConfig) else apply_llama_adapter(model, adapter)
+        check_adapter(model, config.adapter)
+        model.requires_grad_(False)
+    precision = config.dtype if config.dtype != "auto" else "bf16" if device == "cuda" else "fp32"
+    fsdp = FsdpConfig(strategy="full-shard", precision=precision)
+    set_dtypes(model, fsdp)
+    mesh = make_mesh(fsdp, device)
+    if mesh.size() > 1:
+        shard(model, mesh, fsdp)
+    materialise(model, device)
+    load_weights(model, config.model)
+    if config.adapter:
+        load_adapter_weights(model, config.adapter)
+    return model.eval()
+
+
+def find_stop_ids(tokenizer: Any, folder: Path) -> set[int]:
+    """What ends an answer: the end of the text, of a turn, and what the model's generation settings say."""
+    ids = {tokenizer.eos_id, *(tokenizer.id_of(token) for token in END_TOKENS)}
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        named = read_json(file).get("eos_token_id") if file.exists() else None
+        ids |= set(named) if isinstance(named, list) else {named}
+    return {token for token in ids if isinstance(token, int)}
+
+
+def read_prompts(config: Config, tokenizer: Any) -> Iterator[tuple[Any, list[int]]]:
+    """(What a row asks, its tokens) for each row of the file."""
+    assert config.prompts
+    for place, read in read_rows(config.prompts):
+        row = read()
+        asked = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
+        if not isinstance(asked, str | list) or not asked:
+            raise UserError(f"{place}: a row needs the text 'prompt' or the list 'messages'")
+        try:
+            yield asked, to_tokens(config, tokenizer, asked)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+
+
+def to_tokens(config: Config, tokenizer: Any, asked: str | list[dict[str, Any]]) -> list[int]:
+    if isinstance(asked, str):
+        if config.template == "none":
+            return tokenizer.encode(asked, bos=tokenizer.bos_id is not None)
+        asked = [{"role": "user", "content": asked}]
+    if config.system is not None and asked[0].get("role") != "system":
+        asked = [{"role": "system", "content": config.system}, *asked]
+    return tokenizer.chat_prompt(asked)
+
+
+def main(config: Config) -> None:
+    with process_group(config.device) as device:
+        tokenizer = load_tokenizer(config.tokenizer or config.model)
+        model = load_model(config, device)
+        settings: dict[str, Any] = {
+            "max_new_tokens": config.max_new_tokens,
+            "temperature": config.temperature,
+            "top_k": config.top_k,
+            "top_p": config.top_p,
+            "seed": config.seed,
+            "stop_ids": find_stop_ids(tokenizer, config.model),
+        }
+
+        def answer(asked: str | list[dict[str, Any]]) -> str:
+            """Printed as it comes, on rank 0."""
+            ids: list[int] = []
+            shown = ""
+            for [token] in stream(model, [to_tokens(config, tokenizer, asked)], **settings):
+                ids.append(token)  # type: ignore[arg-type]  # one prompt: it ends with its answer
+                text = tokenizer.decode(ids)
+                if not text.endswith("\ufffd") and rank() == 0:  # a character may take several tokens
+                    print(text[len(shown) :], end="", flush=True)
+                    shown = text
+            say(tokenizer.decode(ids)[len(shown) :])
+            return tokenizer.decode(ids)
+
+        if config.prompt is not None:
+            answer(config.prompt)
+        elif config.chat:
+            messages: list[dict[str, Any]] = []
+            while asked := on_rank_zero(ask):
+                messages.append({"role": "user", "content": asked})
+                messages.append({"role": "assistant", "content": answer(messages)})
+        else:
+            prompts = list(read_prompts(config, tokenizer))
+            for start in range(0, len(prompts), config.batch_size):
+                batch = prompts[start : start + config.batch_size]
+                columns: list[list[int]] = [[] for _ in batch]
+                for tokens in stream(model, [tokens for _, tokens in batch], **settings):
+                    for column, token in zip(columns, tokens, strict=True):
+                        column += [] if token is None else [token]
+                for (asked, _), column in zip(batch, columns, strict=True):
+                    say(json.dumps({"prompt": asked, "answer": tokenizer.decode(column)}, ensure_ascii=False))
+
+
+def ask() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+if __name__ == "__main__":
+    with user_errors():
+        with quiet_but_on_rank_zero():
+            flags = tyro.cli(Config)
+        main(flags)

@@ -1,0 +1,95 @@
+"""recipes/generate.py: the same answers however it is asked, and what is wrong said once."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model, run_script
+
+import minillama
+from minillama.adapters import save_adapter
+from minillama.lora import LoraConfig, apply_lora
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "generate.py"
+QUESTIONS = ["Hi", "What is it?", "ab"]
+
+
+@pytest.fixture
+def ask(tiny_folder, tmp_path):
+    def call(*flags, world_size=1):
+        flags = ("--model", tiny_folder, "--device", "cpu", "--max-new-tokens", 12, *flags)
+        return run_script(RECIPE, *flags, world_size=world_size, log=tmp_path / "log")
+
+    return call
+
+
+def expected(model, folder, question):
+    tokenizer = minillama.load_tokenizer(folder)
+    prompt = tokenizer.chat_prompt([{"role": "user", "content": question}])
+    stop = {tokenizer.eos_id, tokenizer.id_of("<|eot_id|>"), tokenizer.id_of("<|eom_id|>")}
+    return tokenizer.decode(minillama.generate(model, prompt, max_new_tokens=12, stop_ids=stop))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_file_of_prompts(ask, tiny_folder, tmp_path, world_size):
+    rows = [{"prompt": question} for question in QUESTIONS]
+    rows += [{"messages": [{"role": "user", "content": "Hi"}]}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    codes, text = ask("--prompts", tmp_path / "p.jsonl", "--batch-size", 3, world_size=world_size)
+    assert codes == [0] * world_size, text
+    found = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    assert [row["prompt"] for row in found] == [*QUESTIONS, rows[3]["messages"]]
+    model = random_model()
+    assert [row["answer"] for row in found] == [expected(model, tiny_folder, q) for q in [*QUESTIONS, "Hi"]]
+
+
+def test_one_prompt_with_an_adapter(ask, tiny_folder, tmp_path):
+    config = LoraConfig(rank=2, targets=("q_proj", "down_proj"))
+    model = apply_lora(random_model(), config)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_adapter(model, tmp_path / "adapter", config, "tiny")
+    codes, text = ask("--prompt", "Hi", "--adapter", tmp_path / "adapter")
+    assert codes == [0] and text.endswith("\n" + expected(model, tiny_folder, "Hi") + "\n")
+    assert not ask("--prompt", "Hi")[1].endswith(expected(model, tiny_folder, "Hi") + "\n")
+
+
+def test_a_text_to_go_on_with(ask, tiny_folder):
+    tokenizer = minillama.load_tokenizer(tiny_folder)
+    tokens = minillama.generate(random_model(), tokenizer.encode("Once", bos=True), max_new_tokens=12)
+    codes, text = ask("--prompt", "Once", "--template", "none")
+    assert codes == [0] and text.endswith("\n" + tokenizer.decode(tokens) + "\n")
+
+
+def test_a_chat_remembers(tiny_folder):
+    command = [sys.executable, RECIPE, "--model", tiny_folder, "--device", "cpu", "--max-new-tokens", "5", "--chat"]
+    command += ["--system", "Be brief."]
+    run = subprocess.run(command, input="Hi\nWhy?\n\nnever asked\n", capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    tokenizer, model = minillama.load_tokenizer(tiny_folder), random_model()
+    messages, said = [{"role": "system", "content": "Be brief."}], ""
+    for question in ("Hi", "Why?"):
+        messages.append({"role": "user", "content": question})
+        stop = {tokenizer.eos_id, tokenizer.id_of("<|eot_id|>"), tokenizer.id_of("<|eom_id|>")}
+        ids = minillama.generate(model, tokenizer.chat_prompt(messages), max_new_tokens=5, stop_ids=stop)
+        messages.append({"role": "assistant", "content": tokenizer.decode(ids)})
+        said += tokenizer.decode(ids) + "\n"
+    assert run.stdout == said
+
+
+def test_what_is_wrong_is_said_once(ask, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"question": "b"}\n')
+    for flags, message in (
+        ((), "give one of --prompt, --prompts and --chat"),
+        (("--prompt", "a", "--chat"), "give one of --prompt, --prompts and --chat"),
+        (("--prompts", tmp_path / "p.jsonl"), "line 2: a row needs the text 'prompt' or the list 'messages'"),
+        (("--prompts", tmp_path / "none.jsonl"), "none.jsonl does not exist"),
+        (("--prompt", "a", "--top-p", 0), "top-p 0.0 above 0"),
+        (("--prompt", "a", "--adapter", tmp_path / "none"), "adapter folder"),
+    ):
+        codes, text = ask(*flags, world_size=2)
+        assert codes == [1, 1] and text.count("error: ") == 1 and message in text and "Traceback" not in text
