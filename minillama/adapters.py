@@ -1,6 +1,5 @@
 """Adapter folders in PEFT's format, in and out: adapter_config.json and adapter_model.safetensors."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -14,10 +13,12 @@ from minillama.errors import UserError
 from minillama.files import new_folder, read_json, write_json
 from minillama.hf import adapter_parameters, gather, open_tensors, write_tensors
 from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
-from minillama.lora import LoraConfig, apply_lora
+from minillama.lora import LoraConfig, apply_lora, row_norms
 from minillama.model import Llama
 
 PEFT_PREFIX = "base_model.model."
+CHANGE = ".lora_magnitude_change"
+"""Ours of DoRA: PEFT holds the magnitude itself, that is this plus the length of each row of W."""
 OTHER_PEFT = (
     "fan_in_fan_out",
     "alora_invocation_tokens",
@@ -31,8 +32,14 @@ AdapterConfig = LoraConfig | LlamaAdapterConfig
 A = TypeVar("A", LoraConfig, LlamaAdapterConfig)
 
 
-def _adapt(model: nn.Module, config: AdapterConfig) -> nn.Module:
+def adapt(model: Llama, config: AdapterConfig) -> Llama:
+    """Applies the kind of adapter that config is of, best to a model on the meta device. Freezes nothing."""
     return apply_lora(model, config) if isinstance(config, LoraConfig) else apply_llama_adapter(model, config)
+
+
+def peft_name(name: str) -> str:
+    """What PEFT calls an adapter's parameter."""
+    return PEFT_PREFIX + name.replace(CHANGE, ".lora_magnitude_vector")
 
 
 def _as_peft(name: str, tensor: Tensor) -> Tensor:
@@ -40,6 +47,21 @@ def _as_peft(name: str, tensor: Tensor) -> Tensor:
     return tensor[None] if name.endswith(".adaption_prompt") else tensor
 
 
+def _lengths(model: nn.Module, name: str) -> Tensor:
+    """Of this rank's rows of the weight whose lora_magnitude_change is called name: fp32 (rows,)."""
+    return row_norms(local(model.get_parameter(name.replace(CHANGE, ".weight"))))
+
+
+def _gather_as_peft(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
+    """The whole tensor that PEFT has, on rank 0. Every rank must call it."""
+    if name.endswith(CHANGE):
+        magnitude = torch.empty_like(parameter, dtype=torch.float32)
+        local(magnitude).copy_(local(parameter) + _lengths(model, name))
+        parameter = magnitude
+    return _as_peft(name, gather(parameter))
+
+
+@torch.no_grad()
 def save_adapter(model: Llama, folder: str | Path, config: AdapterConfig, base_model: str) -> None:
     """Writes the adapter that `config` made in PEFT's format: whole folder or nothing, every parameter in its dtype.
 
@@ -49,7 +71,7 @@ def save_adapter(model: Llama, folder: str | Path, config: AdapterConfig, base_m
     the disk.
     """
     with torch.device("meta"):
-        fresh = _adapt(Llama(model.config), config)
+        fresh = adapt(Llama(model.config), config)
     expected, there = ({f"{n} {list(p.shape)}" for n, p in adapter_parameters(m).items()} for m in (fresh, model))
     if expected != there:
         raise UserError(
@@ -57,8 +79,12 @@ def save_adapter(model: Llama, folder: str | Path, config: AdapterConfig, base_m
             + _difference(expected - there, there - expected)
         )
     reshard(model)
-    tensors = {PEFT_PREFIX + n: _as_peft(n, gather(p)) for n, p in adapter_parameters(model).items()}
-    settings = peft_config(config, base_model, model.config.num_hidden_layers)
+    tensors = {peft_name(n): _gather_as_peft(model, n, p) for n, p in adapter_parameters(model).items()}
+    write_adapter(folder, peft_config(config, base_model, model.config.num_hidden_layers), tensors)
+
+
+def write_adapter(folder: str | Path, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors: whole folder or nothing. Every rank must call it."""
     with new_folder(Path(folder).resolve(), mark="adapter_config.json") as (path, on_disk):
         on_disk(write_json, path / "adapter_config.json", settings)
         on_disk(write_tensors, path / "adapter_model.safetensors", tensors)
@@ -84,7 +110,7 @@ def peft_config(config: AdapterConfig, base_model: str, num_layers: int) -> dict
         "lora_dropout": config.dropout,
         "target_modules": "all-linear" if "all-linear" in config.targets else list(config.targets),
         "use_rslora": config.rslora,
-        "use_dora": False,
+        "use_dora": config.dora,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -94,8 +120,34 @@ def peft_config(config: AdapterConfig, base_model: str, num_layers: int) -> dict
     }
 
 
-def read_adapter_config(model: nn.Module, folder: str | Path) -> AdapterConfig:
-    """The config of a LoRA or llama-adapter folder in PEFT's format, ours or PEFT's own. model: the base, meta or not.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def vllm_refusals(settings: dict[str, Any]) -> list[str]:
+    """Why vLLM would not serve an adapter with this adapter_config.json, or what it must be told; empty: it would.
+
+    The rules are those of vllm/lora/peft_helper.py and vllm/config/lora.py.
+    """
+    if settings.get("peft_type") != "LORA":
+        return [f"it serves LoRA only, not {settings.get('peft_type')}"]
+    found, rank = [], settings["r"]
+    if settings.get("use_dora"):
+        found.append("it does not know DoRA: serve the merged model, see tools/merge_lora.py")
+    if settings.get("modules_to_save"):
+        found.append(f"it knows no modules_to_save ({settings['modules_to_save']}): serve the merged model")
+    if settings.get("bias", "none") != "none":
+        found.append(f"it knows no trained biases (bias {settings['bias']!r}): serve the merged model")
+    if settings.get("rank_pattern") or settings.get("alpha_pattern"):
+        found.append("it ignores rank_pattern and alpha_pattern: serve the merged model")
+    if rank > VLLM_RANKS[-1]:
+        found.append(f"rank {rank} is above its largest, {VLLM_RANKS[-1]}: serve the merged model")
+    elif rank > 16:
+        found.append(f"rank {rank} needs --max-lora-rank {next(r for r in VLLM_RANKS if r >= rank)}, its default is 16")
+    return found
+
+
+def read_adapter_config(folder: str | Path) -> AdapterConfig:
+    """The config of a LoRA or llama-adapter folder in PEFT's format, ours or PEFT's own.
 
     Raises UserError for settings of PEFT's that we do not know.
     """
@@ -105,20 +157,20 @@ def read_adapter_config(model: nn.Module, folder: str | Path) -> AdapterConfig:
     settings = read_json(folder / "adapter_config.json")
     match settings.get("peft_type"):
         case "LORA":
-            return _lora_config(model, folder, settings)
+            return _lora_config(folder, settings)
         case "ADAPTION_PROMPT":
             return _llama_adapter_config(folder, settings)
         case kind:
             raise UserError(f"{folder}: peft_type {kind!r} is not supported, only LORA and ADAPTION_PROMPT are")
 
 
-def continue_adapter(flags: A, model: nn.Module, folder: str | Path) -> A:
-    """flags, an adapter's config, with what the adapter in `folder` has in place of the defaults. model: the base.
+def continue_adapter(flags: A, folder: str | Path) -> A:
+    """flags, an adapter's config, with what the adapter in `folder` has in place of the defaults.
 
     Raises UserError for a folder of another kind of adapter, and for a flag that is neither the default nor the folder's
     value; only the dropout may change.
     """
-    saved = read_adapter_config(model, folder)
+    saved = read_adapter_config(folder)
     if not isinstance(flags, type(saved)):
         raise UserError(f"{folder} holds another kind of adapter: {saved}")
     values = asdict(saved)
@@ -143,11 +195,11 @@ def check_adapter(model: nn.Module, folder: str | Path) -> None:
     if not file.exists() and file.with_suffix(".bin").exists():
         raise UserError(f"{folder} holds adapter_model.bin, a pickle: load it in peft and save it as safetensors")
     with open_tensors(file) as tensors:
-        there, names = set(tensors.keys()), {PEFT_PREFIX + name for name in wanted}
+        there, names = set(tensors.keys()), {peft_name(name) for name in wanted}
         if there != names:
             raise UserError(f"{file} does not fit the model: {_difference(names - there, there - names)}")
         for name, parameter in wanted.items():
-            shape = tensors.get_slice(PEFT_PREFIX + name).get_shape()
+            shape = tensors.get_slice(peft_name(name)).get_shape()
             expected = list(_as_peft(name, torch.empty(parameter.shape, device="meta")).shape)
             if shape != expected:
                 raise UserError(f"{file} does not fit the model: {name} has shape {shape}, not {expected}")
@@ -157,18 +209,20 @@ def check_adapter(model: nn.Module, folder: str | Path) -> None:
 def load_adapter_weights(model: nn.Module, folder: str | Path) -> set[str]:
     """Fills the adapter parameters of a materialised model, sharded or not, from a folder in PEFT's format.
 
-    Returns their names. Raises UserError as check_adapter does, before it writes anything.
+    DoRA's are relative to the base weights, which must be loaded before. Returns the parameters' names. Raises UserError
+    as check_adapter does, before it writes anything.
     """
     check_adapter(model, folder)
     parameters = adapter_parameters(model)
     with open_tensors(Path(folder) / "adapter_model.safetensors") as tensors:
         for name, parameter in parameters.items():
-            whole = tensors.get_tensor(PEFT_PREFIX + name).to(parameter.dtype).view(parameter.shape)
-            local(parameter).copy_(local(like(whole, parameter)))
+            whole = tensors.get_tensor(peft_name(name)).view(parameter.shape)
+            mine = local(like(whole, parameter)).to(local(parameter).device)
+            local(parameter).copy_(mine - _lengths(model, name) if name.endswith(CHANGE) else mine)
     return set(parameters)
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+def load_adapter(model: Llama, folder: str | Path) -> Llama:
     """Adapts an unsharded base model with a LoRA or llama-adapter folder in PEFT's format, ours or PEFT's own.
 
     What is added is frozen. Raises UserError for a model that has an adapter already, for settings of PEFT's that we do
@@ -179,20 +233,18 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             f"{folder}: the model has an adapter already ({adapter}): load one, into the base model, or merge_lora "
             "between two"
         )
-    _adapt(model, read_adapter_config(model, folder))
+    adapt(model, read_adapter_config(folder))
     load_adapter_weights(model, folder)
     for parameter in adapter_parameters(model).values():
         parameter.requires_grad_(False)
     return model
 
 
-def _lora_config(model: nn.Module, folder: Path, settings: dict[str, Any]) -> LoraConfig:
+def _lora_config(folder: Path, settings: dict[str, Any]) -> LoraConfig:
     for key in (
-        "use_dora",
         "modules_to_save",
         "rank_pattern",
         "alpha_pattern",
-        "layers_to_transform",
         "lora_bias",
         *OTHER_PEFT,
     ):
@@ -203,8 +255,11 @@ def _lora_config(model: nn.Module, folder: Path, settings: dict[str, Any]) -> Lo
             f"{folder}: init_lora_weights = {settings['init_lora_weights']!r} is not supported: it changes the base"
         )
     targets = settings.get("target_modules")
-    if isinstance(targets, str) and targets != "all-linear":  # a regular expression for the whole name
-        targets = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
+    regex = isinstance(targets, str) and targets != "all-linear"
+    if regex or any(settings.get(key) not in (None, []) for key in ("layers_to_transform", "exclude_modules")):
+        with open_tensors(folder / "adapter_model.safetensors") as tensors:  # which layers are meant, it says plainly
+            names = list(tensors.keys())
+        targets = sorted({name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in names})
     numbers = (settings.get("r"), settings.get("lora_alpha"), settings.get("lora_dropout", 0.0))
     if not targets or not all(type(number) in (int, float) for number in numbers):
         raise UserError(
@@ -215,7 +270,8 @@ def _lora_config(model: nn.Module, folder: Path, settings: dict[str, Any]) -> Lo
         alpha=numbers[1],  # type: ignore[arg-type]
         dropout=numbers[2],
         targets=(targets,) if isinstance(targets, str) else tuple(targets),
-        rslora=settings.get("use_rslora", False),
+        rslora=bool(settings.get("use_rslora")),
+        dora=bool(settings.get("use_dora")),
     )
 
 

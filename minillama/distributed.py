@@ -313,8 +313,9 @@ def shard(model: Llama, mesh: DeviceMesh, config: FsdpConfig) -> Llama:
     if model.config.tie_word_embeddings:
         ends.insert(0, trunk.embed_tokens)
     else:
-        # Its backward needs only the indices.
-        group(trunk.embed_tokens, reshard_after_forward=reshard_after_forward).set_unshard_in_backward(False)
+        embedding = group(trunk.embed_tokens, reshard_after_forward=reshard_after_forward)
+        if isinstance(trunk.embed_tokens, nn.Embedding):
+            embedding.set_unshard_in_backward(False)  # it needs only the indices
     group(ends, reshard_after_forward=False)
     group(model)
     for module in model.modules():

@@ -15,54 +15,71 @@ CHUNK_ROWS = 4096
 """At most: the weight's gradient of a chunk, a sum over its rows, is made in the weight's dtype, which may be fp16."""
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, low: Tensor | None = None, up: Tensor | None = None
+) -> Tensor:
     """Sum over all labels but -100 of -log softmax(hidden @ weight.T)[label], in nats: () fp32.
 
     hidden (B, T, C) and weight (V, C) of one dtype, labels (B, T) int64, best on the host. Positions without a label
     never meet the weight. Zero labels give a zero that still has a graph: such a batch takes part in every collective.
+    With low (B, T, R) and up (V, R), of one dtype, low @ up.T is added to the logits: LoRA on the head.
     """
     rows = labels.flatten().ne(IGNORE).nonzero().flatten()
-    targets = labels.flatten()[rows]
-    x = hidden.flatten(0, 1)[rows.to(hidden.device, non_blocking=True)]
-    return _LinearCrossEntropy.apply(x, weight, targets.to(hidden.device, non_blocking=True), torch.is_grad_enabled())
+    targets = labels.flatten()[rows].to(hidden.device, non_blocking=True)
+    rows = rows.to(hidden.device, non_blocking=True)
+    x, low = (None if part is None else part.flatten(0, 1)[rows] for part in (hidden, low))
+    return _LinearCrossEntropy.apply(x, weight, targets, low, up, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Computes the gradients in the forward, chunk by chunk, while a chunk's logits are at hand.
 
-    With p = softmax(x W^T) and one-hot y: dloss/dx = (p - y) W and dloss/dW = (p - y)^T x.
+    With p = softmax(x W^T + l U^T) and one-hot y: dloss/dx = (p - y) W and dloss/dW = (p - y)^T x; likewise of l and U.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, grad_enabled: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, low: Tensor | None, up: Tensor | None, grad_enabled: bool
+    ) -> Tensor:
         x_needs_grad, weight_needs_grad = (needed and grad_enabled for needed in ctx.needs_input_grad[:2])
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if x_needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
+        grad_low = grad_up = None
+        if low is not None and up is not None and any(ctx.needs_input_grad[3:5]) and grad_enabled:
+            grad_low, grad_up = torch.empty_like(low), torch.zeros_like(up, dtype=torch.float32)
         chunk = min(max(1, CHUNK_BYTES // (4 * weight.shape[0])), CHUNK_ROWS)
         for start in range(0, x.shape[0], chunk):
-            x_chunk, target = x[start : start + chunk], targets[start : start + chunk, None]
+            rows = slice(start, start + chunk)
+            x_chunk, target = x[rows], targets[rows, None]
             logits = (x_chunk @ weight.T).float()
+            if low is not None and up is not None:
+                logits += low[rows] @ up.T
             log_norm = logits.logsumexp(dim=-1, keepdim=True)
             loss += (log_norm - logits.gather(1, target)).sum()
-            if grad_x is None and grad_weight is None:
+            if grad_x is None and grad_weight is None and grad_low is None:
                 continue
             error = logits.sub_(log_norm).exp_()
             error.scatter_add_(1, target, torch.full_like(target, -1, dtype=error.dtype))
+            if grad_low is not None and grad_up is not None:
+                assert low is not None and up is not None
+                grad_low[rows] = error.to(up.dtype) @ up
+                grad_up += error.to(low.dtype).T @ low[rows]
             error = error.to(x.dtype)
             if grad_x is not None:
-                torch.mm(error, weight, out=grad_x[start : start + chunk])
+                torch.mm(error, weight, out=grad_x[rows])
             if grad_weight is not None:
                 grad_weight += error.T @ x_chunk
-        ctx.weight_dtype = weight.dtype
-        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.save_for_backward(grad_x, grad_weight, grad_low, grad_up)
+        ctx.dtypes = [None if of is None else of.dtype for of in (x, weight, low, up)]
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        # in fp32: grad_loss, 1 / trained tokens, would be rounded alike for the whole gradient
-        grad_x, grad_weight = ctx.saved_tensors
-        grad_x = None if grad_x is None else (grad_x.float() * grad_loss).to(grad_x.dtype)
-        # cast only now: a sum over all rows, not yet divided by their number, can be beyond fp16
-        grad_weight = None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype)
-        return grad_x, grad_weight, None, None
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        # In fp32: grad_loss, 1 / trained tokens, would be rounded alike for the whole gradient. Cast only now: a sum
+        # over all rows, not yet divided by their number, can be beyond fp16.
+        grad_x, grad_weight, grad_low, grad_up = (
+            None if grad is None else (grad.float() * grad_loss).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return grad_x, grad_weight, None, grad_low, grad_up, None

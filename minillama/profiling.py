@@ -23,14 +23,14 @@ def step_flops(model: Llama, tokens: int, trained: int, squares: int) -> float:
     config, trunk = model.config, model.model
     assert config.head_dim
     body = attention = 0
-    backward = trunk.embed_tokens.weight.requires_grad  # whether gradients flow into the block
+    backward = any(p.requires_grad for p in trunk.embed_tokens.parameters())  # whether gradients flow into the block
     for block in trunk.layers:
         backward = backward or any(parameter.requires_grad for parameter in block.parameters())
         for name, parameter in block.named_parameters():
             if parameter.ndim == 2 and "prompt" not in name:
                 body += parameter.numel() * (6 if parameter.requires_grad else 4 if backward else 2)
         attention += (6 if backward else 2) * config.num_attention_heads * config.head_dim
-    head = model.lm_head.weight.numel() * (6 if model.lm_head.weight.requires_grad else 4)
+    head = sum(p.numel() * (6 if p.requires_grad else 4) for p in model.lm_head.parameters())
     return float(body * tokens + head * trained + attention * squares)
 
 

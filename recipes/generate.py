@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from minillama.adapters import check_adapter, load_adapter_weights, read_adapter_config
+from minillama.adapters import adapt, check_adapter, load_adapter_weights, read_adapter_config
 from minillama.distributed import (
     Device,
     FsdpConfig,
@@ -34,8 +34,6 @@ from minillama.errors import UserError
 from minillama.files import read_json
 from minillama.generate import stream
 from minillama.hf import check_weights, load_weights, read_config
-from minillama.llama_adapter import apply_llama_adapter
-from minillama.lora import LoraConfig, apply_lora
 from minillama.model import Llama
 from minillama.rows import read_rows
 from minillama.tokenizer import load_tokenizer
@@ -94,8 +92,7 @@ def load_model(config: Config, device: str) -> Llama:
         model = Llama(read_config(config.model)).requires_grad_(False)
     check_weights(model, config.model)
     if config.adapter:
-        adapter = read_adapter_config(model, config.adapter)
-        _ = apply_lora(model, adapter) if isinstance(adapter, LoraConfig) else apply_llama_adapter(model, adapter)
+        adapt(model, read_adapter_config(config.adapter))
         check_adapter(model, config.adapter)
         model.requires_grad_(False)
     precision = config.dtype if config.dtype != "auto" else "bf16" if device == "cuda" else "fp32"

@@ -63,7 +63,7 @@ def main(config: Config) -> None:
             model.requires_grad_(False)
         check_weights(model, config.model)
         if config.adapter.from_:
-            config = replace(config, adapter=continue_adapter(config.adapter, model, config.adapter.from_))
+            config = replace(config, adapter=continue_adapter(config.adapter, config.adapter.from_))
         apply_llama_adapter(model, config.adapter)
         if config.adapter.from_:
             check_adapter(model, config.adapter.from_)

@@ -63,7 +63,7 @@ def main(config: Config) -> None:
             model.requires_grad_(False)
         check_weights(model, config.model)
         if config.lora.from_:
-            config = replace(config, lora=continue_adapter(config.lora, model, config.lora.from_))
+            config = replace(config, lora=continue_adapter(config.lora, config.lora.from_))
         apply_lora(model, config.lora)
         if config.lora.from_:
             check_adapter(model, config.lora.from_)

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from conftest import TINY, random_model, run_ranks, save_folder
-from peft import PeftModel
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_llama_adapter import adapted as prompted
@@ -16,7 +17,7 @@ from test_llama_adapter import peft_twin as prompted_twin
 from test_lora import adapted, trainable
 from test_model import hf_twin
 
-from minillama.adapters import load_adapter, save_adapter
+from minillama.adapters import load_adapter, load_adapter_weights, peft_config, save_adapter, vllm_refusals
 from minillama.distributed import FsdpConfig, like, local, materialise, set_dtypes, shard
 from minillama.errors import UserError
 from minillama.hf import from_pretrained, load_weights, read_config, save_pretrained
@@ -126,23 +127,73 @@ def test_bad_folders(tmp_path):
         from_pretrained(folder)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_peft_reads_our_adapter_and_we_read_pefts(tmp_path, rslora):
-    config = LoraConfig(rank=4, alpha=8, targets=("q_proj", "down_proj"), rslora=rslora)
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        ({}, 12),
+        ({"rslora": True}, 12),
+        ({"dora": True}, 18),
+        ({"dora": True, "rslora": True, "targets": ("all-linear",)}, 63),
+        ({"targets": ("embed_tokens", "q_proj", "lm_head")}, 10),
+    ],
+    ids=str,
+)
+def test_peft_reads_our_adapter_and_we_read_pefts(tmp_path, config, count):
+    config = LoraConfig(**{"rank": 4, "alpha": 8, "targets": ("q_proj", "down_proj")} | config)
     model = adapted(config)
     base = str(save_folder(random_model(), tmp_path / "base"))
     save_adapter(model, tmp_path / "ours", config, base)
     assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["base_model_name_or_path"] == base
     tokens = torch.randint(0, 512, (2, 30))
     twin = PeftModel.from_pretrained(hf_twin(random_model()), tmp_path / "ours")
-    twin.save_pretrained(tmp_path / "theirs")
+    twin.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     keys = [set(load_file(tmp_path / f / "adapter_model.safetensors")) for f in ("ours", "theirs")]
-    assert keys[0] == keys[1] and len(keys[0]) == 12
+    assert keys[0] == keys[1] and len(keys[0]) == count
     with torch.no_grad():
         expected = twin(tokens).logits
+        assert (model(tokens) - expected).abs().max() <= 1e-5 * expected.abs().max()
         for folder in ("ours", "theirs"):
             logits = load_adapter(random_model(), tmp_path / folder)(tokens)
             assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": r"model\.layers\.[12]\.self_attn\.[qv]_proj"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0]},
+        {"target_modules": "all-linear", "exclude_modules": ["down_proj", "k_proj"]},
+    ],
+    ids=str,
+)
+def test_whatever_layers_peft_has_adapted(tmp_path, targets):
+    torch.manual_seed(2)
+    twin = get_peft_model(hf_twin(random_model()), PeftConfig(r=4, init_lora_weights=False, **targets))
+    twin.save_pretrained(tmp_path)
+    tokens = torch.randint(0, 512, (2, 30))
+    with torch.no_grad():
+        expected, logits = twin(tokens).logits, load_adapter(random_model(), tmp_path)(tokens)
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({}, None),
+        ({"r": 16, "use_rslora": True, "modules_to_save": None, "rank_pattern": {}}, None),
+        ({"r": 100}, "rank 100 needs --max-lora-rank 128"),
+        ({"r": 513}, "rank 513 is above its largest, 512"),
+        ({"use_dora": True}, "does not know DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "no modules_to_save"),
+        ({"bias": "all"}, "no trained biases"),
+        ({"rank_pattern": {"q_proj": 4}}, "ignores rank_pattern"),
+        ({"peft_type": "ADAPTION_PROMPT"}, "serves LoRA only, not ADAPTION_PROMPT"),
+    ],
+    ids=str,
+)
+def test_what_vllm_would_refuse(settings, refused):
+    found = vllm_refusals(peft_config(LoraConfig(), "base", 3) | settings)
+    assert found == [] if refused is None else len(found) == 1 and refused in found[0]
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
@@ -155,9 +206,15 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"adapter folder .* does not exist"):
         load_adapter(random_model(), tmp_path / "b")
     settings = json.loads((tmp_path / "a/adapter_config.json").read_text())
-    (tmp_path / "a/adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
-    with pytest.raises(UserError, match="use_dora"):
-        load_adapter(random_model(), tmp_path / "a")
+    for change, named in (
+        ({"use_dora": True}, "q_proj.lora_magnitude_vector is missing"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save = .* is not supported"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern = .* is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not supported"),
+    ):
+        (tmp_path / "a/adapter_config.json").write_text(json.dumps(settings | change))
+        with pytest.raises(UserError, match=named):
+            load_adapter(random_model(), tmp_path / "a")
 
 
 def test_saving_changes_nothing_and_replaces_the_whole_folder(tmp_path):
@@ -437,6 +494,29 @@ def save_prompts(mesh, folder, out):
     tokens = torch.arange(40).view(1, 40)
     with torch.no_grad():
         return model(tokens)
+
+
+def save_dora(mesh, folder, adapter, out):
+    """The adapter through a sharded model: no parameter divides evenly over the ranks."""
+    config = LoraConfig(rank=4, targets=("all-linear",), dora=True)
+    with torch.device("meta"):
+        model = apply_lora(Llama(read_config(folder)).requires_grad_(False), config)
+    set_dtypes(model, FP32)
+    shard(model, mesh, FP32)
+    materialise(model, "cpu")
+    load_weights(model, folder)
+    load_adapter_weights(model, adapter)
+    save_adapter(model, out, config, "base")
+
+
+def test_a_sharded_dora_loads_and_saves_as_a_whole_one(tiny_folder, tmp_path):
+    config = LoraConfig(rank=4, targets=("all-linear",), dora=True)
+    save_adapter(adapted(config), tmp_path / "one", config, "base")
+    run_ranks(save_dora, 3, tiny_folder, tmp_path / "one", tmp_path / "three")
+    one, three = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("one", "three"))
+    assert one.keys() == three.keys() and any("magnitude" in name for name in one)
+    for name, tensor in one.items():
+        torch.testing.assert_close(three[name], tensor, rtol=1e-6, atol=1e-6)
 
 
 def test_a_sharded_llama_adapter_computes_and_saves_as_a_whole_one(tiny_folder, tmp_path):

@@ -27,38 +27,93 @@ def trainable(model):
 
 def peft_twin(model, config: LoraConfig, **changes):
     targets = "all-linear" if "all-linear" in config.targets else list(config.targets)
-    plain = random_model(**changes)
     twin = get_peft_model(
-        hf_twin(plain, **changes),
+        hf_twin(random_model(**changes), **changes),
         PeftConfig(
             r=config.rank,
             lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
             target_modules=targets,
             use_rslora=config.rslora,
+            use_dora=config.dora,
             task_type="CAUSAL_LM",
         ),
     )
-    theirs = {n.replace(".default.", ".").removeprefix("base_model.model."): p for n, p in trainable(twin).items()}
+    theirs = {
+        name.removeprefix("base_model.model.")
+        .replace("lora_magnitude_vector.default.weight", "lora_magnitude_change")
+        .replace(".default", ""): parameter
+        for name, parameter in trainable(twin).items()
+    }
     assert theirs.keys() == trainable(model).keys()
     for name, parameter in trainable(model).items():
-        theirs[name].data.copy_(parameter.data)
+        value = parameter.data
+        if "magnitude" in name:  # theirs is the whole length
+            value = value + model.get_parameter(name.replace("lora_magnitude_change", "weight")).norm(dim=1)
+        theirs[name].data.copy_(value)
     return twin, theirs
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all-linear",), ("mlp.down_proj",)], ids=str)
-@pytest.mark.parametrize("rslora", [False, True])
-def test_logits_and_gradients_equal_peft(targets, rslora):
-    config = LoraConfig(rank=4, alpha=16, dropout=0.0, targets=targets, rslora=rslora)
-    model = adapted(config)
-    twin, theirs = peft_twin(model, config)
+EVERYWHERE = ("all-linear", "lm_head", "embed_tokens")
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        ({}, {}),
+        ({"targets": ("all-linear",)}, {}),
+        ({"targets": ("mlp.down_proj",), "rslora": True}, {}),
+        ({"targets": ("q_proj", "lm_head")}, {}),
+        ({"targets": ("embed_tokens",), "rslora": True}, {}),
+        ({"targets": ("embed_tokens", "v_proj", "lm_head")}, {"tie_word_embeddings": True}),
+        ({"targets": ("all-linear",), "dora": True}, {"attention_bias": True, "mlp_bias": True}),
+        ({"dora": True, "rslora": True}, {}),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+def test_logits_and_gradients_equal_peft(config, changes):
+    config = LoraConfig(**{"rank": 4, "alpha": 16, "dropout": 0.0} | config)
+    model = adapted(config, **changes)
+    twin, theirs = peft_twin(model, config, **changes)
     tokens = torch.randint(0, 512, (2, 40))
     ours, expected = model(tokens), twin(tokens).logits
+    assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+    labels = torch.randint(0, 512, (2, 40)).masked_fill(torch.rand(2, 40) < 0.3, -100)
+    model(tokens, labels=labels).backward()
+    torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    for name, parameter in trainable(model).items():
+        scale = theirs[name].grad.abs().max().item()
+        assert scale > 0, name
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-5 * scale, msg=name)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_dora_with_dropout_equals_peft():
+    """The same draws on both sides: nothing but the adapted layers draws, in the same order."""
+    config = LoraConfig(rank=4, dropout=0.4, targets=("q_proj",), dora=True)
+    model = adapted(config).train()
+    twin, theirs = peft_twin(model, config)
+    twin.train()
+    tokens = torch.randint(0, 512, (2, 40))
+    torch.manual_seed(3)
+    ours = model(tokens)
+    torch.manual_seed(3)
+    expected = twin(tokens).logits
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
     ours.logsumexp(-1).sum().backward()
     expected.logsumexp(-1).sum().backward()
     for name, parameter in trainable(model).items():
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-5, msg=name)
-    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_dora_starts_as_the_base():
+    model = random_model().requires_grad_(False)
+    tokens = torch.randint(0, 512, (1, 20))
+    before = model(tokens)
+    apply_lora(model, LoraConfig(targets=("all-linear",), dora=True))
+    torch.testing.assert_close(model(tokens), before, rtol=1e-5, atol=1e-5)
 
 
 def test_starts_as_the_base_and_as_peft_does():
@@ -107,16 +162,28 @@ def test_adapters_are_fp32_on_a_bf16_base_and_summed_in_fp32():
     assert layer(x).dtype == torch.bfloat16
 
 
-def test_merge():
-    config = LoraConfig(rank=4, targets=("all-linear",))
-    model = adapted(config)
+@pytest.mark.parametrize(
+    ("config", "changes", "tied"),
+    [
+        ({"targets": ("all-linear",)}, {}, False),
+        ({"targets": ("all-linear",), "dora": True}, {"attention_bias": True}, False),
+        ({"targets": ("all-linear",), "rslora": True}, {"tie_word_embeddings": True}, True),
+        ({"targets": EVERYWHERE}, {"tie_word_embeddings": True}, False),
+        ({"targets": ("embed_tokens",)}, {"tie_word_embeddings": True}, False),
+        ({"targets": ("lm_head",)}, {"tie_word_embeddings": True}, False),
+    ],
+    ids=str,
+)
+def test_merge(config, changes, tied):
+    model = adapted(LoraConfig(rank=4, **config), **changes)
     tokens = torch.randint(0, 512, (1, 30))
     with torch.no_grad():
         before = model(tokens)
-        names = set(dict(random_model().named_parameters()))
         merge_lora(model)
-        assert set(dict(model.named_parameters())) == names
-        torch.testing.assert_close(model(tokens), before, rtol=1e-4, atol=1e-4)
+        assert (model(tokens) - before).abs().max() <= 1e-5 * before.abs().max()
+    names = set(dict(random_model(**changes | {"tie_word_embeddings": tied}).named_parameters()))
+    assert set(dict(model.named_parameters())) == names and model.config.tie_word_embeddings == tied
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_parameter_counts_of_the_reference():
@@ -135,14 +202,14 @@ def test_parameter_counts_of_the_reference():
 
 @pytest.mark.parametrize("target", ["w_proj", "roj", "norm"])
 def test_a_target_that_matches_nothing_is_named(target):
-    with pytest.raises(UserError, match=f'"{target}" matches no linear layer.*q_proj'):
+    with pytest.raises(UserError, match=f'"{target}" matches no layer.*q_proj'):
         apply_lora(random_model(), LoraConfig(targets=("q_proj", target)))
 
 
-@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_the_ends_of_the_model_are_refused(target):
-    with pytest.raises(UserError, match=f'LoRA on "{target}" is not supported'):
-        apply_lora(random_model(), LoraConfig(targets=(target,)))
+@pytest.mark.parametrize("target", ["lm_head", "model.embed_tokens"])
+def test_dora_at_the_ends_of_the_model_is_refused(target):
+    with pytest.raises(UserError, match=f"--lora.dora with {target} among --lora.targets is not supported"):
+        LoraConfig(targets=("q_proj", target), dora=True)
 
 
 @pytest.mark.parametrize("wrong", [{"rank": 0}, {"dropout": 1.0}, {"targets": ()}])

@@ -35,6 +35,23 @@ def test_loss_and_gradients(monkeypatch, rows_a_chunk, frozen_head):
         torch.testing.assert_close(weight.grad.double(), exact_weight.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows_a_chunk", [7, 1000])
+def test_a_low_rank_part_of_the_head(monkeypatch, rows_a_chunk):
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", rows_a_chunk * 4 * 50)
+    hidden, weight, labels = batch()
+    low, up = torch.randn(2, 37, 3, requires_grad=True), torch.randn(50, 3, requires_grad=True)
+    hidden.requires_grad_()
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, low, up)]
+    logits = exact[0] @ weight.double().T + exact[1] @ exact[2].T
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    (expected * 0.37).backward()
+    loss = linear_cross_entropy(hidden, weight, labels, low, up)
+    (loss * 0.37).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    for ours, theirs in zip((hidden, low, up), exact, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_no_label_is_zero_with_a_graph():
     hidden, weight, labels = batch()
     hidden.requires_grad_()

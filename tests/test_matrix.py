@@ -30,7 +30,7 @@ from minillama.optim import OptimConfig, make_optimizer
 from minillama.packing import collate, pack
 from minillama.train import TrainConfig, steps, train_step
 
-KINDS = {"full": 1e-3, "lora": 3e-3, "adapter": 1e-1}
+KINDS = {"full": 1e-3, "lora": 3e-3, "dora": 3e-3, "ends": 3e-3, "adapter": 1e-1}
 """With the learning rate of each."""
 STRATEGIES = {"full-shard": 0, "shard-grad-op": 0, "no-shard": 0, "hybrid-shard": 2, "auto": 0}
 """With the shard size of each."""
@@ -42,8 +42,9 @@ STEPS = 10
 def build(kind, folder):
     with torch.device("meta"):
         model = Llama(read_config(folder)).requires_grad_(kind == "full")
-    if kind == "lora":
-        apply_lora(model, LoraConfig(rank=4, dropout=0.0, targets=("q_proj", "v_proj", "down_proj")))
+    targets = ("embed_tokens", "v_proj", "lm_head") if kind == "ends" else ("q_proj", "v_proj", "down_proj")
+    if kind in ("lora", "dora", "ends"):
+        apply_lora(model, LoraConfig(rank=4, dropout=0.0, targets=targets, dora=kind == "dora"))
     if kind == "adapter":
         apply_llama_adapter(model, LlamaAdapterConfig(prompt_len=5, layers=2))
     return model
