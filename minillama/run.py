@@ -197,7 +197,16 @@ def _continues(output_dir: Path, resume: str, checkpoint: Checkpoint | None) -> 
 
 DECISIVE = ("seed", "optim.kind", "fsdp.precision", "train.freeze_layers", "lora.", "adapter.")
 """Flags, or groups of them, without which a run cannot go on as it began."""
-HARMLESS = ("resume", "config", "output_dir", "lora.from_", "adapter.from_", "data.workers", "data.cache_dir")
+HARMLESS = (
+    "resume",
+    "config",
+    "output_dir",
+    "lora.from_",
+    "lora.merge",
+    "adapter.from_",
+    "data.workers",
+    "data.cache_dir",
+)
 """Flags that a resumed run may well have otherwise, and not worth a word."""
 
 

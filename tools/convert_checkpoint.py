@@ -1,16 +1,17 @@
-"""Convert a checkpoint between Hugging Face's format and Meta's, or a GGUF file to Hugging Face's.
+"""Convert a checkpoint between Hugging Face's format and Meta's, or a GGUF file or a run's checkpoint to Hugging Face's.
 
     python tools/convert_checkpoint.py Llama-3.2-1B meta/Llama-3.2-1B
     python tools/convert_checkpoint.py meta/Llama-3.2-1B hf/Llama-3.2-1B --tokenizer Llama-3.2-1B
+    python tools/convert_checkpoint.py out/full/checkpoints/step-00000100 hf/full-100
     python tools/convert_checkpoint.py SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-135M-Instruct
 
-What SOURCE is decides: a Hugging Face folder becomes a Meta folder, a Meta folder or a GGUF file a Hugging Face folder.
-Tensors are read and written a few rows at a time. GGUF needs the gguf package (pip install "minillama[demo]"); what its
-quantisation lost stays lost.
+What SOURCE is decides: a Hugging Face folder becomes a Meta folder; a Meta folder, a GGUF file or a checkpoint a Hugging
+Face folder, with the base that the checkpoint was trained on and LoRA merged into it; a llama-adapter's checkpoint an
+adapter folder. Tensors are read and written a few rows at a time. GGUF needs the gguf package (pip install
+"minillama[gguf]"); what its quantisation lost stays lost.
 """
 
 import math
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,13 +19,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
 
 from minillama.errors import UserError
 from minillama.files import new_folder, write_json
-from minillama.hf import config_json, open_weights, read_config, tokenizer_files, write_hf
-from minillama.meta import Weights, interleaved, is_meta_folder, write_meta
-from minillama.tokenizer import load_tokenizer
+from minillama.hf import companions, copy_files, open_weights, read_config, write_hf, write_model
+from minillama.merge import export_checkpoint
+from minillama.meta import interleaved, is_meta_folder, write_meta
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -39,56 +39,50 @@ def convert_checkpoint(
     dtype: Literal["same", "bfloat16", "float16", "float32"] = "same",
     files: int = 1,
     tokenizer: Path | None = None,
+    base: Path | None = None,
+    adapter_only: bool = False,
 ) -> None:
-    """Convert a checkpoint from Hugging Face's format to Meta's, or from Meta's or GGUF to Hugging Face's.
+    """Convert a checkpoint from Hugging Face's format to Meta's, or from Meta's, GGUF or a run's to Hugging Face's.
 
     Args:
-        source: a Hugging Face folder, a Meta folder, or a GGUF file (Llama architecture, byte-level BPE tokenizer).
+        source: a Hugging Face folder, a Meta folder, a GGUF file (Llama architecture, byte-level BPE tokenizer), or a
+            run's OUTPUT_DIR/checkpoints/step-... of either format.
         target: the folder to write; it must not exist yet, or be empty.
-        dtype: of the weights written. same: as they are; bfloat16 from GGUF.
+        dtype: of the weights written. same: as they are, of a checkpoint as in the base; bfloat16 from GGUF.
         files: of a Meta folder: consolidated.00.pth and so on, for as many processes of its model parallelism.
-        tokenizer: folder or file to take the tokenizer from; None: the source's own.
+        tokenizer: folder or file to take the tokenizer from; None: the source's own, or the run's.
+        base: the model that a run's checkpoint was trained on; None: where it was then.
+        adapter_only: of a LoRA's checkpoint: write the adapter in PEFT's format, do not merge it.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists already; name another target, or remove it first")
+    check_empty(target)
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
-    to_meta = source.is_dir() and not is_meta_folder(source)
+    is_run = (source / "checkpoint.json").exists()
+    to_meta = source.is_dir() and not is_run and not is_meta_folder(source)
     if files != 1 and (not to_meta or files < 1):
         raise UserError(f"--files {files}: only a Meta folder has several such files, at least 1")
+    if not is_run and (base or adapter_only):
+        raise UserError("--base and --adapter-only are for a run's checkpoint, and SOURCE is none")
+    if adapter_only and dtype != "same":
+        raise UserError(f"--dtype {dtype} with --adapter-only: an adapter keeps its own")
     wanted = None if dtype == "same" else getattr(torch, dtype)
     if source.is_file():
         convert_gguf(source, target, wanted or torch.bfloat16)
-        return
-
-    config, weights = read_config(source), open_weights(source)
-    copied = tokenizer_files(tokenizer or source) | {"generation_config.json": source / "generation_config.json"}
-    model = source / "original" / "tokenizer.model"  # where Meta's own Hugging Face folders have it
-    if not copied["tokenizer.model"].exists() and model.exists():
-        copied["tokenizer.model"] = model
-    with new_folder(target, mark="config.json") as (folder, on_disk), progress_bar(weights) as bar:
-        if to_meta:
-            on_disk(lambda: write_meta(weights, config, folder, dtype=wanted, files=files, progress=bar.update))
-        else:
-            described = config_json(config, wanted or weights.dtype("model.embed_tokens.weight"))
-            if any(path.exists() for path in copied.values()):
-                known = load_tokenizer(tokenizer or source)
-                described |= {"bos_token_id": known.bos_id, "eos_token_id": known.eos_id}
-            on_disk(lambda: write_hf(weights, described, folder, dtype=wanted, progress=bar.update))
-        on_disk(copy, copied, folder)
-    parameters = sum(math.prod(weights.shape(name)) for name in weights.names)
-    print(f"{target}: {len(weights.names)} tensors, {parameters:,} parameters")
+    elif is_run:
+        export_checkpoint(source, target, base, tokenizer, dtype=wanted, adapter_only=adapter_only)
+    elif to_meta:
+        config, weights = read_config(source), open_weights(source)
+        with new_folder(target, mark="params.json") as (folder, on_disk):
+            on_disk(copy_files, companions(source, tokenizer), folder)
+            on_disk(write_meta, weights, config, folder, wanted, files)
+    else:
+        write_model(open_weights(source), read_config(source), target, source, tokenizer, dtype=wanted)
+    print(f"{target}: {sum(file.stat().st_size for file in target.iterdir()) / 1e9:.2f} GB")
 
 
-def progress_bar(weights: Weights) -> Any:
-    total = sum(math.prod(weights.shape(name)) * weights.dtype(name).itemsize for name in weights.names)
-    return tqdm(total=total, desc="converting", unit="B", unit_scale=True, leave=False)
-
-
-def copy(sources: dict[str, Path], folder: Path) -> None:
-    for name, file in sources.items():
-        if file.exists():
-            shutil.copyfile(file, folder / name)
+def check_empty(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists already; name another target, or remove it first")
 
 
 # --- GGUF
@@ -109,20 +103,18 @@ def convert_gguf(source: Path, target: Path, dtype: torch.dtype) -> None:
     }
     generation_config = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     weights = GgufWeights(tensors, config)
-    with new_folder(target, mark="config.json") as (folder, on_disk), progress_bar(weights) as bar:
+    with new_folder(target, mark="config.json") as (folder, on_disk):
         on_disk(write_json, folder / "generation_config.json", generation_config)
         on_disk(write_json, folder / "tokenizer.json", tokenizer)
         on_disk(write_json, folder / "tokenizer_config.json", tokenizer_config)
-        on_disk(lambda: write_hf(weights, config, folder, dtype=dtype, progress=bar.update))
-    parameters = sum(math.prod(weights.shape(name)) for name in weights.names)
-    print(f"{target}: {len(weights.names)} tensors, {parameters:,} parameters, {config['torch_dtype']}")
+        on_disk(write_hf, weights, config, folder, dtype)
 
 
 def open_gguf(source: Path) -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise UserError('reading GGUF needs the gguf package: pip install "minillama[demo]"') from error
+        raise UserError('reading GGUF needs the gguf package: pip install "minillama[gguf]"') from error
     if not source.is_file():
         raise UserError(f"{source}: no such file")
     with source.open("rb") as file:
