@@ -28,6 +28,8 @@ from minillama.tokenizer import load_tokenizer
 READ_BYTES = 32 * 2**20
 """Size of the pieces in which tensors are read: host memory on top of the model's own is this, times READERS."""
 READERS = 4
+WRITE_BYTES = 4 * 2**20
+"""Size of the pieces that are written; small enough to stay in a processor's cache while they are cast and added to."""
 MAX_FILE_BYTES = 4 * 2**30
 """Size of the files that save_pretrained writes (one tensor may be more), and so the host memory it takes on rank 0."""
 TOKENIZER_FILES = (
@@ -332,7 +334,7 @@ def write_model(
 
 
 def write_hf(weights: Weights, config: dict[str, Any], folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes config.json and the tensors into a folder that exists, READ_BYTES at a time.
+    """Writes config.json and the tensors into a folder that exists, WRITE_BYTES at a time.
 
     config: the contents of config.json. dtype: None keeps each tensor's.
     """
@@ -358,7 +360,7 @@ def write_hf(weights: Weights, config: dict[str, Any], folder: Path, dtype: torc
             opened.write(len(text).to_bytes(8, "little") + text)
             for name in inside:
                 height = weights.shape(name)[0]
-                step = max(1, READ_BYTES * height // max(1, sizes[name]))
+                step = max(1, WRITE_BYTES * height // max(1, sizes[name]))
                 for start in range(0, height, step):
                     rows = weights.rows(name, start, min(start + step, height)).to(dtypes[name]).contiguous()
                     bar.update(opened.write(rows.view(torch.uint8).numpy().data))

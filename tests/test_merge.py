@@ -34,7 +34,7 @@ EVERYWHERE = ("all-linear", "embed_tokens", "lm_head")
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Every matrix is read in several pieces, and written into several files."""
-    monkeypatch.setattr(minillama.hf, "READ_BYTES", 1500)
+    monkeypatch.setattr(minillama.hf, "WRITE_BYTES", 1500)
     monkeypatch.setattr(minillama.hf, "MAX_FILE_BYTES", 60_000)
     monkeypatch.setattr(minillama.merge, "LENGTH_ROWS", 7)
 
