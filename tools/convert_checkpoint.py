@@ -23,6 +23,7 @@ from tqdm import tqdm
 from minillama.errors import UserError
 from minillama.files import new_folder, write_json
 from minillama.hf import config_json, open_weights, read_config, tokenizer_files, write_hf
+from minillama.hub import find_model
 from minillama.meta import Weights, interleaved, is_meta_folder, write_meta
 from minillama.tokenizer import load_tokenizer
 
@@ -43,7 +44,8 @@ def convert_checkpoint(
     """Convert a checkpoint from Hugging Face's format to Meta's, or from Meta's or GGUF to Hugging Face's.
 
     Args:
-        source: a Hugging Face folder, a Meta folder, or a GGUF file (Llama architecture, byte-level BPE tokenizer).
+        source: a Hugging Face folder, a Meta folder, or a GGUF file (Llama architecture, byte-level BPE tokenizer); or
+            ORG/NAME of the Hugging Face hub.
         target: the folder to write; it must not exist yet, or be empty.
         dtype: of the weights written. same: as they are; bfloat16 from GGUF.
         files: of a Meta folder: consolidated.00.pth and so on, for as many processes of its model parallelism.
@@ -51,6 +53,7 @@ def convert_checkpoint(
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already; name another target, or remove it first")
+    source = find_model(source)
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
     to_meta = source.is_dir() and not is_meta_folder(source)
