@@ -51,7 +51,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
     if not folder.is_dir():
         raise UserError(
             f"the model folder {folder} does not exist: give a local folder in Hugging Face's format (config.json and "
-            "*.safetensors) or Meta's (params.json and consolidated.*.pth)"
+            "*.safetensors) or Meta's (params.json and consolidated.*.pth), or ORG/NAME of the Hugging Face hub"
         )
     if is_meta_folder(folder):
         return read_meta_config(folder)

@@ -35,6 +35,7 @@ from minillama.hf import (
     weights_fingerprint,
     write_model,
 )
+from minillama.hub import model_name
 from minillama.llama_adapter import LlamaAdapterConfig
 from minillama.lora import LoraConfig, merge, row_norms
 from minillama.meta import Weights
@@ -280,7 +281,7 @@ def export_checkpoint(
             if name.endswith(CHANGE):
                 tensors[name] = tensors[name] + lengths(weights, name.replace(CHANGE, ".weight"))
         tensors = {peft_name(name): as_peft(name, tensor) for name, tensor in tensors.items()}
-        write_adapter(target, peft_config(adapter, str(base.resolve()), config.num_hidden_layers), tensors)
+        write_adapter(target, peft_config(adapter, model_name(base.resolve()), config.num_hidden_layers), tensors)
 
 
 def lengths(weights: Weights, name: str) -> Tensor:

@@ -26,6 +26,7 @@ from minillama.distributed import Device, FsdpConfig, all_reduce, on_each_node, 
 from minillama.errors import UserError
 from minillama.files import read_json
 from minillama.hf import weights_fingerprint
+from minillama.hub import model_name
 from minillama.metrics import LogConfig
 from minillama.model import Llama
 from minillama.optim import OptimConfig
@@ -42,7 +43,7 @@ class RunConfig:
     """The flags of every training recipe."""
 
     model: Path
-    """Folder of the base model, in Hugging Face's format or Meta's."""
+    """Folder of the base model, in Hugging Face's format or Meta's; or ORG/NAME of the Hugging Face hub."""
     output_dir: Path
     """Folder for what the run leaves; made if need be."""
     tokenizer: Path | None = None
@@ -118,7 +119,8 @@ def start_run(config: RunConfig, train: Packed) -> Start:
             "id": uuid.uuid4().hex,
             "launch": _launch(),
             "command": sys.argv,
-            "flags": asdict(config),
+            "flags": asdict(config) | {"model": model_name(config.model)},
+            "model_folder": config.model.resolve(),
             "data": {"tokens": train.tokens, "packs": len(train), "efficiency": round(efficiency, 4)},
             "world_size": dist.get_world_size(),
             "resumed_from": checkpoint and checkpoint.folder,

@@ -23,6 +23,7 @@ import tyro
 from minillama.errors import UserError
 from minillama.files import new_folder, write_json
 from minillama.hf import companions, copy_files, open_weights, read_config, write_hf, write_model
+from minillama.hub import find_model
 from minillama.merge import export_checkpoint
 from minillama.meta import interleaved, is_meta_folder, write_meta
 
@@ -46,7 +47,8 @@ def convert_checkpoint(
 
     Args:
         source: a Hugging Face folder, a Meta folder, a GGUF file (Llama architecture, byte-level BPE tokenizer), or a
-            run's OUTPUT_DIR/checkpoints/step-... of either format.
+            run's OUTPUT_DIR/checkpoints/step-... of either format; or ORG/NAME of the
+            Hugging Face hub.
         target: the folder to write; it must not exist yet, or be empty.
         dtype: of the weights written. same: as they are, of a checkpoint as in the base; bfloat16 from GGUF.
         files: of a Meta folder: consolidated.00.pth and so on, for as many processes of its model parallelism.
@@ -55,6 +57,7 @@ def convert_checkpoint(
         adapter_only: of a LoRA's checkpoint: write the adapter in PEFT's format, do not merge it.
     """
     check_empty(target)
+    source = find_model(source)
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
     is_run = (source / "checkpoint.json").exists()

@@ -14,6 +14,7 @@ import torch
 import tyro
 
 from minillama.errors import UserError
+from minillama.hub import find_model
 from minillama.merge import merge_adapter
 
 
@@ -29,7 +30,7 @@ def merge_lora(
     """Merge a LoRA adapter into its base model.
 
     Args:
-        base: the model that the adapter was trained on: a Hugging Face or Meta folder.
+        base: the model that the adapter was trained on: a Hugging Face or Meta folder, or ORG/NAME of the hub.
         adapter: the adapter's folder, in PEFT's format.
         target: the folder to write; it must not exist yet, or be empty.
         dtype: of the weights written. same: as in the base.
@@ -39,7 +40,12 @@ def merge_lora(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already; name another target, or remove it first")
     merge_adapter(
-        base, adapter, target, tokenizer, dtype=None if dtype == "same" else getattr(torch, dtype), any_base=any_base
+        find_model(base),
+        adapter,
+        target,
+        tokenizer,
+        dtype=None if dtype == "same" else getattr(torch, dtype),
+        any_base=any_base,
     )
     print(f"{target}: {sum(file.stat().st_size for file in target.iterdir()) / 1e9:.2f} GB")
 
