@@ -46,7 +46,7 @@ def convert_checkpoint(
     """Convert a checkpoint from Hugging Face's format to Meta's, or from Meta's, GGUF or a run's to Hugging Face's.
 
     Args:
-        source: a Hugging Face folder, a Meta folder, a GGUF file (Llama architecture, byte-level BPE tokenizer), or a
+        source: a Hugging Face folder, a Meta folder, a GGUF file (of Llama's architecture), or a
             run's OUTPUT_DIR/checkpoints/step-... of either format; or ORG/NAME of the
             Hugging Face hub.
         target: the folder to write; it must not exist yet, or be empty.
@@ -108,7 +108,10 @@ def convert_gguf(source: Path, target: Path, dtype: torch.dtype) -> None:
     weights = GgufWeights(tensors, config)
     with new_folder(target, mark="config.json") as (folder, on_disk):
         on_disk(write_json, folder / "generation_config.json", generation_config)
-        on_disk(write_json, folder / "tokenizer.json", tokenizer)
+        if isinstance(tokenizer, bytes):
+            on_disk((folder / "tokenizer.model").write_bytes, tokenizer)
+        else:
+            on_disk(write_json, folder / "tokenizer.json", tokenizer)
         on_disk(write_json, folder / "tokenizer_config.json", tokenizer_config)
         on_disk(write_hf, weights, config, folder, dtype)
 
@@ -260,11 +263,68 @@ def dequantise(tensor: Any, data: np.ndarray) -> np.ndarray:
         raise UserError(f"{tensor.name} is quantised as {kind}, which gguf cannot dequantise") from error
 
 
-def read_tokenizer(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """tokenizer.json and tokenizer_config.json of a byte-level BPE."""
-    model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
-    if model != "gpt2":
-        raise UserError(f"the tokenizer is {model!r}; only byte-level BPE ('gpt2') can be converted")
+def read_tokenizer(fields: dict[str, Any]) -> tuple[dict[str, Any] | bytes, dict[str, Any]]:
+    """tokenizer.json of a byte-level BPE, or tokenizer.model of sentencepiece; and tokenizer_config.json."""
+    model = fields.get("tokenizer.ggml.model")
+    if model not in ("gpt2", "llama"):
+        raise UserError(
+            f"the tokenizer is {model!r}; only byte-level BPE ('gpt2') and sentencepiece ('llama') can be read"
+        )
+    tokens = need(fields, "tokenizer.ggml.tokens")
+    by_default = model == "llama" or fields.get("tokenizer.ggml.pre") == "llama-bpe"  # as llama.cpp has it
+    add_bos = fields.get("tokenizer.ggml.add_bos_token", by_default)
+    if model == "llama":
+        tokenizer: dict[str, Any] | bytes = read_sentencepiece(fields)
+        kind, space_first = "LlamaTokenizer", fields.get("tokenizer.ggml.add_space_prefix", True)
+    else:
+        tokenizer, kind, space_first = read_byte_level(fields, add_bos), "PreTrainedTokenizerFast", False
+    tokenizer_config = {
+        "tokenizer_class": kind,
+        "add_bos_token": add_bos,
+        "add_prefix_space": space_first,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": need(fields, "llama.context_length"),
+    }
+    if model == "llama":
+        tokenizer_config["legacy"] = True  # transformers then encodes as sentencepiece does, also after special tokens
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = fields.get(f"tokenizer.ggml.{theirs}_token_id")
+        if index is not None:
+            tokenizer_config[f"{ours}_token"] = tokens[index]
+    if "tokenizer.chat_template" in fields:
+        tokenizer_config["chat_template"] = fields["tokenizer.chat_template"]
+    return tokenizer, tokenizer_config
+
+
+def read_sentencepiece(fields: dict[str, Any]) -> bytes:
+    """tokenizer.model of a sentencepiece BPE, whose pieces, scores and types GGUF has taken over."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2 as proto
+    except ImportError as error:
+        raise UserError(
+            'a sentencepiece tokenizer needs the protobuf package: pip install "minillama[gguf]"'
+        ) from error
+    types = need(fields, "tokenizer.ggml.token_type")
+    model = proto.ModelProto()
+    for piece, score, kind in zip(
+        need(fields, "tokenizer.ggml.tokens"), need(fields, "tokenizer.ggml.scores"), types, strict=True
+    ):
+        model.pieces.add(piece=piece, score=score, type=kind)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(types), 6 in types
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = fields.get(f"tokenizer.ggml.{theirs}_token_id", 0 if ours == "unk" else -1)
+        setattr(trainer, f"{ours}_id", index)
+        if index >= 0:
+            setattr(trainer, f"{ours}_piece", model.pieces[index].piece)
+    normalizer.name, normalizer.remove_extra_whitespaces = "identity", False
+    normalizer.add_dummy_prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
+    return model.SerializeToString()
+
+
+def read_byte_level(fields: dict[str, Any], add_bos: bool) -> dict[str, Any]:
+    """tokenizer.json of a byte-level BPE."""
+    pre = fields.get("tokenizer.ggml.pre")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     if pre == "smollm":
         splits = [{"type": "Digits", "individual_digits": True}, byte_level | {"use_regex": True}]
@@ -289,12 +349,11 @@ def read_tokenizer(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
         for index, kind in enumerate(need(fields, "tokenizer.ggml.token_type"))
         if kind in (control, user_defined)
     ]
-    add_bos = fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")  # llama.cpp's default
     post_processor: dict[str, Any] = byte_level | {"use_regex": True}
     if add_bos:
         bos_id = need(fields, "tokenizer.ggml.bos_token_id")
         post_processor = bos_first(tokens[bos_id], bos_id)
-    tokenizer = {
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -316,20 +375,6 @@ def read_tokenizer(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
             "merges": [merge.split(" ") for merge in need(fields, "tokenizer.ggml.merges")],
         },
     }
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": add_bos,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": need(fields, "llama.context_length"),
-    }
-    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        index = fields.get(f"tokenizer.ggml.{theirs}_token_id")
-        if index is not None:
-            tokenizer_config[f"{ours}_token"] = tokens[index]
-    if "tokenizer.chat_template" in fields:
-        tokenizer_config["chat_template"] = fields["tokenizer.chat_template"]
-    return tokenizer, tokenizer_config
 
 
 def bos_first(bos: str, bos_id: int) -> dict[str, Any]:
