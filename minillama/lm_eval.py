@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from minillama.distributed import all_reduce, quiet_but_on_rank_zero, rank
+from minillama.distributed import all_reduce, quiet_but_on_rank_zero, rank, say
 from minillama.errors import UserError
 from minillama.generate import stream
 from minillama.model import Llama
@@ -77,6 +77,11 @@ class HarnessLM(TemplateLM):
         same, such as the letters of a multiple choice, share a forward.
         """
         sharing: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        cut = sum(len(context + continuation) > self.max_length + 1 for _, context, continuation in requests)
+        if cut:
+            say(
+                f"{cut} of {len(requests)} contexts are too long for the model's {self.max_length}: their beginning is cut"
+            )
         for number, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
                 raise UserError(
