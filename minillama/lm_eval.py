@@ -205,10 +205,11 @@ class HarnessLM(TemplateLM):
         return [min((answer.partition(text)[0] for text in until), key=len) for answer in answers]
 
 
-def load_tasks(names: Sequence[str], include_path: Path | None) -> list[Any]:
+def load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[TaskManager, list[Any]]:
     """The harness' tasks, groups and tags of these names, and those of the YAML files in the folder include_path.
 
-    Raises UserError for a name that is none, and for data that cannot be loaded.
+    Returns what knows all names, and what it made of these. Raises UserError for a name that is none, and for data that
+    cannot be loaded.
     """
     manager = TaskManager(include_path=include_path, include_defaults=False) if include_path else None
     if not manager or not set(names) <= set(manager.all_subtasks):  # the harness' own thousands take seconds to index
@@ -224,21 +225,23 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> list[Any]:
         except Exception as error:  # no connection, a data set that is gone, a damaged YAML file: each has its own type
             raise UserError(f"--tasks {name} cannot be loaded: {error}") from error
         tasks += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
-    return tasks
+    return manager, tasks
 
 
 def run_tasks(
-    lm: HarnessLM, tasks: list[Any], *, num_fewshot: int | None, limit: int | None, chat: bool
+    lm: HarnessLM, loaded: tuple[TaskManager, list[Any]], *, num_fewshot: int | None, limit: int | None, chat: bool
 ) -> dict[str, dict[str, Any]]:
     """What the harness says of each task and group, on the first rank of each machine; {} on others.
 
-    Every rank must call it. Raises UserError for what the harness refuses.
+    loaded: as load_tasks returns it. Every rank must call it. Raises UserError for what the harness refuses.
     """
+    manager, tasks = loaded
     try:
         with quiet_but_on_rank_zero():
             found = simple_evaluate(
                 lm,
                 tasks=tasks,
+                task_manager=manager,
                 num_fewshot=num_fewshot,
                 limit=limit,
                 apply_chat_template=chat,

@@ -96,7 +96,7 @@ class Config:
         ].endswith(".py")
 
 
-def find_tasks(config: Config) -> list[Any]:
+def find_tasks(config: Config) -> Any:
     try:
         from minillama.lm_eval import load_tasks
     except ImportError as error:
@@ -105,7 +105,7 @@ def find_tasks(config: Config) -> list[Any]:
 
 
 def measure(
-    config: Config, adapter: Path | None, tokenizer: Any, rows: Packed | None, tasks: list[Any], device: str
+    config: Config, adapter: Path | None, tokenizer: Any, rows: Packed | None, tasks: Any, device: str
 ) -> dict[str, Any]:
     """What one column of the table says, and what it comes from."""
     model = load_model(config.model, device, adapter=adapter, dtype=config.dtype)
@@ -153,7 +153,7 @@ def table(columns: dict[str, dict[str, Any]]) -> str:
 def main(config: Config) -> None:
     with process_group(config.device) as device:
         tokenizer = load_tokenizer(config.tokenizer or config.model)
-        tasks = find_tasks(config) if config.tasks else []
+        tasks = find_tasks(config) if config.tasks else None
         rows = None
         if config.has_rows:
             model = read_config(config.model)
