@@ -16,6 +16,7 @@ ONLY_IN = {
     "wandb": {"minillama/metrics.py"},
     "matplotlib": {"minillama/metrics.py"},
     "gguf": {"tools"},
+    "lm_eval": {"minillama/lm_eval.py"},
     "pyarrow": {"minillama/rows.py", "tools"},
     "transformers": set(),
     "peft": set(),
