@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import RawArray, Value, get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -67,6 +67,22 @@ def prepare(
         return _packs(documents, sources, config, seed, "back"), held_out
     others = _documents([other], config, tokenizer, processes)
     return _packs(documents, sources, config, seed, "nothing"), _packs(others, [other], config, seed, "nothing")
+
+
+def prepare_evaluation(config: DataConfig, tokenizer: Any, seed: int, processes: int = 1) -> Path:
+    """The folder of packs to evaluate a model on that is there already, made as `prepare` makes them.
+
+    Each row once: those of --data.val-path; else what --data.val-fraction and `seed` hold out of the training rows; else
+    all of --data.path or --data.mixture.
+    """
+    if config.val_fraction or (config.mixture and not config.val_path):
+        sources = training_sources(config)
+    else:
+        alone = replace(config, path=config.val_path or config.path, mixture=None)
+        sources = [replace(source, split="validation") for source in training_sources(alone)]
+    sources = [replace(source, weight=1.0) for source in sources]
+    documents = _documents(sources, config, tokenizer, processes)
+    return _packs(documents, sources, config, seed, "out" if config.val_fraction else "nothing")
 
 
 def open_packed(folder: Path) -> Packed:

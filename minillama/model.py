@@ -245,6 +245,7 @@ class Llama(nn.Module):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        keep: Tensor | None = None,
         cache: KvCache | None = None,
     ) -> Tensor:
         """Logits (B, T, V) of the token after each of tokens (B, T); or, with labels, their summed loss.
@@ -254,6 +255,7 @@ class Llama(nn.Module):
             tokens stand side by side. Best left on the host: on a device, finding the documents waits for it.
         labels: (B, T) the token to be predicted AT each position (already shifted), or -100 for none. The result is
             then the cross entropy summed over all labels, in nats, fp32 (). Best left on the host, as above.
+        keep: (B, T) bool; the result is the logits of these places only, row after row: (N, V).
         cache: the tokens follow those of the calls before with it; the result is the last token's logits, (B, 1, V).
         """
         if cache is not None:
@@ -263,4 +265,6 @@ class Llama(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         lengths = None if document_ids is None else document_lengths(document_ids)
         x = self.model(tokens, rope_table(self.config, positions), lengths)
+        if keep is not None:
+            return self.lm_head(x[keep])
         return self.lm_head(x) if labels is None else self.lm_head(x, labels)

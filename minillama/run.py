@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from minillama.cache import open_packed, prepare
+from minillama.cache import open_packed, prepare, prepare_evaluation
 from minillama.checkpoint import Checkpoint, CheckpointConfig, find_checkpoint, has_checkpoint, saved_steps
 from minillama.datasets import DataConfig, check_vocabulary, load_collator
 from minillama.distributed import Device, FsdpConfig, all_reduce, on_each_node, on_rank_zero, say
@@ -28,7 +29,7 @@ from minillama.files import read_json
 from minillama.hf import weights_fingerprint
 from minillama.hub import model_name
 from minillama.metrics import LogConfig
-from minillama.model import Llama
+from minillama.model import Llama, LlamaConfig
 from minillama.optim import OptimConfig
 from minillama.packing import Packed
 from minillama.profiling import MFU_FORMULA, count_parameters
@@ -321,14 +322,30 @@ def load_data(config: RunConfig, model: Llama) -> tuple[Any, Packed, Packed | No
     folders = on_each_node(
         lambda: prepare(config.data, tokenizer, config.seed, validation=config.eval.enabled, processes=processes)
     )
-    train = replace(open_packed(folders[0]), collator=collator)
-    validation = replace(open_packed(folders[1]), collator=collator) if folders[1] else None
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, train.fingerprint)
-    if len(set(everywhere)) > 1:
-        raise UserError("the machines have different training data: give all of them the same files")
+    train, validation = (_open_everywhere(folder, collator) if folder else None for folder in folders)
+    assert train
     say(f"data        {folders[0].parent}")
     return tokenizer, train, validation
+
+
+def load_evaluation_data(data: DataConfig, tokenizer: Any, vocab_size: int, seed: int) -> Packed:
+    """What to evaluate a model on that is there already; every rank must call it.
+
+    Raises UserError for what is wrong with the data, and for a tokenizer that is not a model's of this vocabulary.
+    """
+    check_vocabulary(tokenizer, vocab_size)
+    collator = load_collator(data, tokenizer)
+    processes = data.workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _open_everywhere(on_each_node(lambda: prepare_evaluation(data, tokenizer, seed, processes)), collator)
+
+
+def _open_everywhere(folder: Path, collator: Callable[[Any], Any] | None) -> Packed:
+    packed = replace(open_packed(folder), collator=collator)
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, packed.fingerprint)
+    if len(set(everywhere)) > 1:
+        raise UserError("the machines have different data: give all of them the same files")
+    return packed
 
 
 def summary(
@@ -354,8 +371,8 @@ def summary(
         batch, accumulate = config.eval.batch_size, 1
         if packed is train:
             batch, accumulate = config.train.batch_size, config.train.accumulate
-        described = "none" if packed is None else _described(packed, model, batch, mesh.size(), accumulate)
-        lines.append(f"{name:11} {described}")
+        text = "none" if packed is None else described(packed, model.config, batch, mesh.size(), accumulate)
+        lines.append(f"{name:11} {text}")
     optim = config.optim
     lines.append(
         f"steps       {count_steps(train, config.train, window)}, {optim.kind}, learning rate {optim.lr:g} "
@@ -372,7 +389,8 @@ def _efficiency(packed: Packed, batch_size: int, world_size: int, accumulate: in
     return packed.efficiency
 
 
-def _described(packed: Packed, model: Llama, batch_size: int, world_size: int, accumulate: int) -> str:
+def described(packed: Packed, config: LlamaConfig, batch_size: int, world_size: int, accumulate: int = 1) -> str:
+    """How many rows, tokens and packs there are, and what was left out of them. config: the model's."""
     rows = "rows and pieces of rows" if packed.long["split"] else "rows"
     text = f"{len(packed.sizes):,} {rows}, {packed.tokens:,} tokens, "
     if packed.batching == "padding":
@@ -387,6 +405,6 @@ def _described(packed: Packed, model: Llama, batch_size: int, world_size: int, a
         text += f", of which {packed.long['untrained']:,} {rows} LEFT OUT, with nothing to train"
     if packed.documents.refused:
         text += f"; {packed.documents.refused:,} bad ones SKIPPED"
-    if (longest := int(packed.sizes.max())) > (limit := model.config.max_position_embeddings):
+    if (longest := int(packed.sizes.max())) > (limit := config.max_position_embeddings):
         text += f"; the longest, {longest}, BEYOND the {limit} the model was made for"
     return text

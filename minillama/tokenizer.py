@@ -37,9 +37,10 @@ LONGEST_SPACE = 100_000
 class Tokenizer:
     """What `load_tokenizer` returns. All ids are plain ints.
 
-    `bos_id` is None where the checkpoint has no BOS; `pad_id` is `eos_id` where it names no padding token;
-    `vocab_size` is the highest id + 1, which may be less than the rows of the model's embedding. `path` is where it was
-    loaded from; `fingerprint` is the same for files with the same content.
+    `bos_id` is None where the checkpoint has no BOS; `adds_bos`: whether a text begins with it where nothing else is said,
+    as in transformers; `pad_id` is `eos_id` where it names no padding token; `vocab_size` is the highest id + 1, which may
+    be less than the rows of the model's embedding. `path` is where it was loaded from; `fingerprint` is the same for files
+    with the same content.
     """
 
     path: Path
@@ -50,9 +51,11 @@ class Tokenizer:
         self._where = where
         self._special = {text: token["id"] for text, token in special.items()}
         self._special_text = {id_: text for text, id_ in self._special.items()}
+        self._hidden = {token["id"] for token in special.values() if token.get("special", True)}
         self._special_re = _special_regex(special)
         self.vocab_size: int = max([engine.highest_id, *self._special.values()]) + 1
         self.bos_id: int | None = self._named_id(names.get("bos_token"), names.get("bos_token_id"))
+        self.adds_bos: bool = self.bos_id is not None and names.get("add_bos_token", True)
         eos_id = self._named_id(names.get("eos_token"), names.get("eos_token_id"))
         if eos_id is None:
             raise UserError(f"{where}: no end-of-text token; name it as eos_token in tokenizer_config.json beside it")
@@ -79,11 +82,11 @@ class Tokenizer:
             ids += segment
         return [*ids, self.eos_id] if eos else ids
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of `ids`. Special tokens appear as their text; invalid UTF-8 and unknown ids as U+FFFD."""
+    def decode(self, ids: list[int], *, special: bool = True) -> str:
+        """Text of `ids`. Special tokens appear as their text, or not at all; invalid UTF-8 and unknown ids as U+FFFD."""
         out: list[str] = []
         run: list[int] = []
-        for id_ in ids:
+        for id_ in ids if special else [id_ for id_ in ids if id_ not in self._hidden]:
             known = 0 <= id_ <= self._engine.highest_id
             if id_ in self._special_text or not known:
                 out += [self._engine.decode(run), self._special_text.get(id_, "\ufffd")]
@@ -122,8 +125,12 @@ class Tokenizer:
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """Ids of a conversation up to where the assistant's next answer begins. Raises like `encode_chat`."""
+        return self.encode(self.chat_text(messages))
+
+    def chat_text(self, messages: list[dict[str, Any]]) -> str:
+        """What `chat_prompt` has the ids of."""
         check_messages(messages)
-        return self.encode(self._render(messages, True))
+        return self._render(messages, True)
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         if self._template is None:
@@ -199,6 +206,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     json_file = folder / "tokenizer.json" if path.is_dir() or path.suffix != ".json" else path
     if (path.is_dir() or path == json_file) and json_file.exists():
         data = _read_json(json_file)
+        names["add_bos_token"] = _begins_with_special(data.get("post_processor") or {})
         if data.get("model", {}).get("type") == "BPE" and '"ByteLevel"' in json.dumps(data.get("pre_tokenizer")):
             try:
                 return _from_json(json_file, data, names)
@@ -397,9 +405,15 @@ def _names(folder: Path) -> dict[str, Any]:
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    roles = ("bos_token", "eos_token", "pad_token", "bos_token_id", "eos_token_id")
+    roles = ("bos_token", "eos_token", "pad_token", "bos_token_id", "eos_token_id", "add_bos_token")
     found = {key: names[key] for key in roles if key in names}
     return found | {"added_tokens": added, "chat_template": template}
+
+
+def _begins_with_special(post_processor: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json puts a special token before each text."""
+    steps = post_processor.get("processors", [post_processor])
+    return any("SpecialToken" in step["single"][0] for step in steps if step.get("type") == "TemplateProcessing")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -12,34 +12,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
 
-from minillama.adapters import adapt, check_adapter, load_adapter_weights, read_adapter_config
 from minillama.distributed import (
     Device,
-    FsdpConfig,
-    make_mesh,
-    materialise,
     on_rank_zero,
     process_group,
     quiet_but_on_rank_zero,
     rank,
     say,
-    set_dtypes,
-    shard,
     user_errors,
 )
 from minillama.errors import UserError
-from minillama.files import read_json
 from minillama.generate import stream
-from minillama.hf import check_weights, load_weights, read_config
 from minillama.hub import find_model
-from minillama.model import Llama
+from minillama.inference import Dtype, find_stop_ids, load_model
 from minillama.rows import read_rows
 from minillama.tokenizer import load_tokenizer
-
-END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 
 
 @dataclass(frozen=True)
@@ -74,7 +63,7 @@ class Config:
     seed: int = 42
     batch_size: int = 8
     """Prompts of a file that are answered together."""
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    dtype: Dtype = "auto"
     """What the model computes in. auto: bf16 on CUDA, fp32 on a CPU."""
     device: Device = "auto"
 
@@ -85,37 +74,6 @@ class Config:
             raise UserError("--chat needs --template chat")
         if self.max_new_tokens < 1 or self.batch_size < 1:
             raise UserError("--max-new-tokens and --batch-size must be at least 1")
-
-
-def load_model(config: Config, device: str) -> Llama:
-    """The model, with its adapter, on one process or spread over all."""
-    with torch.device("meta"):
-        model = Llama(read_config(config.model)).requires_grad_(False)
-    check_weights(model, config.model)
-    if config.adapter:
-        adapt(model, read_adapter_config(config.adapter))
-        check_adapter(model, config.adapter)
-        model.requires_grad_(False)
-    precision = config.dtype if config.dtype != "auto" else "bf16" if device == "cuda" else "fp32"
-    fsdp = FsdpConfig(strategy="full-shard", precision=precision)
-    set_dtypes(model, fsdp)
-    mesh = make_mesh(fsdp, device)
-    if mesh.size() > 1:
-        shard(model, mesh, fsdp)
-    materialise(model, device)
-    load_weights(model, config.model)
-    if config.adapter:
-        load_adapter_weights(model, config.adapter)
-    return model.eval()
-
-
-def find_stop_ids(tokenizer: Any, folder: Path) -> set[int]:
-    """What ends an answer: the end of the text, of a turn, and what the model's generation settings say."""
-    ids = {tokenizer.eos_id, *(tokenizer.id_of(token) for token in END_TOKENS)}
-    for file in (folder / "config.json", folder / "generation_config.json"):
-        named = read_json(file).get("eos_token_id") if file.exists() else None
-        ids |= set(named) if isinstance(named, list) else {named}
-    return {token for token in ids if isinstance(token, int)}
 
 
 def read_prompts(config: Config, tokenizer: Any) -> Iterator[tuple[Any, list[int]]]:
@@ -146,7 +104,7 @@ def main(config: Config) -> None:
     with process_group(config.device) as device:
         config = replace(config, model=find_model(config.model))
         tokenizer = load_tokenizer(config.tokenizer or config.model)
-        model = load_model(config, device)
+        model = load_model(config.model, device, adapter=config.adapter, dtype=config.dtype)
         settings: dict[str, Any] = {
             "max_new_tokens": config.max_new_tokens,
             "temperature": config.temperature,

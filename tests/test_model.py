@@ -46,7 +46,8 @@ def test_logits_equal_transformers(changes):
     tokens = torch.randint(0, 512, (2, 200))
     with torch.no_grad():
         ours, theirs = model(tokens), hf_twin(model, **changes)(tokens).logits
-    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+        torch.testing.assert_close(model(tokens, keep=tokens > 400), ours[tokens > 400], rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_equal_transformers():

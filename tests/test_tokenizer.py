@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minillama.errors import UserError
 from minillama.tokenizer import LLAMA3_PATTERN, load_tokenizer
@@ -257,6 +257,20 @@ def test_roles_of_tokens_come_from_the_files(tmp_path):
     (folder / "special_tokens_map.json").write_text('{"eos_token": "<|endoftext|>", "pad_token": "<|im_end|>"}')
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 0, 2)
+
+
+def test_whether_a_text_begins_with_bos_and_what_is_special_are_read_from_the_json(tmp_path):
+    reference = llama3_like()
+    reference.add_tokens(["<mine>"])
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "add_bos_token": True}
+    assert not load_tokenizer(write_json(tmp_path / "without", reference, **names)).adds_bos
+    bos = ("<|begin_of_text|>", reference.token_to_id("<|begin_of_text|>"))
+    template = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    reference.post_processor = processors.Sequence([processors.ByteLevel(), template])
+    tokenizer = load_tokenizer(write_json(tmp_path / "with", reference, **names))
+    ids = tokenizer.encode("a<mine> b<|eot_id|>c", bos=tokenizer.adds_bos)
+    assert ids == reference.encode("a<mine> b<|eot_id|>c").ids
+    assert tokenizer.decode(ids, special=False) == reference.decode(ids) == "a<mine> bc"
 
 
 def test_decode_never_fails(tmp_path):

@@ -1,0 +1,51 @@
+"""A model ready to answer: a base, or a base with an adapter, on one process or spread over all."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from minillama.adapters import adapt, check_adapter, load_adapter_weights, read_adapter_config
+from minillama.distributed import FsdpConfig, make_mesh, materialise, set_dtypes, shard
+from minillama.files import read_json
+from minillama.hf import check_weights, load_weights, read_config
+from minillama.model import Llama
+
+Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+
+END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>")
+
+
+def load_model(folder: Path, device: str, *, adapter: Path | None = None, dtype: Dtype = "auto") -> Llama:
+    """A base folder, and an adapter folder for it, as a frozen model that computes in dtype (auto: bf16 on CUDA, else fp32).
+
+    Every rank must call it; on several each holds a part. Raises UserError, before it reads any weight, for a folder
+    that is none, and an adapter of another model.
+    """
+    with torch.device("meta"):
+        model = Llama(read_config(folder)).requires_grad_(False)
+    check_weights(model, folder)
+    if adapter:
+        adapt(model, read_adapter_config(adapter))
+        check_adapter(model, adapter)
+        model.requires_grad_(False)
+    precision = dtype if dtype != "auto" else "bf16" if device == "cuda" else "fp32"
+    fsdp = FsdpConfig(strategy="full-shard", precision=precision)
+    set_dtypes(model, fsdp)
+    mesh = make_mesh(fsdp, device)
+    if mesh.size() > 1:
+        shard(model, mesh, fsdp)
+    materialise(model, device)
+    load_weights(model, folder)
+    if adapter:
+        load_adapter_weights(model, adapter)
+    return model.eval()
+
+
+def find_stop_ids(tokenizer: Any, folder: Path) -> set[int]:
+    """What ends an answer: the end of the text, of a turn, and what the model's generation settings say."""
+    ids = {tokenizer.eos_id, *(tokenizer.id_of(token) for token in END_TOKENS)}
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        named = read_json(file).get("eos_token_id") if file.exists() else None
+        ids |= set(named) if isinstance(named, list) else {named}
+    return {token for token in ids if isinstance(token, int)}

@@ -1,0 +1,185 @@
+"""Measure a model: its loss on rows, and tasks of lm-evaluation-harness; the base, with an adapter, or both side by side.
+
+python recipes/evaluate.py --model Llama-3.2-1B --data.dataset alpaca --data.path test.json
+python recipes/evaluate.py --model Llama-3.2-1B --adapter out/alpaca/adapter --compare --tasks arc_easy hellaswag
+torchrun --nproc_per_node 4 recipes/evaluate.py --model Llama-3.1-70B --tasks mmlu --num-fewshot 5 --output mmlu.json
+"""
+
+import gc
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import tyro
+from tqdm import tqdm
+
+from minillama.datasets import DataConfig
+from minillama.distributed import (
+    Device,
+    on_rank_zero,
+    process_group,
+    quiet_but_on_rank_zero,
+    rank,
+    say,
+    user_errors,
+)
+from minillama.errors import UserError
+from minillama.files import write_json
+from minillama.hf import read_config
+from minillama.hub import find_model
+from minillama.inference import Dtype, find_stop_ids, load_model
+from minillama.packing import Packed
+from minillama.run import described, load_evaluation_data
+from minillama.tokenizer import load_tokenizer
+from minillama.train import EvalConfig, eval_batches, evaluate
+
+
+@dataclass(frozen=True)
+class Config:
+    """Measure a model: its loss on rows (--data.path or --data.val-path), and tasks of lm-evaluation-harness (--tasks).
+    On several processes each holds a part of the model, and they share the work."""
+
+    model: Path
+    """Folder of the model, in Hugging Face's format or Meta's; a full fine-tuning's model/; or ORG/NAME of the hub."""
+    adapter: Path | None = None
+    """Folder of an adapter for it, in PEFT's format."""
+    compare: bool = False
+    """Measure the model without its adapter too."""
+    tokenizer: Path | None = None
+    """Folder or file of the tokenizer; None: the model's folder."""
+    data: DataConfig = DataConfig()
+    """Rows to measure the loss on, each once, as a training run's evaluation does it: those of --data.val-path if it is
+    given; else the part that --data.val-fraction holds out of --data.path or --data.mixture; else all of those."""
+    tasks: tuple[str, ...] = ()
+    """Names of tasks of lm-evaluation-harness, such as arc_easy hellaswag, or of your own; their data come from the
+    Hugging Face hub unless a task says otherwise."""
+    include_path: Path | None = None
+    """A folder of YAML files with your own tasks."""
+    num_fewshot: int | None = None
+    """Examples before each question; None: as many as the task says."""
+    limit: int = 0
+    """Questions of each task; 0: all."""
+    chat: bool = False
+    """Put the tasks to the model in its chat format."""
+    max_steps: int = 0
+    """Batches of rows per process; 0: all."""
+    batch_size: int = 8
+    """Packs (padding: rows) and questions that each process takes at a time."""
+    dtype: Dtype = "auto"
+    """What the model computes in. auto: bf16 on CUDA, fp32 on a CPU. A training run's own evaluation is in bf16 unless
+    its --fsdp.precision says otherwise."""
+    output: Path | None = None
+    """A JSON file to write the numbers to."""
+    seed: int = 42
+    """That of the training run: which rows --data.val-fraction holds out depends on it."""
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.tasks and not self.has_rows:
+            raise UserError("give what to measure: rows with --data.path or --data.val-path, or --tasks")
+        if self.compare and not self.adapter:
+            raise UserError("--compare needs the --adapter to compare with the model")
+        if self.batch_size < 1 or min(self.limit, self.max_steps, self.num_fewshot or 0) < 0:
+            raise UserError("--batch-size must be at least 1, --limit, --max-steps and --num-fewshot at least 0")
+
+    @property
+    def has_base(self) -> bool:
+        return self.compare or not self.adapter
+
+    @property
+    def has_rows(self) -> bool:
+        return any((self.data.path, self.data.val_path, self.data.mixture)) or self.data.dataset.partition(":")[
+            0
+        ].endswith(".py")
+
+
+def find_tasks(config: Config) -> Any:
+    try:
+        from minillama.lm_eval import load_tasks
+    except ImportError as error:
+        raise UserError(f'--tasks needs lm-evaluation-harness: pip install -e ".[eval]" ({error})') from None
+    return load_tasks(config.tasks, config.include_path)
+
+
+def measure(
+    config: Config, adapter: Path | None, tokenizer: Any, rows: Packed | None, tasks: Any, device: str
+) -> dict[str, Any]:
+    """What one column of the table says, and what it comes from."""
+    model = load_model(config.model, device, adapter=adapter, dtype=config.dtype)
+    found: dict[str, Any] = {}
+    if rows:
+        ranks = dist.get_world_size()
+        settings = EvalConfig(max_steps=config.max_steps, batch_size=config.batch_size)
+        batches = eval_batches(rows, settings, tokenizer.pad_id, device, rank(), ranks)
+        total = -(-len(rows) // (config.batch_size * ranks))
+        total = min(total, config.max_steps or total)
+        result = evaluate(model, tqdm(batches, desc="rows", total=total, disable=rank() != 0, leave=False))
+        assert result
+        loss, tokens = result
+        perplexity = math.exp(loss) if loss < 700 else None  # JSON has no infinity
+        found |= {"eval_loss": loss, "eval_perplexity": perplexity, "eval_tokens": tokens}
+    if tasks:
+        from minillama.lm_eval import HarnessLM, run_tasks
+
+        lm = HarnessLM(model, tokenizer, find_stop_ids(tokenizer, config.model), config.batch_size)
+        limit = config.limit or None
+        found["tasks"] = run_tasks(lm, tasks, num_fewshot=config.num_fewshot, limit=limit, chat=config.chat)
+    return found
+
+
+def table(columns: dict[str, dict[str, Any]]) -> str:
+    """A line a number, a column a model."""
+    lines: dict[str, dict[str, str]] = {}
+    for column, found in columns.items():
+        for name, value in found.items():
+            if name != "tasks":
+                lines.setdefault(name, {})[column] = f"{value:.4f}" if isinstance(value, float) else str(value)
+        for task, metrics in found.get("tasks", {}).items():
+            for key, value in metrics.items():
+                metric, _, how = key.partition(",")
+                if not how or metric.endswith("_stderr"):
+                    continue
+                error = metrics.get(f"{metric}_stderr,{how}")
+                text = f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
+                lines.setdefault(f"{task} {metric}" + f" ({how})" * (how != "none"), {})[column] = text
+    rows = [["", *columns], *([name, *(cells[c] for c in columns)] for name, cells in lines.items())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def main(config: Config) -> None:
+    with process_group(config.device) as device:
+        config = replace(config, model=find_model(config.model))
+        tokenizer = load_tokenizer(config.tokenizer or config.model)
+        tasks = find_tasks(config) if config.tasks else None
+        rows = None
+        if config.has_rows:
+            model = read_config(config.model)
+            rows = load_evaluation_data(config.data, tokenizer, model.vocab_size, config.seed)
+            say(f"rows        {described(rows, model, config.batch_size, dist.get_world_size())}")
+        if output := config.output:
+            on_rank_zero(lambda: output.parent.mkdir(parents=True, exist_ok=True))
+        columns = {}
+        # the adapted first: an adapter that does not fit is found before anything is measured
+        for name, adapter in [("adapted", config.adapter)] * bool(config.adapter) + [("base", None)] * config.has_base:
+            columns[name] = measure(config, adapter, tokenizer, rows, tasks, device)
+            gc.collect()  # a sharded model holds itself in reference cycles
+        columns = dict(reversed(columns.items()))
+        say(table(columns))
+        if output:
+            flags = json.loads(json.dumps(asdict(config), default=str))
+            content = {"flags": flags, "world_size": dist.get_world_size(), "results": columns}
+            on_rank_zero(lambda: write_json(output, content))
+
+
+if __name__ == "__main__":
+    here = Path(__file__).resolve().parent  # lm-eval's `import evaluate` means a package, not this file
+    sys.path = [path for path in sys.path if Path(path).resolve() != here]
+    with user_errors():
+        with quiet_but_on_rank_zero():
+            flags = tyro.cli(Config)
+        main(flags)
