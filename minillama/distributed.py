@@ -126,15 +126,21 @@ def _end(message: str) -> NoReturn:
         except dist.DistError:  # rank 0, which keeps the store without torchrun, has ended: it has spoken
             first = False
     if first:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        line = "" if rank() == 0 else "\n"  # rank 0's progress bar may be open
+        print(f"{line}error: {message}", file=sys.stderr, flush=True)
     sys.exit(1)
 
 
 def out_of_memory(error: BaseException) -> str | None:
     """What to say of it if it is PyTorch's or Python's way of saying that memory has run out; None if it is not."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-    asked = re.search(r"allocate ([\d.]+ (?:bytes|[KMG]iB))", str(error))
-    return f"out of memory{f', asked for another {asked[1]}' if asked else ''}" if known else None
+    if not known:
+        return None
+    asked = re.search(r"allocate ([\d.]+) (bytes|[KMG]iB)", str(error))
+    units = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    return "out of memory" + (
+        f", asked for another {float(asked[1]) * units[asked[2]] / 2**20:.4g} MiB" if asked else ""
+    )
 
 
 def _someone_erred() -> bool:
