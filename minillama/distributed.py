@@ -4,6 +4,7 @@ import atexit
 import gc
 import math
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator
@@ -11,7 +12,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -106,20 +107,40 @@ def user_errors() -> Iterator[None]:
         if rank() == 0:
             print("\ninterrupted: --resume auto goes on from the last checkpoint, if any", file=sys.stderr, flush=True)
         sys.exit(130)
-    except RuntimeError:
+    except (RuntimeError, MemoryError) as error:
         if _someone_erred():  # the others are gone because of a mistake that one has named
             sys.exit(1)
-        raise
+        if (problem := out_of_memory(error)) is None:
+            raise
+        _end(f"{problem}: share it among more processes, or use what has more memory")
     except UserError as error:
-        first = rank() == 0
-        if dist.is_initialized():  # all ranks usually make the same mistake, but sometimes only one does
-            try:
-                first = dist.distributed_c10d._get_default_store().add("minillama/errors", 1) == 1
-            except dist.DistError:  # rank 0, which keeps the store without torchrun, has ended: it has spoken
-                first = False
-        if first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        _end(str(error))
+
+
+def _end(message: str) -> NoReturn:
+    """Ends the process with code 1, and says why unless another rank has."""
+    first = rank() == 0
+    if dist.is_initialized():  # all ranks usually make the same mistake, but sometimes only one does
+        try:
+            first = dist.distributed_c10d._get_default_store().add("minillama/errors", 1) == 1
+        except dist.DistError:  # rank 0, which keeps the store without torchrun, has ended: it has spoken
+            first = False
+    if first:
+        line = "" if rank() == 0 else "\n"  # rank 0's progress bar may be open
+        print(f"{line}error: {message}", file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What to say of it if it is PyTorch's or Python's way of saying that memory has run out; None if it is not."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    if not known:
+        return None
+    asked = re.search(r"allocate ([\d.]+) (bytes|[KMG]iB)", str(error))
+    units = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    return "out of memory" + (
+        f", asked for another {float(asked[1]) * units[asked[2]] / 2**20:.4g} MiB" if asked else ""
+    )
 
 
 def _someone_erred() -> bool:
@@ -154,11 +175,15 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0) -> Ite
         dist.init_process_group(backend, store=store, rank=own_rank, world_size=world_size, timeout=timeout)
     else:  # no launcher, so no address to meet at either
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    finished = False
     try:
         with user_errors():
             yield device
+        finished = True
     finally:
-        dist.destroy_process_group()
+        # NCCL would wait for the other ranks, and they perhaps for this one. An exit alone makes torchrun end them.
+        if finished or device == "cpu":
+            dist.destroy_process_group()
         # A sharded model holds its group, and gloo's threads with it, in reference cycles. A thread that drops its last
         # tensor while the interpreter is being torn down aborts the process: end the threads before that.
         atexit.register(gc.collect)

@@ -32,7 +32,7 @@ from minillama.metrics import LogConfig
 from minillama.model import Llama, LlamaConfig
 from minillama.optim import OptimConfig
 from minillama.packing import Packed
-from minillama.profiling import MFU_FORMULA, count_parameters
+from minillama.profiling import MFU_FORMULA, ProfileConfig, count_parameters
 from minillama.tokenizer import load_tokenizer
 from minillama.train import EvalConfig, Progress, TrainConfig, count_steps
 
@@ -65,6 +65,7 @@ class RunConfig:
     fsdp: FsdpConfig = FsdpConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -76,6 +77,10 @@ class RunConfig:
             )
         if self.checkpoint.best and not self.eval.enabled:
             raise UserError("--checkpoint.best needs the validation loss: give --eval.enabled")
+        if self.profile.memory_snapshot and (self.device == "cpu" or not torch.cuda.is_available()):
+            raise UserError("--profile.memory-snapshot is of CUDA's memory: leave it out on a CPU")
+        if self.train.max_steps:
+            self.profile.check_steps(self.train.max_steps)
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,8 @@ def start_run(config: RunConfig, train: Packed) -> Start:
     else:
         progress = checkpoint.progress
         lines = compare_flags(config, checkpoint, fingerprints)
+    config.profile.check_steps(count_steps(train, config.train, progress.window) - progress.step)
+    config.profile.make_folders()
 
     def write() -> None:
         run = {
@@ -209,6 +216,7 @@ HARMLESS = (
     "adapter.from_",
     "data.workers",
     "data.cache_dir",
+    "profile.",
 )
 """Flags that a resumed run may well have otherwise, and not worth a word."""
 
@@ -223,7 +231,7 @@ def compare_flags(config: RunConfig, checkpoint: Checkpoint, fingerprints: dict[
     changed = {
         name: f"--{name.replace('_', '-')} {now.get(name)} (was {before.get(name)})"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name not in HARMLESS
+        if before.get(name) != now.get(name) and not name.startswith(HARMLESS)
     }
     refused = [text for name, text in changed.items() if name.startswith(DECISIVE)]
     for what, flags in (("model", ("model",)), ("data", ("data.", "tokenizer"))):

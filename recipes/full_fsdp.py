@@ -30,10 +30,12 @@ from minillama.distributed import (
 from minillama.errors import UserError
 from minillama.hf import check_weights, load_weights, read_config, save_pretrained
 from minillama.hub import find_model
+from minillama.memory import out_of_memory_explained
 from minillama.metrics import Metrics, plot_loss
 from minillama.model import Llama
 from minillama.optim import LossScaler, OptimConfig, learning_rate, make_optimizer
 from minillama.packing import collate
+from minillama.profiling import profiled
 from minillama.run import RunConfig, load_data, saved_flags, start_run, summary
 from minillama.train import count_steps, eval_batches, evaluate, steps, train_step
 
@@ -81,7 +83,11 @@ def main(config: Config) -> None:
         metrics = Metrics(config, model, device, total, start.progress)
 
         torch.manual_seed(config.seed + rank())  # dropout differs between ranks
-        with Checkpoints(config, start, model, optimizer, scaler, device) as checkpoints:
+        with (
+            Checkpoints(config, start, model, optimizer, scaler, device) as checkpoints,
+            out_of_memory_explained(config, fsdp, model, optimizer, metrics),
+            profiled(config.profile, metrics) as profiler,
+        ):
 
             def run_evaluation(done: int) -> None:
                 if validation:
@@ -100,7 +106,8 @@ def main(config: Config) -> None:
                 lr = learning_rate(step.number, step.epoch, total, config.optim)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                loss, norm = train_step(model, optimizer, batches, clip_norm=config.train.clip_norm, scaler=scaler)
+                with profiler.step(batches):
+                    loss, norm = train_step(model, optimizer, batches, clip_norm=config.train.clip_norm, scaler=scaler)
                 metrics.step(step, lr, loss, norm, batches)
                 if config.eval.due(step):
                     run_evaluation(step.number + 1)

@@ -44,7 +44,7 @@ def test_every_flag_it_names_exists(flags):
     named = set()
     for ours in (cell[0] for cell in cells):
         named |= set(re.findall(r"--[a-z][\w.-]*[a-z]", ours))
-    groups = "data|train|eval|optim|fsdp|checkpoint|log|lora|adapter"
+    groups = "data|train|eval|optim|fsdp|checkpoint|log|profile|lora|adapter"
     named |= set(re.findall(rf"--(?:{groups})\.[\w.-]*[a-z]", README))
     assert len(named) > 20
     assert not named - set.union(*flags.values())
