@@ -13,6 +13,7 @@ from minillama.surgery import replace_modules
 if TYPE_CHECKING:
     from minillama.adapters import load_adapter, save_adapter
     from minillama.hf import from_pretrained, load_weights, save_pretrained
+    from minillama.hub import find_model
     from minillama.tokenizer import load_tokenizer
     from minillama.train import train_step
 
@@ -23,6 +24,7 @@ __all__ = [
     "LoraConfig",
     "apply_llama_adapter",
     "apply_lora",
+    "find_model",
     "from_pretrained",
     "generate",
     "load_adapter",
@@ -40,6 +42,7 @@ __all__ = [
 _LATER = {
     "adapters": ("load_adapter", "save_adapter"),
     "hf": ("from_pretrained", "load_weights", "save_pretrained"),
+    "hub": ("find_model",),
     "tokenizer": ("load_tokenizer",),
     "train": ("train_step",),
 }

@@ -19,6 +19,7 @@ from minillama.model import Llama
 PEFT_PREFIX = "base_model.model."
 CHANGE = ".lora_magnitude_change"
 """Ours of DoRA: PEFT holds the magnitude itself, that is this plus the length of each row of W."""
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OTHER_PEFT = (
     "fan_in_fan_out",
     "alora_invocation_tokens",
@@ -42,7 +43,7 @@ def peft_name(name: str) -> str:
     return PEFT_PREFIX + name.replace(CHANGE, ".lora_magnitude_vector")
 
 
-def _as_peft(name: str, tensor: Tensor) -> Tensor:
+def as_peft(name: str, tensor: Tensor) -> Tensor:
     """The parameter in the shape that PEFT gives it, without a copy: a prompt as (1, prompt_len, C)."""
     return tensor[None] if name.endswith(".adaption_prompt") else tensor
 
@@ -58,7 +59,7 @@ def _gather_as_peft(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
         magnitude = torch.empty_like(parameter, dtype=torch.float32)
         local(magnitude).copy_(local(parameter) + _lengths(model, name))
         parameter = magnitude
-    return _as_peft(name, gather(parameter))
+    return as_peft(name, gather(parameter))
 
 
 @torch.no_grad()
@@ -103,12 +104,17 @@ def peft_config(config: AdapterConfig, base_model: str, num_layers: int) -> dict
             "adapter_layers": min(config.layers, num_layers),
             "target_modules": "self_attn",
         }
+    targets: str | list[str] = list(config.targets)
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+    elif "all-linear" in targets:  # which PEFT knows alone only
+        targets = [*LINEAR, *(target for target in targets if target not in (*LINEAR, "all-linear"))]
     return common | {
         "peft_type": "LORA",
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": "all-linear" if "all-linear" in config.targets else list(config.targets),
+        "target_modules": targets,
         "use_rslora": config.rslora,
         "use_dora": config.dora,
         "bias": "none",
@@ -200,7 +206,7 @@ def check_adapter(model: nn.Module, folder: str | Path) -> None:
             raise UserError(f"{file} does not fit the model: {_difference(names - there, there - names)}")
         for name, parameter in wanted.items():
             shape = tensors.get_slice(peft_name(name)).get_shape()
-            expected = list(_as_peft(name, torch.empty(parameter.shape, device="meta")).shape)
+            expected = list(as_peft(name, torch.empty(parameter.shape, device="meta")).shape)
             if shape != expected:
                 raise UserError(f"{file} does not fit the model: {name} has shape {shape}, not {expected}")
 

@@ -146,38 +146,38 @@ def _inspect(folder: Path) -> tuple[dict[str, Any], str | None]:
     """(checkpoint.json, what is wrong): all files are read and hashed, each by one of the ranks."""
     content: dict[str, Any] = {}
     try:
-        content = _read_mark(folder)
+        content = read_mark(folder)
         mine = sorted(content["files"])[dist.get_rank() :: dist.get_world_size()]
-        problem = next(filter(None, (_damage(folder, name, content["files"][name]) for name in mine)), None)
-    except _Damaged as error:
+        problem = next(filter(None, (damage_of(folder, name, content["files"][name]) for name in mine)), None)
+    except Damaged as error:
         problem = str(error)
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return content, next(filter(None, problems), None)
 
 
-class _Damaged(Exception):
+class Damaged(Exception):
     pass
 
 
-def _read_mark(folder: Path) -> dict[str, Any]:
+def read_mark(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / MARK).read_text())
         content = content if isinstance(content, dict) else {}
         if content.pop("sha256", None) == _hash_of(content):
             return content
     except FileNotFoundError:
-        raise _Damaged(f"{MARK} is missing, so it was not written to its end") from None
+        raise Damaged(f"{MARK} is missing, so it was not written to its end") from None
     except ValueError:
         pass
-    raise _Damaged(f"{MARK} was changed after it was written")
+    raise Damaged(f"{MARK} was changed after it was written")
 
 
 def _hash_of(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _damage(folder: Path, name: str, wanted: dict[str, Any]) -> str | None:
+def damage_of(folder: Path, name: str, wanted: dict[str, Any]) -> str | None:
     if not (folder / name).is_file():
         return f"{name} is missing"
     found = _described(folder / name)
@@ -257,7 +257,7 @@ class Checkpoints:
 
         def reader(part: str) -> dcp.FileSystemReader:
             if content["format"] == "sharded":
-                return _Reader(checkpoint.folder)
+                return IndexReader(checkpoint.folder)
             return dcp.HuggingFaceStorageReader(str(checkpoint.folder / part))
 
         def check() -> None:
@@ -438,7 +438,7 @@ class Checkpoints:
         return [answer for _, answer in answers]
 
 
-class _Reader(dcp.FileSystemReader):
+class IndexReader(dcp.FileSystemReader):
     """DCP keeps its index as a pickle, which could run anything: this one makes nothing but what an index consists of."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -483,7 +483,7 @@ def _consolidate(path: Path, alone: dist.ProcessGroup | None) -> None:
 
     alone: a group of this process, which takes the memory of one file.
     """
-    metadata = _Reader(path).read_metadata().state_dict_metadata
+    metadata = IndexReader(path).read_metadata().state_dict_metadata
     saved = {name: tensor for name, tensor in metadata.items() if isinstance(tensor, TensorStorageMetadata)}
     for part in sorted({name.partition(".")[0] for name in saved}):
         sizes = {
@@ -494,7 +494,7 @@ def _consolidate(path: Path, alone: dist.ProcessGroup | None) -> None:
         (path / part).mkdir()
         for number, names in enumerate(split_by_size(sizes, MAX_FILE_BYTES), 1):
             tensors = {name: torch.empty(saved[name].size, dtype=saved[name].properties.dtype) for name in names}
-            dcp.load(tensors, storage_reader=_Reader(path), process_group=alone)
+            dcp.load(tensors, storage_reader=IndexReader(path), process_group=alone)
             file = path / part / f"{number:05}.safetensors"
             write_tensors(file, {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()})
             with file.open("rb+") as written:

@@ -164,7 +164,12 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0) -> Ite
         atexit.register(gc.collect)
 
 
-def on_rank_zero(task: Callable[[], T]) -> T:
+def patient_group() -> dist.ProcessGroup:
+    """All ranks in a group of its own, for waits that take as long as they take. Every rank must call it."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=30))
+
+
+def on_rank_zero(task: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Runs task on rank 0 while the others wait; if it raises there, every rank raises: UserError where it was an OSError.
 
     Returns the task's result on every rank. Every rank must call it.
@@ -176,7 +181,7 @@ def on_rank_zero(task: Callable[[], T]) -> T:
         except Exception as error:
             failure = error
     answer: list[Any] = [None if failure is None else str(failure), result]
-    dist.broadcast_object_list(answer, src=0)
+    dist.broadcast_object_list(answer, src=0, group=group)
     if failure is not None and not isinstance(failure, (OSError, UserError)):
         raise failure
     if answer[0] is not None:
@@ -198,7 +203,7 @@ def on_each_node(task: Callable[[], T]) -> T:
         except Exception as error:
             failure = error
     answers: list[Any] = [None] * dist.get_world_size()
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    patient = patient_group()
     dist.all_gather_object(answers, (failure and str(failure), result), patient)
     dist.destroy_process_group(patient)
     if failure is not None and not isinstance(failure, (OSError, UserError)):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from minillama.distributed import on_rank_zero
+from minillama.distributed import on_rank_zero, patient_group
 from minillama.errors import UserError
 
 
@@ -34,6 +34,7 @@ def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., No
     A folder that holds something, but no file `mark`, is none of ours: an error, never replaced.
     """
     path, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
+    patient = patient_group() if dist.is_initialized() else None
 
     def on_disk(function: Callable[..., object], *args: Any) -> None:
         def attempt() -> None:
@@ -43,7 +44,7 @@ def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., No
                 raise UserError(f"{folder} cannot be written: {error}") from None
 
         if dist.is_initialized():
-            on_rank_zero(attempt)
+            on_rank_zero(attempt, patient)
         else:
             attempt()
 
@@ -68,6 +69,9 @@ def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., No
         if is_rank_zero():
             shutil.rmtree(path, ignore_errors=True)
         raise
+    finally:
+        if patient is not None:
+            dist.destroy_process_group(patient)
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

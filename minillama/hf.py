@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -23,10 +23,13 @@ from minillama.errors import UserError
 from minillama.files import is_rank_zero, new_folder, read_json, write_json
 from minillama.meta import MetaWeights, Weights, is_meta_folder, read_meta_config
 from minillama.model import Llama, LlamaConfig
+from minillama.tokenizer import load_tokenizer
 
 READ_BYTES = 32 * 2**20
 """Size of the pieces in which tensors are read: host memory on top of the model's own is this, times READERS."""
 READERS = 4
+WRITE_BYTES = 4 * 2**20
+"""Size of the pieces that are written; small enough to stay in a processor's cache while they are cast and added to."""
 MAX_FILE_BYTES = 4 * 2**30
 """Size of the files that save_pretrained writes (one tensor may be more), and so the host memory it takes on rank 0."""
 TOKENIZER_FILES = (
@@ -48,10 +51,18 @@ def read_config(folder: str | Path) -> LlamaConfig:
     if not folder.is_dir():
         raise UserError(
             f"the model folder {folder} does not exist: give a local folder in Hugging Face's format (config.json and "
-            "*.safetensors) or Meta's (params.json and consolidated.*.pth)"
+            "*.safetensors) or Meta's (params.json and consolidated.*.pth), or ORG/NAME of the Hugging Face hub"
         )
     if is_meta_folder(folder):
         return read_meta_config(folder)
+    if not (folder / "config.json").exists():
+        others = {
+            "adapter_config.json": "is an adapter: give the model it is for, and the adapter by its own flag",
+            "checkpoint.json": "is a checkpoint: tools/convert_checkpoint.py makes a model of it",
+            "run.json": "is the output of a run: give the model/ in it, or make one by tools/convert_checkpoint.py",
+        }
+        found = next((text for file, text in others.items() if (folder / file).exists()), "is no model folder")
+        raise UserError(f"{folder} {found} (it has neither Hugging Face's config.json nor Meta's params.json)")
     try:
         return LlamaConfig.from_dict(read_json(folder / "config.json"))
     except UserError as error:
@@ -73,10 +84,10 @@ def find_tensors(folder: str | Path) -> dict[str, Path]:
     single = folder / "model.safetensors"
     if not single.exists():
         raise UserError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")
-    return dict.fromkeys(_tensor_names(single), single)
+    return dict.fromkeys(tensor_names(single), single)
 
 
-def _tensor_names(file: Path) -> list[str]:
+def tensor_names(file: Path) -> list[str]:
     with open_tensors(file) as tensors:
         return list(tensors.keys())
 
@@ -88,14 +99,14 @@ def open_tensors(file: Path) -> Any:
         raise UserError(f"{file} cannot be read, it may be truncated or not a safetensors file: {error}") from None
 
 
-class HfWeights:
-    """The tensors of a Hugging Face folder, read a few rows at a time; making one reads the files' headers.
+class SafetensorsWeights:
+    """Tensors in safetensors files, each by name in the one given, read a few rows at a time; making one reads headers.
 
-    Raises UserError for files that are missing, damaged, or not as the index says.
+    Raises UserError for files that are damaged, or without the tensors that should be there.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self._files = find_tensors(folder)
+    def __init__(self, files: dict[str, Path]) -> None:
+        self._files = files
         self.names = list(self._files)
         self._described: dict[str, tuple[list[int], torch.dtype]] = {}
         for file in dict.fromkeys(self._files.values()):
@@ -122,7 +133,7 @@ class HfWeights:
 def open_weights(folder: str | Path) -> Weights:
     """The tensors of a Hugging Face or Meta folder. Raises UserError for what is missing or damaged."""
     folder = Path(folder)
-    return MetaWeights(folder) if is_meta_folder(folder) else HfWeights(folder)
+    return MetaWeights(folder) if is_meta_folder(folder) else SafetensorsWeights(find_tensors(folder))
 
 
 def weights_fingerprint(folder: str | Path) -> str:
@@ -276,8 +287,9 @@ def save_pretrained(
         raise UserError(f"{folder} cannot be written: the base model is there, and its files are needed")
     weights = check_weights(model, base)
     dtypes = {name: weights.dtype(name) for name in base_parameters(model)}
-    copies = {file: base / file for file in ("config.json", "generation_config.json")}
-    copies |= tokenizer_files(base if tokenizer is None else Path(tokenizer))
+    copies = companions(base, tokenizer)
+    if not is_meta_folder(base):
+        copies["config.json"] = base / "config.json"  # to the letter
 
     reshard(model)  # first: it is the sharded parameters that stay
     parameters = base_parameters(model)
@@ -288,9 +300,10 @@ def save_pretrained(
         write_tensors(file, tensors | {name: weights.rows(name, 0, weights.shape(name)[0]) for name in copied})
 
     with new_folder(folder, mark="config.json") as (path, on_disk):
-        on_disk(_copy, copies, path)
+        on_disk(copy_files, copies, path)
         if is_meta_folder(base):
-            on_disk(write_json, path / "config.json", config_json(model.config, next(iter(dtypes.values()))))
+            described = config_json(base, model.config, dtypes["model.embed_tokens.weight"], tokenizer)
+            on_disk(write_json, path / "config.json", described)
         if len(files) > 1:
             on_disk(write_json, path / "model.safetensors.index.json", _index(files, sizes))
         for file, names in files.items():
@@ -298,15 +311,30 @@ def save_pretrained(
             on_disk(write_with_copies, path / file, tensors, [name for name in names if name in unchanged])
 
 
-def write_hf(
+def write_model(
     weights: Weights,
-    config: dict[str, Any],
-    folder: Path,
+    config: LlamaConfig,
+    folder: str | Path,
+    base: str | Path,
+    tokenizer: str | Path | None = None,
     *,
     dtype: torch.dtype | None = None,
-    progress: Callable[[int], Any] = lambda count: None,
 ) -> None:
-    """Writes config.json and the tensors into a folder that exists, READ_BYTES at a time.
+    """Writes tensors that can be read a few rows at a time as a Hugging Face folder: whole, or not at all.
+
+    The files that go with them are those of `base`, and of `tokenizer` if given, as in save_pretrained. Every rank must
+    call it; rank 0 reads and writes. dtype: None keeps each tensor's. Raises UserError for what goes wrong on the disk.
+    """
+    folder, base = Path(folder).resolve(), Path(base)
+    copies = companions(base, tokenizer)
+    described = config_json(base, config, dtype or weights.dtype("model.embed_tokens.weight"), tokenizer)
+    with new_folder(folder, mark="config.json") as (path, on_disk):
+        on_disk(copy_files, copies, path)
+        on_disk(write_hf, weights, described, path, dtype)
+
+
+def write_hf(weights: Weights, config: dict[str, Any], folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes config.json and the tensors into a folder that exists, WRITE_BYTES at a time.
 
     config: the contents of config.json. dtype: None keeps each tensor's.
     """
@@ -318,6 +346,7 @@ def write_hf(
     write_json(folder / "config.json", config)
     if len(files) > 1:
         write_json(folder / "model.safetensors.index.json", _index(files, sizes))
+    bar = tqdm(total=sum(sizes.values()), desc="writing", unit="B", unit_scale=True, leave=False)
     for file, inside in files.items():
         # The format: 8 bytes with the length of a JSON header, the header, then all tensors' bytes as it says.
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -331,19 +360,30 @@ def write_hf(
             opened.write(len(text).to_bytes(8, "little") + text)
             for name in inside:
                 height = weights.shape(name)[0]
-                step = max(1, READ_BYTES * height // max(1, sizes[name]))
+                step = max(1, WRITE_BYTES * height // max(1, sizes[name]))
                 for start in range(0, height, step):
                     rows = weights.rows(name, start, min(start + step, height)).to(dtypes[name]).contiguous()
-                    progress(opened.write(rows.view(torch.uint8).numpy().data))
+                    bar.update(opened.write(rows.view(torch.uint8).numpy().data))
+    bar.close()
 
 
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
-def config_json(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of a model that did not come with one."""
+def config_json(
+    base: Path, config: LlamaConfig, dtype: torch.dtype, tokenizer: str | Path | None = None
+) -> dict[str, Any]:
+    """config.json of a model of this config and dtype that was made from `base`: with all that base's own says."""
     kind = str(dtype).removeprefix("torch.")
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": kind} | asdict(config)
+    if not is_meta_folder(base):
+        described = read_json(base / "config.json")
+        key = "dtype" if "dtype" in described else "torch_dtype"  # transformers 5's name, and 4's
+        return described | {key: kind, "tie_word_embeddings": config.tie_word_embeddings}
+    described = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": kind} | asdict(config)
+    if any(path.exists() for path in companions(base, tokenizer).values()):
+        known = load_tokenizer(tokenizer or base)
+        described |= {"bos_token_id": known.bos_id, "eos_token_id": known.eos_id}
+    return described
 
 
 def split_into_files(sizes: dict[str, int]) -> dict[str, list[str]]:
@@ -369,17 +409,25 @@ def split_by_size(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return groups
 
 
-def tokenizer_files(path: Path) -> dict[str, Path]:
-    """Where a tokenizer's files are, there or not, by the names that they have in a Hugging Face folder."""
+def companions(base: Path, tokenizer: str | Path | None = None) -> dict[str, Path]:
+    """Where the generation settings and the tokenizer's files are, there or not, by the names they have in a Hugging
+    Face folder: those of `base`, or the tokenizer of another folder or file."""
+    path = base if tokenizer is None else Path(tokenizer)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder, so the tokenizer cannot be copied from it")
-    if path.is_dir():
-        return {file: path / file for file in TOKENIZER_FILES}
-    own_name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
-    return tokenizer_files(path.parent) | {own_name: path}
+    folder = path if path.is_dir() else path.parent
+    found = {"generation_config.json": base / "generation_config.json"}
+    found |= {file: folder / file for file in TOKENIZER_FILES}
+    if not path.is_dir():
+        found["tokenizer.json" if path.suffix == ".json" else "tokenizer.model"] = path
+    elif not found["tokenizer.model"].exists():
+        found["tokenizer.model"] = (
+            folder / "original" / "tokenizer.model"
+        )  # where Meta's own Hugging Face folders have it
+    return found
 
 
-def _copy(sources: dict[str, Path], folder: Path) -> None:
+def copy_files(sources: dict[str, Path], folder: Path) -> None:
     for file, source in sources.items():
         if source.exists():
             shutil.copyfile(source, folder / file)

@@ -175,7 +175,7 @@ def row_norms(weight: Tensor) -> Tensor:
 
 def add_product(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """weight + scale * b a, in fp32: (out, in) + (out, rank) (rank, in)."""
-    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
+    return weight.to(torch.float32, copy=True).addmm_(b.float(), a.float(), alpha=scale)
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float, *, change: Tensor | None = None) -> Tensor:
@@ -186,7 +186,7 @@ def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float, *, change: Tensor 
     merged = add_product(weight, a, b, scale)
     if change is None:
         return merged
-    return merged * ((row_norms(weight) + change.float()) / row_norms(merged))[:, None]
+    return merged.mul_(((row_norms(weight) + change.float()) / row_norms(merged))[:, None])
 
 
 def apply_lora(model: Llama, config: LoraConfig) -> Llama:

@@ -7,7 +7,6 @@ stand in another order. Several files hold equal parts of each tensor, as the pr
 import json
 import mmap
 import pickle
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.serialization import set_default_mmap_options, skip_data
+from tqdm import tqdm
 
 from minillama.errors import UserError
 from minillama.files import read_json
@@ -253,10 +253,8 @@ def write_meta(
     weights: Weights,
     config: LlamaConfig,
     folder: Path,
-    *,
     dtype: torch.dtype | None = None,
     files: int = 1,
-    progress: Callable[[int], Any] = lambda count: None,
 ) -> None:
     """Writes params.json and consolidated.NN.pth into a folder that exists, PIECE_BYTES at a time.
 
@@ -270,6 +268,7 @@ def write_meta(
     if config.intermediate_size % files:
         raise UserError(f"{files} files: the feed-forward width {config.intermediate_size} is not a multiple of it")
     names = meta_names(config.num_hidden_layers)
+    bar = tqdm(desc="writing", unit="B", unit_scale=True, leave=False)
     for number in range(files):
         file = folder / f"consolidated.{number:02}.pth"
         empty = {}
@@ -287,7 +286,8 @@ def write_meta(
         for ours, (theirs, dim) in names.items():
             source = "model.embed_tokens.weight" if ours not in weights.names else ours
             _fill(tensors[theirs], weights, source, dim, number, files, config.head_dim or 0)
-            progress(tensors[theirs].nbytes)
+            bar.update(tensors[theirs].nbytes)
+    bar.close()
     (folder / "params.json").write_text(json.dumps(params, indent=2) + "\n")
 
 

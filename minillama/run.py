@@ -27,6 +27,7 @@ from minillama.distributed import Device, FsdpConfig, all_reduce, on_each_node, 
 from minillama.errors import UserError
 from minillama.files import read_json
 from minillama.hf import weights_fingerprint
+from minillama.hub import model_name
 from minillama.metrics import LogConfig
 from minillama.model import Llama, LlamaConfig
 from minillama.optim import OptimConfig
@@ -43,7 +44,7 @@ class RunConfig:
     """The flags of every training recipe."""
 
     model: Path
-    """Folder of the base model, in Hugging Face's format or Meta's."""
+    """Folder of the base model, in Hugging Face's format or Meta's; or ORG/NAME of the Hugging Face hub."""
     output_dir: Path
     """Folder for what the run leaves; made if need be."""
     tokenizer: Path | None = None
@@ -119,7 +120,8 @@ def start_run(config: RunConfig, train: Packed) -> Start:
             "id": uuid.uuid4().hex,
             "launch": _launch(),
             "command": sys.argv,
-            "flags": asdict(config),
+            "flags": asdict(config) | {"model": model_name(config.model)},
+            "model_folder": config.model.resolve(),
             "data": {"tokens": train.tokens, "packs": len(train), "efficiency": round(efficiency, 4)},
             "world_size": dist.get_world_size(),
             "resumed_from": checkpoint and checkpoint.folder,
@@ -198,7 +200,16 @@ def _continues(output_dir: Path, resume: str, checkpoint: Checkpoint | None) -> 
 
 DECISIVE = ("seed", "optim.kind", "fsdp.precision", "train.freeze_layers", "lora.", "adapter.")
 """Flags, or groups of them, without which a run cannot go on as it began."""
-HARMLESS = ("resume", "config", "output_dir", "lora.from_", "adapter.from_", "data.workers", "data.cache_dir")
+HARMLESS = (
+    "resume",
+    "config",
+    "output_dir",
+    "lora.from_",
+    "lora.merge",
+    "adapter.from_",
+    "data.workers",
+    "data.cache_dir",
+)
 """Flags that a resumed run may well have otherwise, and not worth a word."""
 
 

@@ -9,7 +9,7 @@ import gc
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from minillama.distributed import (
 from minillama.errors import UserError
 from minillama.files import write_json
 from minillama.hf import read_config
+from minillama.hub import find_model
 from minillama.inference import Dtype, find_stop_ids, load_model
 from minillama.packing import Packed
 from minillama.run import described, load_evaluation_data
@@ -43,7 +44,7 @@ class Config:
     On several processes each holds a part of the model, and they share the work."""
 
     model: Path
-    """Folder of the model, in Hugging Face's format or Meta's; a full fine-tuning's model/."""
+    """Folder of the model, in Hugging Face's format or Meta's; a full fine-tuning's model/; or ORG/NAME of the hub."""
     adapter: Path | None = None
     """Folder of an adapter for it, in PEFT's format."""
     compare: bool = False
@@ -148,6 +149,7 @@ def table(columns: dict[str, dict[str, Any]]) -> str:
 
 def main(config: Config) -> None:
     with process_group(config.device) as device:
+        config = replace(config, model=find_model(config.model))
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         tasks = find_tasks(config) if config.tasks else None
         rows = None

@@ -4,11 +4,11 @@
     torchrun --nproc_per_node 8 recipes/full_fsdp.py --model DIR --output-dir out/eight \\
         --data.dataset alpaca --data.path alpaca_data.json --fsdp.recompute full                eight GPUs
 
-DIR is a local folder in Hugging Face's format: config.json, *.safetensors, tokenizer files. Leaves such a folder with
+DIR is a folder in Hugging Face's format or Meta's, or ORG/NAME of the Hugging Face hub. Leaves such a folder with
 the trained weights in OUTPUT_DIR/model, a line a step in metrics.jsonl, and loss.png. All flags: --help.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import tyro
@@ -29,6 +29,7 @@ from minillama.distributed import (
 )
 from minillama.errors import UserError
 from minillama.hf import check_weights, load_weights, read_config, save_pretrained
+from minillama.hub import find_model
 from minillama.metrics import Metrics, plot_loss
 from minillama.model import Llama
 from minillama.optim import LossScaler, OptimConfig, learning_rate, make_optimizer
@@ -55,6 +56,7 @@ def freeze_first(model: Llama, count: int) -> None:
 
 def main(config: Config) -> None:
     with process_group(config.device, config.fsdp.timeout_minutes) as device:
+        config = replace(config, model=find_model(config.model))
         with torch.device("meta"):
             model = Llama(read_config(config.model))
         check_weights(model, config.model)

@@ -8,7 +8,7 @@ torchrun --nproc_per_node 4 recipes/generate.py --model Llama-3.1-70B-Instruct -
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from minillama.distributed import (
 )
 from minillama.errors import UserError
 from minillama.generate import stream
+from minillama.hub import find_model
 from minillama.inference import Dtype, find_stop_ids, load_model
 from minillama.rows import read_rows
 from minillama.tokenizer import load_tokenizer
@@ -35,7 +36,7 @@ class Config:
     """Ask a model: one prompt, a file of them, or a chat. On several processes each holds a part of the model."""
 
     model: Path
-    """Folder of the model, in Hugging Face's format or Meta's; a full fine-tuning's model/."""
+    """Folder of the model, in Hugging Face's format or Meta's; a full fine-tuning's model/; or ORG/NAME of the hub."""
     adapter: Path | None = None
     """Folder of an adapter for it, in PEFT's format."""
     tokenizer: Path | None = None
@@ -101,6 +102,7 @@ def to_tokens(config: Config, tokenizer: Any, asked: str | list[dict[str, Any]])
 
 def main(config: Config) -> None:
     with process_group(config.device) as device:
+        config = replace(config, model=find_model(config.model))
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         model = load_model(config.model, device, adapter=config.adapter, dtype=config.dtype)
         settings: dict[str, Any] = {

@@ -3,8 +3,9 @@
     python recipes/llama_adapter_fsdp.py --model DIR --output-dir out/one                       one process
     torchrun --nproc_per_node 4 recipes/llama_adapter_fsdp.py --model DIR --output-dir out/four four GPUs
 
-DIR is a local folder in Hugging Face's format. Trains a prompt and a gate in the top layers' attention. Leaves them,
-as PEFT's AdaptionPrompt, in OUTPUT_DIR/adapter, a line a step in metrics.jsonl, and loss.png. All flags: --help.
+DIR is a folder in Hugging Face's format or Meta's, or ORG/NAME of the Hugging Face hub. Trains a prompt and
+a gate in the top layers' attention. Leaves them, as PEFT's AdaptionPrompt, in OUTPUT_DIR/adapter, a line a step in
+metrics.jsonl, and loss.png. All flags: --help.
 """
 
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from minillama.distributed import (
 )
 from minillama.errors import UserError
 from minillama.hf import check_weights, load_weights, read_config
+from minillama.hub import find_model, model_name
 from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.metrics import Metrics, plot_loss
 from minillama.model import Llama
@@ -58,6 +60,7 @@ def main(config: Config) -> None:
     if config.train.freeze_layers:
         raise UserError("--train.freeze-layers is for full_fsdp.py: under llama-adapter the whole base is frozen")
     with process_group(config.device, config.fsdp.timeout_minutes) as device:
+        config = replace(config, model=find_model(config.model))
         with torch.device("meta"):
             model = Llama(read_config(config.model))
             model.requires_grad_(False)
@@ -114,7 +117,7 @@ def main(config: Config) -> None:
                 checkpoints.after(step, metrics)
         metrics.close()
 
-        save_adapter(model, config.output_dir / "adapter", config.adapter, str(config.model.resolve()))
+        save_adapter(model, config.output_dir / "adapter", config.adapter, model_name(config.model.resolve()))
         say(f"adapter: {config.output_dir / 'adapter'}, in PEFT's format")
         if rank() == 0:
             plot_loss(config.output_dir / "metrics.jsonl", config.output_dir / "loss.png")

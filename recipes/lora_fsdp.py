@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 4 recipes/lora_fsdp.py --model DIR --output-dir out/four \\
         --data.dataset alpaca --data.path alpaca_data.json --fsdp.recompute full                four GPUs
 
-DIR is a local folder in Hugging Face's format: config.json, *.safetensors, tokenizer files. Leaves the adapter,
+DIR is a folder in Hugging Face's format or Meta's, or ORG/NAME of the Hugging Face hub. Leaves the adapter,
 in PEFT's format, in OUTPUT_DIR/adapter, a line a step in metrics.jsonl, and loss.png. All flags: --help.
 """
 
@@ -15,7 +15,14 @@ from typing import Annotated
 import torch
 import tyro
 
-from minillama.adapters import check_adapter, continue_adapter, load_adapter_weights, save_adapter
+from minillama.adapters import (
+    check_adapter,
+    continue_adapter,
+    load_adapter_weights,
+    peft_config,
+    save_adapter,
+    vllm_refusals,
+)
 from minillama.checkpoint import Checkpoints
 from minillama.distributed import (
     choose_strategy,
@@ -32,7 +39,9 @@ from minillama.distributed import (
 )
 from minillama.errors import UserError
 from minillama.hf import check_weights, load_weights, read_config
+from minillama.hub import find_model, model_name
 from minillama.lora import LoraConfig, apply_lora
+from minillama.merge import merge_adapter
 from minillama.metrics import Metrics, plot_loss
 from minillama.model import Llama
 from minillama.optim import LossScaler, learning_rate, make_optimizer
@@ -45,6 +54,8 @@ from minillama.train import count_steps, eval_batches, evaluate, steps, train_st
 class LoraFlags(LoraConfig):
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Folder of a LoRA to start from, in PEFT's format; its rank, alpha, targets and dropout are taken too."""
+    merge: bool = False
+    """At the end, also write base and LoRA as one Hugging Face folder, OUTPUT_DIR/model."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ def main(config: Config) -> None:
     if config.train.freeze_layers:
         raise UserError("--train.freeze-layers is for full_fsdp.py: under LoRA the whole base is frozen")
     with process_group(config.device, config.fsdp.timeout_minutes) as device:
+        config = replace(config, model=find_model(config.model))
         with torch.device("meta"):
             model = Llama(read_config(config.model))
             model.requires_grad_(False)
@@ -114,8 +126,13 @@ def main(config: Config) -> None:
                 checkpoints.after(step, metrics)
         metrics.close()
 
-        save_adapter(model, config.output_dir / "adapter", config.lora, str(config.model.resolve()))
+        save_adapter(model, config.output_dir / "adapter", config.lora, model_name(config.model.resolve()))
         say(f"adapter: {config.output_dir / 'adapter'}, in PEFT's format")
+        for refusal in vllm_refusals(peft_config(config.lora, "", 0)):
+            say(f"vLLM: {refusal}")
+        if config.lora.merge:
+            merge_adapter(config.model, config.output_dir / "adapter", config.output_dir / "model", config.tokenizer)
+            say(f"model: {config.output_dir / 'model'}, base and LoRA in one, in Hugging Face's format")
         if rank() == 0:
             plot_loss(config.output_dir / "metrics.jsonl", config.output_dir / "loss.png")
 

@@ -79,10 +79,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     return [value for _, value in results]
 
 
-def run_script(script: Path, *args: Any, world_size: int = 1, log: Path) -> tuple[list[int], str]:
+def run_script(
+    script: Path, *args: Any, world_size: int = 1, log: Path, env: dict[str, str] | None = None
+) -> tuple[list[int], str]:
     """The script with these flags, as torchrun would start it: exit code of each rank, and what all of them printed."""
     log.unlink(missing_ok=True)
-    results = _processes(_call_script, world_size, script, [str(a) for a in args], log)
+    results = _processes(_call_script, world_size, script, [str(a) for a in args], log, env or {})
     return [value for _, value in results], log.read_text()
 
 
@@ -132,7 +134,8 @@ def _call_with_mesh(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         return function(make_mesh(FsdpConfig(strategy="full-shard"), device), *args)
 
 
-def _call_script(script: Path, args: list[str], log: Path) -> int:
+def _call_script(script: Path, args: list[str], log: Path, env: dict[str, str]) -> int:
+    os.environ |= env
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

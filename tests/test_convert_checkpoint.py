@@ -207,6 +207,69 @@ def test_tokenizer(tmp_path, pre):
     assert digits == (["1", "2", "3", "4"] if pre == "smollm" else ["123", "4"])
 
 
+LLAMA2 = Path(__file__).resolve().parents[2] / "shared/data/tokenizers/llama2/tokenizer.model"
+
+
+@pytest.mark.parametrize(
+    "real", [False, pytest.param(True, marks=pytest.mark.skipif(not LLAMA2.exists(), reason="data"))]
+)
+def test_sentencepiece_tokenizer(tmp_path, real):
+    """The same ids as the model that GGUF's pieces, scores and types were taken from, as llama.cpp's converter does."""
+    import io
+
+    import sentencepiece
+
+    from minillama.tokenizer import load_tokenizer
+
+    texts = [
+        "the quick brown fox jumps over the lazy dog",
+        "  two spaces, then 12 34",
+        "",
+        "wörld's é\n\ttab 汉字 😀 a",
+    ]
+    if real:
+        original = sentencepiece.SentencePieceProcessor(model_file=str(LLAMA2))
+    else:
+        trained = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts * 20),
+            model_writer=trained,
+            model_type="bpe",
+            vocab_size=330,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            character_coverage=0.98,
+            minloglevel=2,
+        )
+        original = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+    ids = range(original.get_piece_size())
+
+    def kind(id_):
+        tests = {2: original.is_unknown, 3: original.is_control, 5: original.is_unused, 6: original.is_byte}
+        return next((number for number, is_it in tests.items() if is_it(id_)), 1)
+
+    fields = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [original.id_to_piece(id_) for id_ in ids],
+        "tokenizer.ggml.scores": [original.get_score(id_) for id_ in ids],
+        "tokenizer.ggml.token_type": [kind(id_) for id_ in ids],
+        "tokenizer.ggml.bos_token_id": original.bos_id(),
+        "tokenizer.ggml.eos_token_id": original.eos_id(),
+        "tokenizer.ggml.unknown_token_id": original.unk_id(),
+        "llama.context_length": 128,
+    }
+    model, config = tool.read_tokenizer(fields)
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in texts:
+        assert tokenizer.encode(text) == original.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == original.decode(original.encode(text))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert (config["bos_token"], config["eos_token"], config["add_bos_token"]) == ("<s>", "</s>", True)
+
+
 def llama3_divisors(head_dim: int, theta: float, factor: float) -> np.ndarray:
     """As llama.cpp computes rope_freqs for Llama 3.1: no transformers function returns the divisors."""
     divisors = []
@@ -294,7 +357,7 @@ def test_to_metas_format_and_back(tmp_path, monkeypatch, tied, files):
     assert {p.name for p in (tmp_path / "meta").iterdir()} == names | {f"consolidated.0{n}.pth" for n in range(files)}
 
     monkeypatch.setattr("minillama.hf.MAX_FILE_BYTES", 40_000)
-    monkeypatch.setattr("minillama.hf.READ_BYTES", 500)
+    monkeypatch.setattr("minillama.hf.WRITE_BYTES", 500)
     tool.convert_checkpoint(tmp_path / "meta", tmp_path / "back")
     parts = sorted((tmp_path / "back").glob("*.safetensors"))
     assert len(parts) > 1 and parts[0].name == f"model-00001-of-{len(parts):05}.safetensors"
@@ -340,7 +403,7 @@ def test_what_is_not_converted(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         tool.convert_checkpoint(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"config\.json is missing"):
+    with pytest.raises(UserError, match=r"is no model folder"):
         tool.convert_checkpoint(tmp_path / "empty", tmp_path / "out")
     (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(UserError, match=r"model\.safetensors cannot be read, it may be truncated"):

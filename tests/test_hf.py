@@ -109,7 +109,7 @@ def test_rope_frequencies_of_old_files_are_passed_over(tmp_path):
 def test_bad_folders(tmp_path):
     with pytest.raises(UserError, match="nowhere does not exist"):
         from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"config.json is missing"):
+    with pytest.raises(UserError, match=r"is no model folder"):
         from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json cannot be read"):

@@ -13,6 +13,7 @@ ONLY_IN = {
     "sentencepiece": {"minillama/tokenizer.py"},
     "jinja2": {"minillama/chat.py"},
     "safetensors": {"minillama/hf.py", "tools"},
+    "huggingface_hub": {"minillama/hub.py", "tools"},
     "wandb": {"minillama/metrics.py"},
     "matplotlib": {"minillama/metrics.py"},
     "gguf": {"tools"},
@@ -74,12 +75,12 @@ def test_importing_the_library_does_nothing_and_imports_nothing_heavy():
     code = """
 import os, sys, logging
 before = dict(os.environ), logging.root.handlers[:]
-import minillama, minillama.metrics, minillama.packing
+import minillama, minillama.hub, minillama.metrics, minillama.packing
 assert (dict(os.environ), logging.root.handlers) == before
 import torch
 assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
 heavy = {"transformers", "datasets", "matplotlib", "wandb", "tensorboard", "tiktoken", "sentencepiece", "jinja2", "tyro"}
-heavy |= {"pyarrow"}
+heavy |= {"pyarrow", "huggingface_hub"}
 print(sorted(heavy & set(sys.modules)))
 """
     run = subprocess.run(

@@ -50,7 +50,7 @@ def test_every_flag_it_names_exists(flags):
     assert not named - set.union(*flags.values())
     lines = "\n".join(CODE).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line) for line in lines if re.search(r"recipes/\w+_fsdp.py --", line)]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         recipe = next(Path(word).name for word in command if word.startswith("recipes/"))
         assert not {word for word in command if word.startswith("--")} - flags[recipe] - {"--nproc_per_node"}

@@ -1,16 +1,17 @@
-"""Convert a checkpoint between Hugging Face's format and Meta's, or a GGUF file to Hugging Face's.
+"""Convert a checkpoint between Hugging Face's format and Meta's, or a GGUF file or a run's checkpoint to Hugging Face's.
 
     python tools/convert_checkpoint.py Llama-3.2-1B meta/Llama-3.2-1B
     python tools/convert_checkpoint.py meta/Llama-3.2-1B hf/Llama-3.2-1B --tokenizer Llama-3.2-1B
+    python tools/convert_checkpoint.py out/full/checkpoints/step-00000100 hf/full-100
     python tools/convert_checkpoint.py SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-135M-Instruct
 
-What SOURCE is decides: a Hugging Face folder becomes a Meta folder, a Meta folder or a GGUF file a Hugging Face folder.
-Tensors are read and written a few rows at a time. GGUF needs the gguf package (pip install "minillama[demo]"); what its
-quantisation lost stays lost.
+What SOURCE is decides: a Hugging Face folder becomes a Meta folder; a Meta folder, a GGUF file or a checkpoint a Hugging
+Face folder, with the base that the checkpoint was trained on and LoRA merged into it; a llama-adapter's checkpoint an
+adapter folder. Tensors are read and written a few rows at a time. GGUF needs the gguf package (pip install
+"minillama[gguf]"); what its quantisation lost stays lost.
 """
 
 import math
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,13 +19,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
 
 from minillama.errors import UserError
 from minillama.files import new_folder, write_json
-from minillama.hf import config_json, open_weights, read_config, tokenizer_files, write_hf
-from minillama.meta import Weights, interleaved, is_meta_folder, write_meta
-from minillama.tokenizer import load_tokenizer
+from minillama.hf import companions, copy_files, open_weights, read_config, write_hf, write_model
+from minillama.hub import find_model
+from minillama.merge import export_checkpoint
+from minillama.meta import interleaved, is_meta_folder, write_meta
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -39,56 +40,52 @@ def convert_checkpoint(
     dtype: Literal["same", "bfloat16", "float16", "float32"] = "same",
     files: int = 1,
     tokenizer: Path | None = None,
+    base: Path | None = None,
+    adapter_only: bool = False,
 ) -> None:
-    """Convert a checkpoint from Hugging Face's format to Meta's, or from Meta's or GGUF to Hugging Face's.
+    """Convert a checkpoint from Hugging Face's format to Meta's, or from Meta's, GGUF or a run's to Hugging Face's.
 
     Args:
-        source: a Hugging Face folder, a Meta folder, or a GGUF file (Llama architecture, byte-level BPE tokenizer).
+        source: a Hugging Face folder, a Meta folder, a GGUF file (of Llama's architecture), or a
+            run's OUTPUT_DIR/checkpoints/step-... of either format; or ORG/NAME of the
+            Hugging Face hub.
         target: the folder to write; it must not exist yet, or be empty.
-        dtype: of the weights written. same: as they are; bfloat16 from GGUF.
+        dtype: of the weights written. same: as they are, of a checkpoint as in the base; bfloat16 from GGUF.
         files: of a Meta folder: consolidated.00.pth and so on, for as many processes of its model parallelism.
-        tokenizer: folder or file to take the tokenizer from; None: the source's own.
+        tokenizer: folder or file to take the tokenizer from; None: the source's own, or the run's.
+        base: the model that a run's checkpoint was trained on; None: where it was then.
+        adapter_only: of a LoRA's checkpoint: write the adapter in PEFT's format, do not merge it.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists already; name another target, or remove it first")
+    check_empty(target)
+    source = find_model(source)
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
-    to_meta = source.is_dir() and not is_meta_folder(source)
+    is_run = (source / "checkpoint.json").exists()
+    to_meta = source.is_dir() and not is_run and not is_meta_folder(source)
     if files != 1 and (not to_meta or files < 1):
         raise UserError(f"--files {files}: only a Meta folder has several such files, at least 1")
+    if not is_run and (base or adapter_only):
+        raise UserError("--base and --adapter-only are for a run's checkpoint, and SOURCE is none")
+    if adapter_only and dtype != "same":
+        raise UserError(f"--dtype {dtype} with --adapter-only: an adapter keeps its own")
     wanted = None if dtype == "same" else getattr(torch, dtype)
     if source.is_file():
         convert_gguf(source, target, wanted or torch.bfloat16)
-        return
-
-    config, weights = read_config(source), open_weights(source)
-    copied = tokenizer_files(tokenizer or source) | {"generation_config.json": source / "generation_config.json"}
-    model = source / "original" / "tokenizer.model"  # where Meta's own Hugging Face folders have it
-    if not copied["tokenizer.model"].exists() and model.exists():
-        copied["tokenizer.model"] = model
-    with new_folder(target, mark="config.json") as (folder, on_disk), progress_bar(weights) as bar:
-        if to_meta:
-            on_disk(lambda: write_meta(weights, config, folder, dtype=wanted, files=files, progress=bar.update))
-        else:
-            described = config_json(config, wanted or weights.dtype("model.embed_tokens.weight"))
-            if any(path.exists() for path in copied.values()):
-                known = load_tokenizer(tokenizer or source)
-                described |= {"bos_token_id": known.bos_id, "eos_token_id": known.eos_id}
-            on_disk(lambda: write_hf(weights, described, folder, dtype=wanted, progress=bar.update))
-        on_disk(copy, copied, folder)
-    parameters = sum(math.prod(weights.shape(name)) for name in weights.names)
-    print(f"{target}: {len(weights.names)} tensors, {parameters:,} parameters")
+    elif is_run:
+        export_checkpoint(source, target, base, tokenizer, dtype=wanted, adapter_only=adapter_only)
+    elif to_meta:
+        config, weights = read_config(source), open_weights(source)
+        with new_folder(target, mark="params.json") as (folder, on_disk):
+            on_disk(copy_files, companions(source, tokenizer), folder)
+            on_disk(write_meta, weights, config, folder, wanted, files)
+    else:
+        write_model(open_weights(source), read_config(source), target, source, tokenizer, dtype=wanted)
+    print(f"{target}: {sum(file.stat().st_size for file in target.iterdir()) / 1e9:.2f} GB")
 
 
-def progress_bar(weights: Weights) -> Any:
-    total = sum(math.prod(weights.shape(name)) * weights.dtype(name).itemsize for name in weights.names)
-    return tqdm(total=total, desc="converting", unit="B", unit_scale=True, leave=False)
-
-
-def copy(sources: dict[str, Path], folder: Path) -> None:
-    for name, file in sources.items():
-        if file.exists():
-            shutil.copyfile(file, folder / name)
+def check_empty(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists already; name another target, or remove it first")
 
 
 # --- GGUF
@@ -109,20 +106,21 @@ def convert_gguf(source: Path, target: Path, dtype: torch.dtype) -> None:
     }
     generation_config = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     weights = GgufWeights(tensors, config)
-    with new_folder(target, mark="config.json") as (folder, on_disk), progress_bar(weights) as bar:
+    with new_folder(target, mark="config.json") as (folder, on_disk):
         on_disk(write_json, folder / "generation_config.json", generation_config)
-        on_disk(write_json, folder / "tokenizer.json", tokenizer)
+        if isinstance(tokenizer, bytes):
+            on_disk((folder / "tokenizer.model").write_bytes, tokenizer)
+        else:
+            on_disk(write_json, folder / "tokenizer.json", tokenizer)
         on_disk(write_json, folder / "tokenizer_config.json", tokenizer_config)
-        on_disk(lambda: write_hf(weights, config, folder, dtype=dtype, progress=bar.update))
-    parameters = sum(math.prod(weights.shape(name)) for name in weights.names)
-    print(f"{target}: {len(weights.names)} tensors, {parameters:,} parameters, {config['torch_dtype']}")
+        on_disk(write_hf, weights, config, folder, dtype)
 
 
 def open_gguf(source: Path) -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise UserError('reading GGUF needs the gguf package: pip install "minillama[demo]"') from error
+        raise UserError('reading GGUF needs the gguf package: pip install "minillama[gguf]"') from error
     if not source.is_file():
         raise UserError(f"{source}: no such file")
     with source.open("rb") as file:
@@ -265,11 +263,68 @@ def dequantise(tensor: Any, data: np.ndarray) -> np.ndarray:
         raise UserError(f"{tensor.name} is quantised as {kind}, which gguf cannot dequantise") from error
 
 
-def read_tokenizer(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """tokenizer.json and tokenizer_config.json of a byte-level BPE."""
-    model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
-    if model != "gpt2":
-        raise UserError(f"the tokenizer is {model!r}; only byte-level BPE ('gpt2') can be converted")
+def read_tokenizer(fields: dict[str, Any]) -> tuple[dict[str, Any] | bytes, dict[str, Any]]:
+    """tokenizer.json of a byte-level BPE, or tokenizer.model of sentencepiece; and tokenizer_config.json."""
+    model = fields.get("tokenizer.ggml.model")
+    if model not in ("gpt2", "llama"):
+        raise UserError(
+            f"the tokenizer is {model!r}; only byte-level BPE ('gpt2') and sentencepiece ('llama') can be read"
+        )
+    tokens = need(fields, "tokenizer.ggml.tokens")
+    by_default = model == "llama" or fields.get("tokenizer.ggml.pre") == "llama-bpe"  # as llama.cpp has it
+    add_bos = fields.get("tokenizer.ggml.add_bos_token", by_default)
+    if model == "llama":
+        tokenizer: dict[str, Any] | bytes = read_sentencepiece(fields)
+        kind, space_first = "LlamaTokenizer", fields.get("tokenizer.ggml.add_space_prefix", True)
+    else:
+        tokenizer, kind, space_first = read_byte_level(fields, add_bos), "PreTrainedTokenizerFast", False
+    tokenizer_config = {
+        "tokenizer_class": kind,
+        "add_bos_token": add_bos,
+        "add_prefix_space": space_first,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": need(fields, "llama.context_length"),
+    }
+    if model == "llama":
+        tokenizer_config["legacy"] = True  # transformers then encodes as sentencepiece does, also after special tokens
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = fields.get(f"tokenizer.ggml.{theirs}_token_id")
+        if index is not None:
+            tokenizer_config[f"{ours}_token"] = tokens[index]
+    if "tokenizer.chat_template" in fields:
+        tokenizer_config["chat_template"] = fields["tokenizer.chat_template"]
+    return tokenizer, tokenizer_config
+
+
+def read_sentencepiece(fields: dict[str, Any]) -> bytes:
+    """tokenizer.model of a sentencepiece BPE, whose pieces, scores and types GGUF has taken over."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2 as proto
+    except ImportError as error:
+        raise UserError(
+            'a sentencepiece tokenizer needs the protobuf package: pip install "minillama[gguf]"'
+        ) from error
+    types = need(fields, "tokenizer.ggml.token_type")
+    model = proto.ModelProto()
+    for piece, score, kind in zip(
+        need(fields, "tokenizer.ggml.tokens"), need(fields, "tokenizer.ggml.scores"), types, strict=True
+    ):
+        model.pieces.add(piece=piece, score=score, type=kind)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(types), 6 in types
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = fields.get(f"tokenizer.ggml.{theirs}_token_id", 0 if ours == "unk" else -1)
+        setattr(trainer, f"{ours}_id", index)
+        if index >= 0:
+            setattr(trainer, f"{ours}_piece", model.pieces[index].piece)
+    normalizer.name, normalizer.remove_extra_whitespaces = "identity", False
+    normalizer.add_dummy_prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
+    return model.SerializeToString()
+
+
+def read_byte_level(fields: dict[str, Any], add_bos: bool) -> dict[str, Any]:
+    """tokenizer.json of a byte-level BPE."""
+    pre = fields.get("tokenizer.ggml.pre")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     if pre == "smollm":
         splits = [{"type": "Digits", "individual_digits": True}, byte_level | {"use_regex": True}]
@@ -294,12 +349,11 @@ def read_tokenizer(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
         for index, kind in enumerate(need(fields, "tokenizer.ggml.token_type"))
         if kind in (control, user_defined)
     ]
-    add_bos = fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")  # llama.cpp's default
     post_processor: dict[str, Any] = byte_level | {"use_regex": True}
     if add_bos:
         bos_id = need(fields, "tokenizer.ggml.bos_token_id")
         post_processor = bos_first(tokens[bos_id], bos_id)
-    tokenizer = {
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -321,20 +375,6 @@ def read_tokenizer(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
             "merges": [merge.split(" ") for merge in need(fields, "tokenizer.ggml.merges")],
         },
     }
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": add_bos,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": need(fields, "llama.context_length"),
-    }
-    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        index = fields.get(f"tokenizer.ggml.{theirs}_token_id")
-        if index is not None:
-            tokenizer_config[f"{ours}_token"] = tokens[index]
-    if "tokenizer.chat_template" in fields:
-        tokenizer_config["chat_template"] = fields["tokenizer.chat_template"]
-    return tokenizer, tokenizer_config
 
 
 def bos_first(bos: str, bos_id: int) -> dict[str, Any]:

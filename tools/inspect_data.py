@@ -20,6 +20,7 @@ from rich.text import Text
 from minillama.cache import open_packed, prepare, refused_rows
 from minillama.datasets import FIELDS, DataConfig, training_sources
 from minillama.distributed import user_errors
+from minillama.hub import find_model
 from minillama.packing import Packed
 from minillama.permutation import permuted
 from minillama.tokenizer import load_tokenizer
@@ -33,7 +34,7 @@ class Config:
     """What to look at."""
 
     model: Path
-    """Folder of the model, or its tokenizer's file."""
+    """Folder of the model, or its tokenizer's file, or ORG/NAME of the hub."""
     data: DataConfig = DataConfig()
     samples: int = 3
     """Documents to show."""
@@ -86,7 +87,7 @@ def sample(packed: Packed, piece: int, tokenizer: Any, marks: bool) -> Text:
 def main(config: Config) -> None:
     console = Console(highlight=False, soft_wrap=True)
     say = console.out
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(find_model(config.model, weights=False))
     data = replace(config.data, bad_rows="skip")
     held_out = bool(data.val_path or data.val_fraction or data.path is data.mixture is None or data.dataset == "alpaca")
     processes = data.workers

@@ -1,0 +1,141 @@
+"""Downloads a model of the Hugging Face hub to a folder of its own, and nothing that is not needed of it.
+
+    python tools/download.py meta-llama/Llama-3.2-1B                        to models/Llama-3.2-1B
+    python tools/download.py meta-llama/Llama-3.2-1B /data/1B --revision 4e20de3
+
+The folder appears when it is complete and every file has the hash that the hub has for it. Until then what there is
+stands beside it, in TARGET.download: killed or cut off, the same command goes on at the byte where it stopped.
+(--model ORG/NAME, of the recipes, downloads too, into huggingface_hub's cache, which begins a file anew.)
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from minillama.distributed import user_errors
+from minillama.errors import UserError
+from minillama.hub import HUB_ID, SMALL_FILES, check_found, explained, weight_files
+
+FILES_AT_ONCE = 4
+
+
+def download(
+    repo: Annotated[str, tyro.conf.Positional],
+    target: Annotated[Path | None, tyro.conf.Positional] = None,
+    *,
+    revision: str = "main",
+) -> None:
+    """Download a model of the Hugging Face hub: config, tokenizer and safetensors, or Meta's files where there are none.
+
+    Args:
+        repo: ORG/NAME.
+        target: the folder to make; models/NAME if none is given.
+        revision: a branch, a tag or a commit.
+    """
+    if not HUB_ID.fullmatch(repo):
+        raise UserError(f"{repo} is not ORG/NAME, as https://huggingface.co has it")
+    target = target or Path("models") / repo.partition("/")[2]
+    with explained(repo, revision):
+        from huggingface_hub import HfApi
+
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        listed = {file.rfilename: file for file in info.siblings or ()}
+        small = [name for name in listed if name in SMALL_FILES]
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            names = small + find_weights(repo, listed, target)
+            if wrong := [name for name in names if not has_size(target / name, listed[name].size)]:
+                raise UserError(f"{target} exists, and its {wrong[0]} is not that of {repo}: name another target")
+            print(f"{target}: complete already, each of its {len(names)} files has the size that the hub says")
+            return
+        partial = target.with_name(target.name + ".download")
+        fetch(repo, info.sha, partial, [listed[name] for name in small])
+        weights = find_weights(repo, listed, partial)
+        fetch(repo, info.sha, partial, [listed[name] for name in weights])
+        names = small + weights
+        for file in partial.rglob("*"):
+            if file.is_file() and file.relative_to(partial).as_posix() not in names:
+                file.unlink()  # of another revision
+        partial.replace(target)
+    size = sum(listed[name].size or 0 for name in names)
+    print(f"{target}: {len(names)} files, {size / 1e9:.2f} GB, {repo} at {info.sha}")
+    for name in names:
+        print(f"  {name}")
+    print(f"next: python recipes/lora_fsdp.py --model {target} --output-dir out/first")
+
+
+def find_weights(repo: str, listed: dict[str, Any], folder: Path) -> list[str]:
+    patterns = weight_files(folder, repo)
+    names = [name for name in listed if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    check_found(repo, names)
+    return names
+
+
+def has_size(file: Path, size: int | None) -> bool:
+    return file.is_file() and file.stat().st_size == size
+
+
+def fetch(repo: str, commit: str | None, folder: Path, files: list[Any]) -> None:
+    """Downloads the files, as model_info lists them, that are not in the folder, and goes on with those begun."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    def part_of(file: Any) -> Path:
+        return folder / f"{file.rfilename}.{file.blob_id[:12]}.part"
+
+    def fetch_one(file: Any) -> None:
+        whole, part = folder / file.rfilename, part_of(file)
+        if has_size(whole, file.size) and is_right(whole, file):
+            return
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("ab") as opened:
+            begun = opened.tell() if opened.tell() <= file.size else opened.truncate(0)  # two at once wrote to it
+            http_get(
+                hf_hub_url(repo, file.rfilename, revision=commit),
+                opened,
+                resume_size=begun,
+                headers=build_hf_headers() | {"Accept-Encoding": "identity"},  # bytes to go on after, not a stream's
+                expected_size=file.size,
+                displayed_filename=file.rfilename,
+            )
+        if not is_right(part, file):
+            part.unlink()
+            raise UserError(
+                f"{repo}: {file.rfilename} came with another hash than the hub's: give the same command again"
+            )
+        part.replace(whole)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    there = sum(
+        path.stat().st_size for file in files for path in (folder / file.rfilename, part_of(file)) if path.exists()
+    )
+    missing, free = sum(file.size for file in files) - there, shutil.disk_usage(folder).free
+    if missing > free:
+        raise UserError(f"{repo} needs {missing / 1e9:.1f} GB more, and the disk of {folder} has {free / 1e9:.1f} GB")
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        try:
+            list(pool.map(fetch_one, files))
+        except KeyboardInterrupt:
+            print("\ninterrupted: the same command goes on from here", file=sys.stderr, flush=True)
+            os._exit(130)  # leaving the pool would wait for its files
+
+
+def is_right(path: Path, file: Any) -> bool:
+    """Whether the content has the hash that the hub lists: Git LFS's SHA-256, or Git's own of small files."""
+    with path.open("rb") as opened:
+        if file.lfs:
+            return hashlib.file_digest(opened, "sha256").hexdigest() == file.lfs.sha256
+        content = opened.read()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == file.blob_id
+
+
+if __name__ == "__main__":
+    with user_errors():
+        tyro.cli(download)

@@ -1,0 +1,57 @@
+"""Merge a LoRA adapter into its base model: a Hugging Face folder that serves like any other.
+
+    python tools/merge_lora.py Llama-3.1-8B out/alpaca/adapter hf/alpaca
+
+The adapter is ours or PEFT's own: LoRA, rsLoRA or DoRA. W + B A is added in fp32, a few rows at a time, so memory stays
+small however large the model is. The same as --lora.merge at the end of a run.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from minillama.errors import UserError
+from minillama.hub import find_model
+from minillama.merge import merge_adapter
+
+
+def merge_lora(
+    base: Annotated[Path, tyro.conf.Positional],
+    adapter: Annotated[Path, tyro.conf.Positional],
+    target: Annotated[Path, tyro.conf.Positional],
+    *,
+    dtype: Literal["same", "bfloat16", "float16", "float32"] = "same",
+    tokenizer: Path | None = None,
+    any_base: bool = False,
+) -> None:
+    """Merge a LoRA adapter into its base model.
+
+    Args:
+        base: the model that the adapter was trained on: a Hugging Face or Meta folder, or ORG/NAME of the hub.
+        adapter: the adapter's folder, in PEFT's format.
+        target: the folder to write; it must not exist yet, or be empty.
+        dtype: of the weights written. same: as in the base.
+        tokenizer: folder or file to take the tokenizer from; None: the base's own.
+        any_base: merge also if the adapter names another base, as long as its tensors fit.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists already; name another target, or remove it first")
+    merge_adapter(
+        find_model(base),
+        adapter,
+        target,
+        tokenizer,
+        dtype=None if dtype == "same" else getattr(torch, dtype),
+        any_base=any_base,
+    )
+    print(f"{target}: {sum(file.stat().st_size for file in target.iterdir()) / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(merge_lora)
+    except UserError as error:
+        sys.exit(f"error: {error}")
