@@ -87,14 +87,9 @@ class Config:
             raise UserError("--batch-size must be at least 1, --limit, --max-steps and --num-fewshot at least 0")
 
     @property
-    def has_base(self) -> bool:
-        return self.compare or not self.adapter
-
-    @property
     def has_rows(self) -> bool:
-        return any((self.data.path, self.data.val_path, self.data.mixture)) or self.data.dataset.partition(":")[
-            0
-        ].endswith(".py")
+        own = self.data.dataset.partition(":")[0].endswith(".py")
+        return own or any((self.data.path, self.data.val_path, self.data.mixture))
 
 
 def find_tasks(config: Config) -> Any:
@@ -144,9 +139,10 @@ def table(columns: dict[str, dict[str, Any]]) -> str:
                 if not how or metric.endswith("_stderr"):
                     continue
                 error = metrics.get(f"{metric}_stderr,{how}")
-                text = f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
+                text = f"{value:.4f}" if isinstance(value, int | float) else str(value)
+                text += f" ± {error:.4f}" if isinstance(error, float) else ""
                 lines.setdefault(f"{task} {metric}" + f" ({how})" * (how != "none"), {})[column] = text
-    rows = [["", *columns], *([name, *(cells[c] for c in columns)] for name, cells in lines.items())]
+    rows = [["", *columns], *([name, *(cells.get(c, "") for c in columns)] for name, cells in lines.items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -163,9 +159,11 @@ def main(config: Config) -> None:
             say(f"rows        {described(rows, model, config.batch_size, dist.get_world_size())}")
         if output := config.output:
             on_rank_zero(lambda: output.parent.mkdir(parents=True, exist_ok=True))
-        columns = {}
         # the adapted first: an adapter that does not fit is found before anything is measured
-        for name, adapter in [("adapted", config.adapter)] * bool(config.adapter) + [("base", None)] * config.has_base:
+        adapters = {"adapted": config.adapter} if config.adapter else {}
+        adapters |= {"base": None} if config.compare or not config.adapter else {}
+        columns = {}
+        for name, adapter in adapters.items():
             columns[name] = measure(config, adapter, tokenizer, rows, tasks, device)
             gc.collect()  # a sharded model holds itself in reference cycles
         columns = dict(reversed(columns.items()))
