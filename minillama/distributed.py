@@ -357,10 +357,13 @@ def shard(model: Llama, mesh: DeviceMesh, config: FsdpConfig) -> Llama:
 
 MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 ATTENTION = (
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "minillama::blockwise_attention",
+    "torch_attn::_varlen_attn",
+    "flex_attention",
 )
 
 
@@ -371,7 +374,7 @@ def _keep_some() -> tuple[Any, Any]:
     def policy(ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op in MATMULS:
             seen[ctx.is_recompute] += 1
-        keep = op in ATTENTION or (op in MATMULS and seen[ctx.is_recompute] % 2)
+        keep = op.name() in ATTENTION or (op in MATMULS and seen[ctx.is_recompute] % 2)
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillama.attention import attend
+from minillama.attention import Seen
 from minillama.errors import UserError
-from minillama.model import Attention, Seen
+from minillama.model import Attention
 from minillama.surgery import M, replace_modules
 
 
@@ -55,7 +55,7 @@ class PromptedAttention(Attention):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], seen: Seen) -> Tensor:
         q, k, v = self.project(x, rope)
-        attended = attend(q, k, v, seen)
+        attended = seen.attend(q, k, v)
         prompt = self.adaption_prompt.to(x.dtype)
         k, v = (proj(prompt).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))  # (len, K, D)
         # Every token sees every slot, whatever its document: the whole batch is one row of B * T queries, and no mask.

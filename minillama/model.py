@@ -13,16 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillama.attention import KvCache, attend, document_lengths
+from minillama.attention import BACKENDS, KvCache, Seen, document_lengths
 from minillama.errors import UserError
 from minillama.loss import linear_cross_entropy
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-Seen = list[int] | KvCache | None
-"""What a token sees besides the earlier tokens of its row: see `attend`"""
 
 
 @dataclass(frozen=True)
@@ -172,7 +168,7 @@ class Attention(nn.Module):
         return q, k, self.v_proj(x).unflatten(-1, heads)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], seen: Seen) -> Tensor:
-        return self.o_proj(attend(*self.project(x, rope), seen).flatten(-2))
+        return self.o_proj(seen.attend(*self.project(x, rope)).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -229,6 +225,8 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
+        self.attention = BACKENDS["sdpa"]
+        """Any of BACKENDS"""
         self.model = Trunk(config)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
@@ -263,8 +261,10 @@ class Llama(nn.Module):
             return self.lm_head(self.model(tokens, rope, cache)[:, -1:])
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        lengths = None if document_ids is None else document_lengths(document_ids)
-        x = self.model(tokens, rope_table(self.config, positions), lengths)
+        rows, length = tokens.shape
+        lengths = [length] * rows if document_ids is None else document_lengths(document_ids)
+        seen = self.attention(lengths, tokens.device)
+        x = self.model(tokens, rope_table(self.config, positions), seen)
         if keep is not None:
             return self.lm_head(x[keep])
         return self.lm_head(x) if labels is None else self.lm_head(x, labels)

@@ -1,7 +1,7 @@
 """How much arithmetic a step is, how fast this machine could do it, and where a step's time and memory go."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -151,6 +151,16 @@ def _attention_backward(_: torch.Size, q: torch.Size, k: torch.Size, *__: Any, *
     return _attention_forward(q, k) * 5 // 2  # the scores again, and the gradients of them, of q, of k and of v
 
 
+def _blockwise(*tensors: Tensor, out_val: Any = None) -> int:
+    """Forward of (q, k, v, bounds), or backward of (gradient, q, k, v, bounds); see blockwise.py."""
+    *_, heads, width = tensors[0].shape
+    forward = 4 * heads * width * int(tensors[-1].diff().square().sum())
+    return forward if len(tensors) == 4 else forward * 5 // 2
+
+
+_blockwise._get_raw = True  # type: ignore[attr-defined]  # the tensors, not their shapes: which documents there are
+
+
 class FlopCounter:
     """Counts the FLOPs of this process, forward and backward, in all matrix products and attention, while entered.
 
@@ -164,8 +174,10 @@ class FlopCounter:
         aten = torch.ops.aten
         kernels = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
         names = [f"_scaled_dot_product_{kernel}" for kernel in kernels]
-        formulas = {getattr(aten, name): _attention_forward for name in names}
+        formulas: dict[Any, Callable[..., int]] = {getattr(aten, name): _attention_forward for name in names}
         formulas |= {getattr(aten, f"{name}_backward"): _attention_backward for name in names}
+        own = torch.ops.minillama
+        formulas |= {own.blockwise_attention: _blockwise, own.blockwise_attention_backward: _blockwise}
         self.mode = FlopCounterMode(display=False, custom_mapping=formulas)
 
     def __enter__(self) -> "FlopCounter":

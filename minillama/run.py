@@ -28,6 +28,7 @@ from minillama.errors import UserError
 from minillama.files import read_json
 from minillama.hf import weights_fingerprint
 from minillama.hub import model_name
+from minillama.kernels import KernelsConfig
 from minillama.metrics import LogConfig
 from minillama.model import Llama, LlamaConfig
 from minillama.optim import OptimConfig
@@ -63,6 +64,7 @@ class RunConfig:
     eval: EvalConfig = EvalConfig()
     optim: OptimConfig = OptimConfig()
     fsdp: FsdpConfig = FsdpConfig()
+    kernels: KernelsConfig = KernelsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     profile: ProfileConfig = ProfileConfig()
@@ -360,12 +362,14 @@ def summary(
     config: RunConfig,
     fsdp: FsdpConfig,
     mesh: DeviceMesh,
+    attention: str,
     model: Llama,
     train: Packed,
     validation: Packed | None,
     window: int,
 ) -> str:
-    """What a run is about to do, in a few lines. fsdp: config.fsdp with its strategy resolved; window: packs a step."""
+    """What a run is about to do, in a few lines. fsdp: config.fsdp with its strategy resolved; attention: which, and why;
+    window: packs a step."""
     total, trained = count_parameters(model)
     spread = fsdp.strategy + (f" of {mesh.size(1)}" if fsdp.strategy == "hybrid-shard" else "")
     if fsdp.strategy != config.fsdp.strategy:
@@ -374,6 +378,7 @@ def summary(
         f"model       {total:,} parameters, {trained:,} of them trained ({trained / total:.3%})",
         f"processes   {mesh.size()} on {mesh.device_type}, {spread}{', offloaded' if fsdp.cpu_offload else ''}, "
         f"precision {fsdp.precision}, recompute {fsdp.recompute}",
+        f"attention   {attention}{'; blocks compiled' if config.kernels.compile else ''}",
     ]
     for name, packed in (("training", train), ("validation", validation)):
         batch, accumulate = config.eval.batch_size, 1

@@ -30,6 +30,7 @@ from minillama.distributed import (
 from minillama.errors import UserError
 from minillama.hf import check_weights, load_weights, read_config, save_pretrained
 from minillama.hub import find_model
+from minillama.kernels import choose_kernels, compile_blocks
 from minillama.memory import out_of_memory_explained
 from minillama.metrics import Metrics, plot_loss
 from minillama.model import Llama
@@ -66,15 +67,18 @@ def main(config: Config) -> None:
         set_dtypes(model, config.fsdp)
         fsdp = choose_strategy(model, config.fsdp, device)
         mesh = make_mesh(fsdp, device)
+        attention = choose_kernels(model, config.kernels, fsdp.compute_dtype, device)
 
         tokenizer, train, validation = load_data(config, model)
         start = start_run(config, train)
-        say(summary(config, fsdp, mesh, model, train, validation, start.progress.window))
+        say(summary(config, fsdp, mesh, attention, model, train, validation, start.progress.window))
         if config.train.freeze_layers:
             head = " with the tied head" if model.config.tie_word_embeddings else ""
             say(f"frozen      the first {config.train.freeze_layers} blocks, and the embedding{head}")
 
         shard(model, mesh, fsdp)
+        if config.kernels.compile:
+            compile_blocks(model)
         materialise(model, "cpu" if fsdp.cpu_offload else device)
         initialise(model, config.seed, loaded=load_weights(model, config.model))
         optimizer = make_optimizer(model.parameters(), config.optim)

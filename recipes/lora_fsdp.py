@@ -40,6 +40,7 @@ from minillama.distributed import (
 from minillama.errors import UserError
 from minillama.hf import check_weights, load_weights, read_config
 from minillama.hub import find_model, model_name
+from minillama.kernels import choose_kernels, compile_blocks
 from minillama.lora import LoraConfig, apply_lora
 from minillama.memory import out_of_memory_explained
 from minillama.merge import merge_adapter
@@ -84,12 +85,15 @@ def main(config: Config) -> None:
         set_dtypes(model, config.fsdp)
         fsdp = choose_strategy(model, config.fsdp, device)
         mesh = make_mesh(fsdp, device)
+        attention = choose_kernels(model, config.kernels, fsdp.compute_dtype, device)
 
         tokenizer, train, validation = load_data(config, model)
         start = start_run(config, train)
-        say(summary(config, fsdp, mesh, model, train, validation, start.progress.window))
+        say(summary(config, fsdp, mesh, attention, model, train, validation, start.progress.window))
 
         shard(model, mesh, fsdp)
+        if config.kernels.compile:
+            compile_blocks(model)
         materialise(model, "cpu" if fsdp.cpu_offload else device)
         loaded = load_weights(model, config.model)
         if config.lora.from_:

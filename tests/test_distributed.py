@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillama.adapters import save_adapter
+from minillama.attention import BACKENDS
 from minillama.distributed import (
     FsdpConfig,
     choose_strategy,
@@ -296,9 +297,10 @@ def test_auto_replicates_a_frozen_base_that_fits(tiny_folder):
     assert run_ranks(chosen, 2, tiny_folder, 4 * size - 8)[0] == ["full-shard"] * 3
 
 
-def block_runs(mesh, folder, recompute):
+def block_runs(mesh, folder, attention, recompute):
     """How often each block's attention, its kernel and its matrix products run in a forward and its backward."""
     model = sharded(mesh, folder, FsdpConfig(precision="fp32", recompute=recompute))
+    model.attention = BACKENDS[attention]
     runs = [0] * len(model.model.layers)
 
     def count(i):
@@ -321,17 +323,18 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name()
         self.calls["mm"] += name == "aten::mm"
-        self.calls["attention"] += "scaled_dot_product" in name and "backward" not in name
+        kernel = "scaled_dot_product" in name or "blockwise_attention" in name
+        self.calls["attention"] += kernel and "backward" not in name
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_recompute_runs_each_block_exactly_twice(tiny_folder, world_size):
-    (runs, forward, none), *_ = run_ranks(block_runs, world_size, tiny_folder, "none")
+@pytest.mark.parametrize(("world_size", "attention"), [(1, "math"), (2, "sdpa")])
+def test_recompute_runs_each_block_exactly_twice(tiny_folder, world_size, attention):
+    (runs, forward, none), *_ = run_ranks(block_runs, world_size, tiny_folder, attention, "none")
     assert runs == [1] * 3 and none["attention"] == 3
-    (runs, same, full), *_ = run_ranks(block_runs, world_size, tiny_folder, "full")
+    (runs, same, full), *_ = run_ranks(block_runs, world_size, tiny_folder, attention, "full")
     assert runs == [2] * 3 and full["attention"] == 6 and same == forward
-    (runs, same, selective), *_ = run_ranks(block_runs, world_size, tiny_folder, "selective")
+    (runs, same, selective), *_ = run_ranks(block_runs, world_size, tiny_folder, attention, "selective")
     assert runs == [2] * 3 and selective["attention"] == 3 and same == forward
     # An adapted block has 13 products. Nothing needs the last one's result, so it does not run again; of the other 12
     # every other one is kept.

@@ -55,8 +55,15 @@ def test_layers():
 
 
 def test_the_model_needs_torch_alone():
-    allowed = {"torch", "minillama.attention", "minillama.errors", "minillama.loss", *sys.stdlib_module_names}
-    for name in ("model", "attention", "loss", "errors"):
+    allowed = {
+        "torch",
+        "minillama.attention",
+        "minillama.blockwise",
+        "minillama.errors",
+        "minillama.loss",
+        *sys.stdlib_module_names,
+    }
+    for name in ("model", "attention", "blockwise", "loss", "errors"):
         names = imports(ROOT / f"minillama/{name}.py")
         assert all(n in allowed or n.partition(".")[0] in allowed for n in names), name
 

@@ -14,6 +14,7 @@ from test_packing import documents_of
 from test_recipes import FAST, RECIPES, check_refused, data, metrics, run  # noqa: F401
 from torch.utils.checkpoint import checkpoint
 
+from minillama.attention import BACKENDS
 from minillama.distributed import FsdpConfig, out_of_memory
 from minillama.errors import UserError
 from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
@@ -48,8 +49,10 @@ def first_projections(model):
     return sum(getattr(model.model.layers[0].self_attn, f"{name}_proj").weight.numel() for name in "qkv")
 
 
-def test_flops_of_full_fine_tuning_are_those_of_the_formula():
+@pytest.mark.parametrize("kernel", ["sdpa", "math"])
+def test_flops_of_full_fine_tuning_are_those_of_the_formula(kernel):
     model = random_model()
+    model.attention = BACKENDS[kernel]
     (products, attention), counts = counted(model)
     assert products == needed(model, *counts)[0]
     # half of the square is needed: 2 (forward) + 4; counted are 4 + 8 and the scores again in the backward

@@ -245,7 +245,7 @@ def test_a_log_line_does_not_count_the_evaluations_time(run):
 
 
 def test_a_diverged_run_stops_and_says_so(run):
-    codes, text, out = run("--optim.lr", 1e30, "--train.batch-size", 1)
+    codes, text, out = run("--optim.lr", 1e38, "--train.batch-size", 1)
     check_refused(codes, text, out, "training has diverged", trained=True)
     assert all(
         "NaN" not in line and "Infinity" not in line for line in (out / "metrics.jsonl").read_text().splitlines()
@@ -326,6 +326,7 @@ FLAGS = {
         "--fsdp.shard-size 3 does not divide the 1 processes",
     ),
     "frozen layers": (["--train.freeze-layers", 1], "--train.freeze-layers is for full_fsdp.py"),
+    "kernels": (["--kernels.attention", "varlen"], "--kernels.attention varlen cannot train on a CPU"),
     "config": (["--config", "/none.json"], "--config /none.json is not the run.json of a run"),
 }
 
@@ -471,6 +472,7 @@ def test_help_names_every_group(recipe, own):
         "--eval.no-enabled",
         "--optim.lr",
         "--fsdp.recompute",
+        "--kernels.attention",
         own,
     ):
         assert flag in done.stdout

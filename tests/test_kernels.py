@@ -1,0 +1,113 @@
+"""Which kernels a run gets; compiled blocks against eager ones.
+
+The suite goes without the slowest part, the C++ compiler; `pytest tests/test_kernels.py --whole-matrix` does all of it.
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import random_model, run_ranks
+from test_matrix import build
+
+from minillama.distributed import FsdpConfig, initialise, make_mesh, materialise, set_dtypes, shard
+from minillama.errors import UserError
+from minillama.hf import load_weights
+from minillama.kernels import KernelsConfig, choose_kernels, compile_blocks
+
+
+def chosen(device, dtype, **config):
+    model = random_model()
+    return choose_kernels(model, KernelsConfig(**config), dtype, device), model.attention
+
+
+def test_auto():
+    half = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    assert chosen("cpu", torch.float32)[0] == "sdpa (auto: float32 on CPU)"
+    assert chosen("cpu", torch.bfloat16)[0].startswith("math (auto: bf16" if half else "sdpa (auto: bfloat16")
+    assert chosen("cpu", torch.float32, compile=True)[0] == "math (auto: compiled on CPU)"
+    assert chosen("cuda", torch.float32)[0] == "flex (auto: float32 on CUDA)"
+    assert chosen("cpu", torch.float32, attention="math")[0] == "math"
+
+
+@pytest.mark.parametrize(
+    "device, config, message",
+    [
+        ("cpu", {"attention": "varlen"}, "varlen cannot train on a CPU"),
+        ("cpu", {"attention": "flex"}, "flex cannot train on a CPU"),
+        ("cuda", {"attention": "varlen"}, "varlen needs bf16 or fp16"),
+        ("cuda", {"attention": "flash"}, "flash needs bf16 or fp16"),
+        ("cpu", {"attention": "sdpa", "compile": True}, "sdpa has a call for each document"),
+        ("cpu", {"attention": "flash", "compile": True}, "flash has a call for each document"),
+    ],
+)
+def test_what_cannot_run_is_an_error(device, config, message):
+    with pytest.raises(UserError, match=message):
+        chosen(device, torch.float32, **config)
+
+
+def test_no_compiler_is_an_error(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
+        chosen("cpu", torch.float32, compile=True)
+
+
+KINDS = {"full": 1, "lora": 2, "adapter": 3}
+"""With how many kinds of blocks: below the first that trains, with and without gradient of its input."""
+
+
+def train(mesh, folder, kind, recompute, precision, compiled, backend):
+    """(loss, gradients) of each batch, and how many times something was compiled."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    torch._dynamo.reset()
+    fsdp = FsdpConfig(precision=precision, recompute=recompute, strategy="full-shard")
+    model = build(kind, folder)
+    set_dtypes(model, fsdp)
+    choose_kernels(model, KernelsConfig(attention="math", compile=compiled), fsdp.compute_dtype, "cpu")
+    shard(model, make_mesh(fsdp, "cpu"), fsdp)
+    if compiled:
+        compile_blocks(model)
+    materialise(model, "cpu")
+    initialise(model, 3, loaded=load_weights(model, folder))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "gate" in name.rpartition("adaption_")[2]:
+            torch.nn.init.constant_(parameter, 0.1)
+    numbers = []
+    random = torch.Generator().manual_seed(dist.get_rank())
+    torch.compiler.set_stance(force_backend=backend)
+    for shape, documents in (((2, 40), 3), ((2, 40), 7), ((3, 37), 5), ((2, 21), 2)):
+        ids = torch.randint(0, documents, shape, generator=random).sort(dim=1)[0]
+        tokens = torch.randint(0, 500, shape, generator=random)
+        loss = model(tokens, document_ids=ids, labels=tokens)
+        loss.backward()
+        gradients = [p.grad.full_tensor() for p in model.parameters() if p.grad is not None]
+        numbers.append((loss.item(), torch.cat([g.flatten() for g in gradients])))
+        model.zero_grad()
+    return numbers, counters["frames"]["total"]
+
+
+def compare(folder, world_size, kind, recompute, precision, backend="inductor"):
+    results = [run_ranks(train, world_size, folder, kind, recompute, precision, c, backend) for c in (False, True)]
+    tolerance = 1e-5 if precision == "fp32" else 3e-2
+    for (eager, _), (compiled, count) in zip(*results, strict=True):
+        assert count == KINDS[kind]
+        for (loss, gradient), (expected_loss, expected) in zip(compiled, eager, strict=True):
+            assert loss == pytest.approx(expected_loss, rel=tolerance)
+            assert (gradient - expected).norm() < tolerance * expected.norm()
+
+
+def test_compiled_once_for_all_blocks_and_packs_it_computes_the_same(tiny_folder):
+    compare(tiny_folder, 1, "full", "selective", "fp32", backend="aot_eager")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "mixed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled(tiny_folder, kind, precision, request):
+    if not request.config.getoption("--whole-matrix"):
+        pytest.skip("compiles for minutes")
+    for world_size, recompute in itertools.product((1, 2), ("none", "full", "selective")):
+        compare(tiny_folder, world_size, kind, recompute, precision)
