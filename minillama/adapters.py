@@ -86,7 +86,7 @@ def save_adapter(model: Llama, folder: str | Path, config: AdapterConfig, base_m
 
 def write_adapter(folder: str | Path, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Writes adapter_config.json and adapter_model.safetensors: whole folder or nothing. Every rank must call it."""
-    with new_folder(Path(folder).resolve(), mark="adapter_config.json") as (path, on_disk):
+    with new_folder(Path(folder), mark="adapter_config.json") as (path, on_disk):
         on_disk(write_json, path / "adapter_config.json", settings)
         on_disk(write_tensors, path / "adapter_model.safetensors", tensors)
 
@@ -201,7 +201,9 @@ def check_adapter(model: nn.Module, folder: str | Path) -> None:
     if not file.exists() and file.with_suffix(".bin").exists():
         raise UserError(f"{folder} holds adapter_model.bin, a pickle: load it in peft and save it as safetensors")
     with open_tensors(file) as tensors:
-        there, names = set(tensors.keys()), {peft_name(name) for name in wanted}
+        # With an adapted head or embedding PEFT writes their base weights too, for vocabularies that have grown.
+        copies = {name for name in tensors.keys() if name.endswith(".base_layer.weight")}  # noqa: SIM118
+        there, names = set(tensors.keys()) - copies, {peft_name(name) for name in wanted}
         if there != names:
             raise UserError(f"{file} does not fit the model: {_difference(names - there, there - names)}")
         for name, parameter in wanted.items():
@@ -264,7 +266,7 @@ def _lora_config(folder: Path, settings: dict[str, Any]) -> LoraConfig:
     regex = isinstance(targets, str) and targets != "all-linear"
     if regex or any(settings.get(key) not in (None, []) for key in ("layers_to_transform", "exclude_modules")):
         with open_tensors(folder / "adapter_model.safetensors") as tensors:  # which layers are meant, it says plainly
-            names = list(tensors.keys())
+            names = [name for name in tensors.keys() if ".lora_" in name]  # noqa: SIM118
         targets = sorted({name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in names})
     numbers = (settings.get("r"), settings.get("lora_alpha"), settings.get("lora_dropout", 0.0))
     if not targets or not all(type(number) in (int, float) for number in numbers):

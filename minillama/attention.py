@@ -186,6 +186,7 @@ class KvCache:
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._num_layers = num_layers
+        self._mask: Tensor | None = None
 
     def positions(self, count: int) -> Tensor:
         """(B, count): the places in their documents of the next `count` tokens; those of padding are 0."""
@@ -205,7 +206,9 @@ class KvCache:
         if self._layer == 0:
             self.length = end
         grouped = q.shape[2] != k.shape[2]
-        mask = self._mask(start, end) if self._padded else None
+        if layer == 0:
+            self._mask = self._seen(start, end) if self._padded or (start and end - start > 1) else None
+        mask = self._mask
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             keys[:, :, :end],
@@ -216,7 +219,7 @@ class KvCache:
         )
         return out.transpose(1, 2)
 
-    def _mask(self, start: int, end: int) -> Tensor:
+    def _seen(self, start: int, end: int) -> Tensor:
         """(B, 1, end - start, end) bool: earlier tokens but padding; padding sees itself, lest it be 0 / 0."""
         queries = torch.arange(start, end, device=self.padding.device)[:, None]
         keys = torch.arange(end, device=self.padding.device)

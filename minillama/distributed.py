@@ -408,7 +408,9 @@ def initialise(model: nn.Module, seed: int, loaded: Collection[str] = ()) -> Non
             continue
         kept = dict(module._parameters)
         for name, parameter in module.named_parameters(recurse=False):
-            module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
+            # What is loaded stays on the meta device, where drawing costs nothing.
+            place = "cpu" if name in own else "meta"
+            module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=place))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(zlib.crc32(f"{seed} {path}".encode()))
             module.reset_parameters()

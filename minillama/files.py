@@ -1,6 +1,7 @@
 """Files written whole or not at all, and JSON."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,9 @@ def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., No
     every rank raises UserError: none is left waiting in the next collective. At the end the path takes `folder`'s place.
     A folder that holds something, but no file `mark`, is none of ours: an error, never replaced.
     """
-    path, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
+    folder = folder.resolve()
+    path, old = (folder.with_name(f".{folder.name}.minillama-{what}") for what in ("partial", "replaced"))
+    begun = False
     patient = patient_group() if dist.is_initialized() else None
 
     def on_disk(function: Callable[..., object], *args: Any) -> None:
@@ -49,16 +52,25 @@ def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., No
             attempt()
 
     def begin() -> None:
+        nonlocal begun
+        if os.path.ismount(folder):
+            raise UserError(f"{folder} is a mount point, which cannot be replaced: name a folder in it")
         if folder.exists() and any(folder.iterdir()) and not (folder / mark).exists():
             raise UserError(f"{folder} holds other files: give a new folder, or one to replace that has {mark}")
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)  # of a run that was killed
         path.mkdir(parents=True)
+        begun = True
 
     def finish() -> None:
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)  # not removed before the new one is in its place
-        path.rename(folder)
+        nonlocal begun
+        begun = False  # from here on it is whole: kept, whatever goes wrong
+        try:
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)  # not removed before the new one is in its place
+            path.rename(folder)
+        except OSError as error:
+            raise UserError(f"{path} is complete, but could not be renamed to {folder.name}: {error}") from None
         shutil.rmtree(old, ignore_errors=True)
 
     try:
@@ -66,12 +78,18 @@ def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., No
         yield path, on_disk
         on_disk(finish)
     except BaseException:
-        if is_rank_zero():
+        if begun:
             shutil.rmtree(path, ignore_errors=True)
         raise
     finally:
         if patient is not None:
             dist.destroy_process_group(patient)
+
+
+def check_unused(target: Path) -> None:
+    """Raises UserError unless a tool may write to this folder: one that does not exist, or is empty."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists already; name another target, or remove it first")
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

@@ -3,7 +3,9 @@
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from minillama.attention import KvCache
 from minillama.errors import UserError
@@ -73,6 +75,8 @@ def stream(
     for _ in range(max_new_tokens):
         logits = model(tokens, cache=cache)[:, -1].float()
         tokens = _choose(logits, temperature, top_k, top_p, random)
+        if isinstance(model, FSDPModule):  # of one mind, or one rank would stop and leave the others waiting
+            dist.broadcast(tokens, src=0)
         found = tokens[:, 0].tolist()
         ended = [done or token in stop_ids for done, token in zip(ended, found, strict=True)]
         if all(ended):

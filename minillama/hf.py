@@ -145,8 +145,10 @@ def weights_fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def check_weights(model: nn.Module, folder: str | Path) -> Weights:
+def check_weights(model: nn.Module, folder: str | Path, *, but: Collection[str] = ()) -> Weights:
     """The tensors in `folder`, which are those that `model` was built from; reads headers only.
+
+    but: names of parameters that need not be there.
 
     Raises UserError with the names of missing, unexpected and wrongly shaped tensors.
     """
@@ -156,7 +158,7 @@ def check_weights(model: nn.Module, folder: str | Path) -> Weights:
     if "lm_head.weight" not in wanted and "model.embed_tokens.weight" in wanted:
         spare.add("lm_head.weight")
     there = set(weights.names)
-    problems = [f"{name} is missing" for name in wanted if name not in there]
+    problems = [f"{name} is missing" for name in wanted if name not in {*there, *but}]
     problems += [f"{name} is not part of the model" for name in weights.names if name not in wanted.keys() | spare]
     problems += [
         f"{name} has shape {weights.shape(name)}, the config asks for {list(parameter.shape)}"
@@ -285,11 +287,14 @@ def save_pretrained(
         )
     if base.is_relative_to(folder):
         raise UserError(f"{folder} cannot be written: the base model is there, and its files are needed")
-    weights = check_weights(model, base)
-    dtypes = {name: weights.dtype(name) for name in base_parameters(model)}
+    # merge_lora makes two tensors of a tied head and embedding of which one was adapted
+    untied = read_config(base).tie_word_embeddings and not model.config.tie_word_embeddings
+    weights = check_weights(model, base, but=("lm_head.weight",) if untied else ())
+    embedding = "model.embed_tokens.weight"
+    dtypes = {n: weights.dtype(n if n in weights.names else embedding) for n in base_parameters(model)}
     copies = companions(base, tokenizer)
-    if not is_meta_folder(base):
-        copies["config.json"] = base / "config.json"  # to the letter
+    if as_it_is := not untied and not is_meta_folder(base):
+        copies["config.json"] = base / "config.json"
 
     reshard(model)  # first: it is the sharded parameters that stay
     parameters = base_parameters(model)
@@ -301,8 +306,8 @@ def save_pretrained(
 
     with new_folder(folder, mark="config.json") as (path, on_disk):
         on_disk(copy_files, copies, path)
-        if is_meta_folder(base):
-            described = config_json(base, model.config, dtypes["model.embed_tokens.weight"], tokenizer)
+        if not as_it_is:
+            described = config_json(base, model.config, dtypes[embedding], tokenizer)
             on_disk(write_json, path / "config.json", described)
         if len(files) > 1:
             on_disk(write_json, path / "model.safetensors.index.json", _index(files, sizes))
@@ -325,10 +330,10 @@ def write_model(
     The files that go with them are those of `base`, and of `tokenizer` if given, as in save_pretrained. Every rank must
     call it; rank 0 reads and writes. dtype: None keeps each tensor's. Raises UserError for what goes wrong on the disk.
     """
-    folder, base = Path(folder).resolve(), Path(base)
+    base = Path(base)
     copies = companions(base, tokenizer)
     described = config_json(base, config, dtype or weights.dtype("model.embed_tokens.weight"), tokenizer)
-    with new_folder(folder, mark="config.json") as (path, on_disk):
+    with new_folder(Path(folder), mark="config.json") as (path, on_disk):
         on_disk(copy_files, copies, path)
         on_disk(write_hf, weights, described, path, dtype)
 
@@ -367,7 +372,7 @@ def write_hf(weights: Weights, config: dict[str, Any], folder: Path, dtype: torc
     bar.close()
 
 
-SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
 
 def config_json(

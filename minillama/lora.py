@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +81,7 @@ class LoraLinear(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.lora_A = nn.Linear(linear.in_features, config.rank, bias=False, **fresh)
         self.lora_B = ZeroLinear(config.rank, linear.out_features, bias=False, **fresh)
+        self._gain: Tensor | None = None
         change = nn.Parameter(torch.zeros(linear.out_features, **fresh)) if config.dora else None
         self.register_parameter("lora_magnitude_change", change)
 
@@ -89,14 +90,11 @@ class LoraLinear(nn.Module):
         if self.lora_magnitude_change is not None:
             nn.init.zeros_(self.lora_magnitude_change)
 
-    def low(self, dropped: Tensor) -> Tensor:
-        """scale * A x: (..., rank) in the adapters' dtype."""
-        return self.lora_A(dropped.to(self.lora_A.weight.dtype)) * self.scale
-
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
         dropped = self.dropout(x)
-        branch = self.lora_B(self.low(dropped))
+        low = self.lora_A(dropped.to(self.lora_A.weight.dtype))
+        branch = self.lora_B(low * self.scale)
         if self.lora_magnitude_change is not None:
             gain = self.gain(self.lora_magnitude_change)
             if self.training and self.dropout.p:
@@ -107,11 +105,20 @@ class LoraLinear(nn.Module):
         return (y + branch).to(y.dtype)
 
     def gain(self, change: Tensor) -> Tensor:
-        """DoRA's m / |W + scale * B A|: fp32 (out,)."""
+        """DoRA's m / |W + scale * B A|: fp32 (out,). Kept while nothing trains: a token costs less than this."""
+        keep = not self.training and not torch.is_grad_enabled()
+        if keep and self._gain is not None:
+            return self._gain
         with torch.no_grad():
             length = row_norms(self.weight)
             adapted = row_norms(add_product(self.weight, self.lora_A.weight, self.lora_B.weight, self.scale))
-        return (length + change.float()) / adapted
+        gain = (length + change.float()) / adapted
+        self._gain = gain if keep else None
+        return gain
+
+    def train(self, mode: bool = True) -> Self:
+        self._gain = None
+        return super().train(mode)
 
     def merged(self) -> nn.Linear:
         linear = nn.Linear(self.in_features, self.out_features, device="meta", bias=self.bias is not None)
@@ -132,7 +139,8 @@ class LoraHead(LoraLinear):
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
             return super().forward(x)
-        return linear_cross_entropy(x, self.weight, labels, self.low(self.dropout(x)), self.lora_B.weight)
+        low = self.lora_A(self.dropout(x).to(self.lora_A.weight.dtype))
+        return linear_cross_entropy(x, self.weight, labels, low, self.lora_B.weight * self.scale)
 
     def merged(self) -> nn.Linear:
         head = Head(self.in_features, self.out_features, device="meta", bias=False)
@@ -160,7 +168,9 @@ class LoraEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         y = F.embedding(tokens, self.weight)
-        branch = F.embedding(tokens, self.lora_embedding_A.T) @ self.lora_embedding_B.T
+        # in fp32: the gradient of a column is a sum over all places of its token
+        low = F.embedding(tokens, self.lora_embedding_A.T.float())
+        branch = low.to(self.lora_embedding_B.dtype) @ self.lora_embedding_B.T
         return (y + branch * self.scale).to(y.dtype)
 
     def merged(self) -> nn.Embedding:
@@ -226,8 +236,6 @@ def merge_lora(model: Llama) -> Llama:
     ends = [isinstance(module, LoraHead | LoraEmbedding) for module in (model.lm_head, model.model.embed_tokens)]
     if any(ends) and model.config.tie_word_embeddings:
         model.config = replace(model.config, tie_word_embeddings=False)
-        if not all(ends):  # the other keeps what both had
-            model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
     return replace_modules(
         model,
         lambda _, module: isinstance(module, LoraLinear | LoraEmbedding),

@@ -22,7 +22,7 @@ def linear_cross_entropy(
 
     hidden (B, T, C) and weight (V, C) of one dtype, labels (B, T) int64, best on the host. Positions without a label
     never meet the weight. Zero labels give a zero that still has a graph: such a batch takes part in every collective.
-    With low (B, T, R) and up (V, R), of one dtype, low @ up.T is added to the logits: LoRA on the head.
+    With low (B, T, R) and up (V, R) low @ up.T, in fp32, is added to the logits: LoRA on the head.
     """
     rows = labels.flatten().ne(IGNORE).nonzero().flatten()
     targets = labels.flatten()[rows].to(hidden.device, non_blocking=True)
@@ -54,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x_chunk, target = x[rows], targets[rows, None]
             logits = (x_chunk @ weight.T).float()
             if low is not None and up is not None:
-                logits += low[rows] @ up.T
+                logits += low[rows].float() @ up.float().T
             log_norm = logits.logsumexp(dim=-1, keepdim=True)
             loss += (log_norm - logits.gather(1, target)).sum()
             if grad_x is None and grad_weight is None and grad_low is None:
@@ -63,8 +63,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             error.scatter_add_(1, target, torch.full_like(target, -1, dtype=error.dtype))
             if grad_low is not None and grad_up is not None:
                 assert low is not None and up is not None
-                grad_low[rows] = error.to(up.dtype) @ up
-                grad_up += error.to(low.dtype).T @ low[rows]
+                grad_low[rows] = (error @ up.float()).to(low.dtype)
+                grad_up += error.T @ low[rows].float()
             error = error.to(x.dtype)
             if grad_x is not None:
                 torch.mm(error, weight, out=grad_x[rows])

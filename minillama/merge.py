@@ -41,9 +41,6 @@ from minillama.lora import LoraConfig, merge, row_norms
 from minillama.meta import Weights
 from minillama.model import Llama, LlamaConfig
 
-ENDS = ("lm_head", "model.embed_tokens")
-
-
 LENGTH_ROWS = 1024
 """Rows whose lengths are computed at a time"""
 
@@ -56,9 +53,11 @@ class MergedWeights:
         self._base, self._trained, self._lora = base, trained, lora
         self._name: Callable[[str], str] = peft_name if peft else str
         prefix = peft_name("") if peft else ""
-        self._adapted = {name.removeprefix(prefix).partition(".lora_")[0] for name in trained.names}
+        adapters = (name for name in trained.names if ".lora_" in name)
+        self._adapted = {name.removeprefix(prefix).partition(".lora_")[0] for name in adapters}
         self.config, self.names = config, list(base.names)
-        if config.tie_word_embeddings and self._adapted & {*ENDS}:  # what one of the two learned is not the other's
+        ends = self._adapted & {"lm_head", "model.embed_tokens"}
+        if config.tie_word_embeddings and ends:  # what one of the two learned is not the other's
             self.config = replace(config, tie_word_embeddings=False)
             self.names += [] if "lm_head.weight" in base.names else ["lm_head.weight"]
 
@@ -98,6 +97,8 @@ class TrainedWeights:
     """The tensors of a base, those that were trained in place of its own; each has the dtype that it has in the base."""
 
     def __init__(self, base: Weights, trained: Weights) -> None:
+        if unknown := sorted({*trained.names} - {*base.names}):
+            raise UserError(f"the checkpoint has parameters that the base does not: {', '.join(unknown[:4])}")
         self._base, self._trained, self.names = base, trained, base.names
 
     def shape(self, name: str) -> list[int]:
@@ -187,12 +188,12 @@ def open_checkpoint(folder: Path) -> tuple[dict[str, Any], Weights]:
 
 def adapter_of(content: dict[str, Any]) -> AdapterConfig | None:
     """The adapter that a checkpoint.json speaks of; None: full fine-tuning."""
-    flags = content["flags"]
-    values: dict[str, Any] = flags.get("lora") or flags.get("adapter") or {}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    for kind in (LoraConfig, LlamaAdapterConfig):
-        if (names := {field.name for field in fields(kind)}) <= values.keys():
-            return kind(**{name: values[name] for name in names})
+    kinds: dict[str, type[LoraConfig] | type[LlamaAdapterConfig]] = {"lora": LoraConfig, "adapter": LlamaAdapterConfig}
+    for group, kind in kinds.items():
+        if flags := content["flags"].get(group):
+            values: dict[str, Any] = {f.name: flags[f.name] for f in fields(kind) if f.name in flags}
+            values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+            return kind(**values)
     return None
 
 
@@ -237,7 +238,8 @@ def check_base(base: Path, adapter: Path) -> None:
         same = base.samefile(named) or weights_fingerprint(base) == weights_fingerprint(named)
     else:  # a folder by that name, or the hub's cache of it
         cached = f"models--{named.replace('/', '--')}"
-        same = bool({Path(named).name, cached} & {*base.absolute().parts, *base.resolve().parts})
+        places = base.absolute(), base.resolve()
+        same = any(Path(named).name == place.name or cached in place.parts for place in places)
     if not same:
         raise UserError(
             f"{adapter} was trained on {named}, and {base} is not that model: give the right one, or --any-base to merge "

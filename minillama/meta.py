@@ -6,6 +6,7 @@ stand in another order. Several files hold equal parts of each tensor, as the pr
 
 import json
 import mmap
+import os
 import pickle
 from functools import lru_cache
 from pathlib import Path
@@ -281,6 +282,8 @@ def write_meta(
         with skip_data():
             torch.save(empty, file)
         del empty
+        with file.open("rb+") as opened:  # a full disk is an error here; in mapped memory it would kill the process
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
         with set_default_mmap_options(mmap.MAP_SHARED):  # what is written to these goes to the file
             tensors = torch.load(file, weights_only=True, mmap=True)
         for ours, (theirs, dim) in names.items():

@@ -17,6 +17,7 @@ import tyro
 from minillama.distributed import (
     Device,
     on_rank_zero,
+    patient_group,
     process_group,
     quiet_but_on_rank_zero,
     rank,
@@ -131,7 +132,8 @@ def main(config: Config) -> None:
             answer(config.prompt)
         elif config.chat:
             messages: list[dict[str, Any]] = []
-            while asked := on_rank_zero(ask):
+            patient = patient_group()
+            while asked := on_rank_zero(ask, patient):
                 messages.append({"role": "user", "content": asked})
                 messages.append({"role": "assistant", "content": answer(messages)})
         else:

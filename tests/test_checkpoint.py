@@ -19,7 +19,7 @@ from test_packing import documents_of
 from torch.distributed.tensor import DTensor
 
 import minillama.checkpoint as checkpoint_module
-from minillama.checkpoint import MARK, Checkpoint, CheckpointConfig, Checkpoints, _hash_of, _Reader, find_checkpoint
+from minillama.checkpoint import MARK, Checkpoint, CheckpointConfig, Checkpoints, IndexReader, _hash_of, find_checkpoint
 from minillama.distributed import FsdpConfig, initialise, make_mesh, materialise, set_dtypes, shard
 from minillama.errors import UserError
 from minillama.hf import load_weights, read_config
@@ -327,7 +327,7 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_folder, tmp_path):
 def test_an_index_that_would_run_code_is_not_loaded(tmp_path):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Harmful(tmp_path / "harm")))
     with pytest.raises(pickle.UnpicklingError, match="mkdir, which has no place in an index"):
-        _Reader(tmp_path).read_metadata()
+        IndexReader(tmp_path).read_metadata()
     assert not (tmp_path / "harm").exists()
     pickle.loads((tmp_path / ".metadata").read_bytes())
     assert (tmp_path / "harm").exists()  # it would have

@@ -48,6 +48,17 @@ def test_cached_logits_are_those_of_the_whole_sequence():
                     torch.testing.assert_close(cached[row : row + 1], whole, rtol=1e-5, atol=1e-5)
 
 
+def test_cached_logits_of_several_tokens_at_a_time():
+    model, tokens = random_model(), torch.randint(0, 512, (2, 12))
+    with torch.no_grad():
+        expected = model(tokens)
+        cache, done = KvCache(3, 12, torch.zeros(2, dtype=torch.int64)), 0
+        for count in (5, 4, 1, 2):
+            done += count
+            logits = model(tokens[:, done - count : done], cache=cache)
+            torch.testing.assert_close(logits[:, -1], expected[:, done - 1], rtol=1e-4, atol=1e-4)
+
+
 def test_stops_before_a_stop_token():
     model = random_model()
     tokens = generate(model, [5, 77], max_new_tokens=10)

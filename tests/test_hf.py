@@ -138,6 +138,7 @@ def test_bad_folders(tmp_path):
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_peft_reads_our_adapter_and_we_read_pefts(tmp_path, config, count):
     config = LoraConfig(**{"rank": 4, "alpha": 8, "targets": ("q_proj", "down_proj")} | config)
     model = adapted(config)
@@ -146,8 +147,9 @@ def test_peft_reads_our_adapter_and_we_read_pefts(tmp_path, config, count):
     assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["base_model_name_or_path"] == base
     tokens = torch.randint(0, 512, (2, 30))
     twin = PeftModel.from_pretrained(hf_twin(random_model()), tmp_path / "ours")
-    twin.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    twin.save_pretrained(tmp_path / "theirs")
     keys = [set(load_file(tmp_path / f / "adapter_model.safetensors")) for f in ("ours", "theirs")]
+    keys[1] = {key for key in keys[1] if not key.endswith(".base_layer.weight")}  # copies of the base's
     assert keys[0] == keys[1] and len(keys[0]) == count
     with torch.no_grad():
         expected = twin(tokens).logits
@@ -221,16 +223,19 @@ def test_saving_changes_nothing_and_replaces_the_whole_folder(tmp_path):
     config = LoraConfig(rank=4)
     model = adapted(config)
     before = {name: p.clone() for name, p in trainable(model).items()}
+    others = [tmp_path / "a.old", tmp_path / "a.partial"]  # as users call things
+    for other in others:
+        other.mkdir()
     (tmp_path / "a").mkdir()
     (tmp_path / "a/own").touch()
     with pytest.raises(UserError, match="a holds other files: give a new folder"):
         save_adapter(model, tmp_path / "a", config, "base")
-    assert (tmp_path / "a/own").exists() and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "a/own").exists() and len(list(tmp_path.iterdir())) == 3
     for name in ("adapter_config.json", "old"):
         (tmp_path / "a" / name).touch()
     save_adapter(model, tmp_path / "a", config, "base")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "a", *others]
     assert_same(before, trainable(model))
 
 
@@ -427,6 +432,25 @@ def test_the_tokenizer_given_apart_is_the_one_saved(tmp_path):
         assert (out / "tokenizer.model").read_text() == "other"
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         save_pretrained(random_model(), tmp_path / "out", base, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("head_in_file", [False, True])
+@pytest.mark.parametrize("targets", [("lm_head",), ("embed_tokens", "q_proj")])
+def test_a_merged_model_whose_head_is_no_longer_tied(tmp_path, targets, head_in_file):
+    base = save_folder(random_model(tie_word_embeddings=True), tmp_path / "base", tie_word_embeddings=True)
+    if head_in_file:
+        tensors = load_file(base / "model.safetensors")
+        save_file(
+            tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / "model.safetensors"
+        )
+    model = merge_lora(adapted(LoraConfig(rank=4, targets=targets), tie_word_embeddings=True))
+    save_pretrained(model, tmp_path / "out", base)
+    twin = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    tokens = torch.randint(0, 512, (2, 30))
+    with torch.no_grad():
+        expected = model(tokens)
+        for logits in (from_pretrained(tmp_path / "out")(tokens), twin(tokens).logits):
+            assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path):

@@ -108,6 +108,22 @@ def test_dora_with_dropout_equals_peft():
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_doras_gain_is_kept_only_while_nothing_trains():
+    layer = adapted(LoraConfig(rank=4, targets=("q_proj",), dora=True)).model.layers[0].self_attn.q_proj.eval()
+    x = torch.randn(5, 32)
+    with torch.no_grad():
+        before = layer(x)
+        assert torch.equal(layer(x), before)
+        layer.train()
+        layer.lora_magnitude_change += 1
+        layer.eval()
+        after = layer(x)
+    assert (after - before).abs().max() > 0.1
+    torch.testing.assert_close(layer(x), after)
+    layer(x).sum().backward()
+    layer(x).sum().backward()  # no graph is kept
+
+
 def test_dora_starts_as_the_base():
     model = random_model().requires_grad_(False)
     tokens = torch.randint(0, 512, (1, 20))

@@ -52,6 +52,13 @@ def test_a_low_rank_part_of_the_head(monkeypatch, rows_a_chunk):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_a_low_rank_part_in_fp16_does_not_overflow_before_it_is_divided():
+    x, weight = torch.zeros(1, 4096, 2, dtype=torch.float16), torch.zeros(8, 2, dtype=torch.float16)
+    low, up = torch.full((1, 4096, 1), 20.0).half(), torch.zeros(8, 1).half().requires_grad_()
+    (linear_cross_entropy(x, weight, torch.zeros(1, 4096, dtype=torch.int64), low, up) / 4096).backward()
+    torch.testing.assert_close(up.grad.flatten().float(), torch.tensor([-17.5] + [2.5] * 7), rtol=1e-2, atol=0)
+
+
 def test_no_label_is_zero_with_a_graph():
     hidden, weight, labels = batch()
     hidden.requires_grad_()

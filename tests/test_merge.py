@@ -24,7 +24,7 @@ from minillama.errors import UserError
 from minillama.hf import from_pretrained
 from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.lora import LoraConfig
-from minillama.merge import ShardedWeights, export_checkpoint, merge_adapter
+from minillama.merge import ShardedWeights, adapter_of, export_checkpoint, merge_adapter
 
 ROOT = Path(__file__).parents[1]
 TIED = {"tie_word_embeddings": True}
@@ -147,7 +147,7 @@ def test_another_base_is_refused_by_name(tmp_path):
 
 
 def tool(name, *flags):
-    """Exit code of tools/NAME.py, or the message it ends with."""
+    """Exit code of tools/NAME.py, which prints what is wrong."""
     before, sys.argv = sys.argv, [name, *map(str, flags)]
     try:
         runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
@@ -184,7 +184,7 @@ def train(tmp_path_factory):
     return train
 
 
-def test_a_full_checkpoint_is_the_model_that_the_run_left(train, tmp_path, small_pieces):
+def test_a_full_checkpoint_is_the_model_that_the_run_left(train, tmp_path, small_pieces, capsys):
     base = save_folder(random_model(**TIED).bfloat16(), tmp_path / "base", **TIED)
     out, _ = train("full", base)
     checkpoint = out / "checkpoints/step-00000002"
@@ -200,7 +200,8 @@ def test_a_full_checkpoint_is_the_model_that_the_run_left(train, tmp_path, small
     with torch.no_grad():
         assert_close(from_pretrained(tmp_path / "hf").float()(tokens), twin(tokens).logits)
 
-    assert "is the output of a run: give the model/ in it" in tool("convert_checkpoint", out, tmp_path / "x")
+    assert tool("convert_checkpoint", out, tmp_path / "x") == 1
+    assert "is the output of a run: give the model/ in it" in capsys.readouterr().err
     with pytest.raises(UserError, match="full fine-tuning and has no adapter"):
         export_checkpoint(checkpoint, tmp_path / "x", adapter_only=True)
     with pytest.raises(UserError, match=r"other is not the model that .* was trained on"):
@@ -219,7 +220,7 @@ def test_a_full_checkpoint_is_the_model_that_the_run_left(train, tmp_path, small
 @pytest.mark.parametrize(
     "flags", [("--lora.targets", "q_proj", "lm_head", "embed_tokens"), ("--lora.dora", "--checkpoint.format", "full")]
 )
-def test_a_lora_checkpoint_is_the_adapter_and_the_merged_model_that_the_run_left(train, tmp_path, flags):
+def test_a_lora_checkpoint_is_the_adapter_and_the_merged_model_that_the_run_left(train, tmp_path, flags, capsys):
     base = save_folder(random_model().bfloat16(), tmp_path / "base")
     out, text = train("lora", base, "--lora.merge", "--fsdp.strategy", "full-shard", *flags)
     assert text.count("base and LoRA in one") == 1
@@ -232,7 +233,8 @@ def test_a_lora_checkpoint_is_the_adapter_and_the_merged_model_that_the_run_left
     assert tool("merge_lora", base, out / "adapter", tmp_path / "merged") == 0
     for folder in ("merged", "hf"):
         same_tensors(tmp_path / folder / "model.safetensors", out / "model/model.safetensors")
-    assert "exists already" in tool("merge_lora", base, out / "adapter", tmp_path / "merged")
+    assert tool("merge_lora", base, out / "adapter", tmp_path / "merged") == 1
+    assert "merged exists already" in capsys.readouterr().err
 
 
 def test_a_llama_adapters_checkpoint_is_the_adapter_that_the_run_left(train, tmp_path):
@@ -241,6 +243,12 @@ def test_a_llama_adapters_checkpoint_is_the_adapter_that_the_run_left(train, tmp
     assert tool("convert_checkpoint", out / "checkpoints/step-00000002", tmp_path / "adapter") == 0
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "adapter" / file).read_bytes() == (out / "adapter" / file).read_bytes()
+
+
+def test_checkpoints_of_before_dora_are_still_loras():
+    flags = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["q_proj"], "rslora": True, "from_": None}
+    assert adapter_of({"flags": {"lora": flags}}) == LoraConfig(4, 8.0, 0.0, ("q_proj",), True, False)
+    assert adapter_of({"flags": {"model": "base"}}) is None
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

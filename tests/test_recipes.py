@@ -312,7 +312,7 @@ FLAGS = {
     "missing model": (["--model", "/nowhere"], "/nowhere does not exist"),
     "unknown dataset": (["--data.dataset", "poems"], "poems is unknown: choose one of samsum"),
     "rows too long": (["--data.context-length", 20], "all 12 rows are longer than --data.context-length 20"),
-    "lora target": (["--lora.targets", "z_proj"], '"z_proj" matches no linear layer'),
+    "lora target": (["--lora.targets", "z_proj"], '"z_proj" matches no layer'),
     "output folder": (["--output-dir", "/proc/out"], "--output-dir /proc/out cannot be written"),
     "missing data": (["--data.path", "/none.json"], "/none.json does not exist"),
     "impossible number": (["--optim.lr", "nan"], "--optim.lr nan: must be above 0"),
@@ -358,7 +358,7 @@ def test_bad_data(run, tmp_path, content, message):
 
 
 def test_the_same_mistake_on_two_ranks_is_said_once(run):
-    check_refused(*run("--lora.targets", "z_proj", world_size=2), '"z_proj" matches no linear layer')
+    check_refused(*run("--lora.targets", "z_proj", world_size=2), '"z_proj" matches no layer')
     check_refused(*run("--output-dir", "/proc/out", world_size=2), "--output-dir /proc/out cannot be written")
 
 

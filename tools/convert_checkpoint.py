@@ -12,7 +12,6 @@ adapter folder. Tensors are read and written a few rows at a time. GGUF needs th
 """
 
 import math
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,8 +19,9 @@ import numpy as np
 import torch
 import tyro
 
+from minillama.distributed import user_errors
 from minillama.errors import UserError
-from minillama.files import new_folder, write_json
+from minillama.files import check_unused, new_folder, write_json
 from minillama.hf import companions, copy_files, open_weights, read_config, write_hf, write_model
 from minillama.hub import find_model
 from minillama.merge import export_checkpoint
@@ -56,7 +56,7 @@ def convert_checkpoint(
         base: the model that a run's checkpoint was trained on; None: where it was then.
         adapter_only: of a LoRA's checkpoint: write the adapter in PEFT's format, do not merge it.
     """
-    check_empty(target)
+    check_unused(target)
     source = find_model(source)
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
@@ -72,7 +72,7 @@ def convert_checkpoint(
     if source.is_file():
         convert_gguf(source, target, wanted or torch.bfloat16)
     elif is_run:
-        export_checkpoint(source, target, base, tokenizer, dtype=wanted, adapter_only=adapter_only)
+        export_checkpoint(source, target, base and find_model(base), tokenizer, dtype=wanted, adapter_only=adapter_only)
     elif to_meta:
         config, weights = read_config(source), open_weights(source)
         with new_folder(target, mark="params.json") as (folder, on_disk):
@@ -81,11 +81,6 @@ def convert_checkpoint(
     else:
         write_model(open_weights(source), read_config(source), target, source, tokenizer, dtype=wanted)
     print(f"{target}: {sum(file.stat().st_size for file in target.iterdir()) / 1e9:.2f} GB")
-
-
-def check_empty(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists already; name another target, or remove it first")
 
 
 # --- GGUF
@@ -409,7 +404,5 @@ def shortest(value: float) -> float:
 
 
 if __name__ == "__main__":
-    try:
+    with user_errors():
         tyro.cli(convert_checkpoint)
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -6,14 +6,14 @@ The adapter is ours or PEFT's own: LoRA, rsLoRA or DoRA. W + B A is added in fp3
 small however large the model is. The same as --lora.merge at the end of a run.
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
 
-from minillama.errors import UserError
+from minillama.distributed import user_errors
+from minillama.files import check_unused
 from minillama.hub import find_model
 from minillama.merge import merge_adapter
 
@@ -37,8 +37,7 @@ def merge_lora(
         tokenizer: folder or file to take the tokenizer from; None: the base's own.
         any_base: merge also if the adapter names another base, as long as its tensors fit.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists already; name another target, or remove it first")
+    check_unused(target)
     merge_adapter(
         find_model(base),
         adapter,
@@ -51,7 +50,5 @@ def merge_lora(
 
 
 if __name__ == "__main__":
-    try:
+    with user_errors():
         tyro.cli(merge_lora)
-    except UserError as error:
-        sys.exit(f"error: {error}")
