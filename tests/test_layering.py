@@ -14,11 +14,12 @@ ONLY_IN = {
     "jinja2": {"minillama/chat.py"},
     "safetensors": {"minillama/hf.py", "tools"},
     "wandb": {"minillama/metrics.py"},
-    "matplotlib": {"minillama/metrics.py"},
+    "matplotlib": {"minillama/metrics.py", "tools"},
     "gguf": {"tools"},
     "pyarrow": {"minillama/rows.py", "tools"},
-    "transformers": set(),
-    "peft": set(),
+    "transformers": {"tools"},
+    "peft": {"tools"},
+    "torchtune": {"tools"},
 }
 
 
