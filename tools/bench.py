@@ -133,8 +133,8 @@ class Bench:
     startup: bool = False
     """Import, --help, time to the first step and loading speed, and nothing else."""
     all: Path | None = None
-    """A folder for results.json, table.txt and plot.png of the cases that a GPU's owner asks for: packed documents,
-    --recompute auto, no new case after --minutes."""
+    """A folder for results.json, table.txt and plot.png of the cases that a GPU's owner asks for: packed documents, as
+    many rows as fill up to the longest context, --recompute auto, no new case after --minutes."""
     minutes: float = 18.0
     """For --all."""
 
@@ -148,6 +148,8 @@ class Bench:
             raise UserError("--model is for --generate: training is measured on random weights of --shape")
         if "torchtune" in self.contenders and not self.torchtune_python:
             raise UserError("--contenders torchtune: give its environment's python by --torchtune-python")
+        if self.torchtune_python and not os.access(self.torchtune_python, os.X_OK):
+            raise UserError(f"--torchtune-python {self.torchtune_python}: no such program; --help says how to make it")
 
 
 def resolved(bench: Bench) -> Bench:
@@ -278,6 +280,7 @@ def training_result(answers: list[dict[str, Any]], tokens: int) -> dict[str, Any
         "versions": ready["versions"],
         "tokens_per_s": spread(tokens_per_s),
         "turns": tokens_per_s,
+        "cpu_seconds": [turn["cpu_seconds"] / len(turn["seconds"]) for turn in timed],
         "mfu": statistics.median(turn["flops"] / sum(turn["seconds"]) / turn["matmul_rate"] for turn in timed),
         "matmul_tflops": statistics.median(turn["matmul_rate"] for turn in timed) / 1e12,
         "peak_gib": max(turn["peak_gib"] for turn in turns),
@@ -312,22 +315,29 @@ def run_case(bench: Bench, shape: Shape, method: Method, context_length: int) ->
             left = tuple(name for name in failures if failures[name]["built"] and "memory" in failures[name]["error"])
             if not left:
                 break
-    case = {"shape": shape, "method": method, "context_length": context_length, "contenders": results}
-    return case | comparison(results)
+    case = {"shape": shape, "method": method, "batch_size": bench.batch_size, "context_length": context_length}
+    return case | {"contenders": results} | comparison(results)
 
 
 def comparison(results: dict[str, Any]) -> dict[str, Any]:
-    """Ours over each other contender, round by round, and how far the losses are apart."""
+    """Ours over each other contender, round by round, and how far the losses are apart.
+
+    Also by processor time, all threads together: what is left to compare by on a machine that is busy otherwise.
+    """
     ours = results.get("ours", {})
     others = {name: result for name, result in results.items() if name != "ours" and "error" not in result}
     if "turns" not in ours:
-        return {"ratios": {}, "loss_difference": {}}
-    ratios, differences = {}, {}
+        return {"ratios": {}, "cpu_ratios": {}, "loss_difference": {}}
+    ratios, cpu_ratios, differences = {}, {}, {}
     for name, result in others.items():
         ratios[name] = spread([a / b for a, b in zip(ours["turns"], result["turns"], strict=True)])
-        pairs = zip(ours["losses"], result["losses"], strict=False)  # the floor has none
-        differences[name] = max((abs(a - b) / a for a, b in pairs), default=0.0)
-    return {"ratios": ratios, "loss_difference": differences}
+        if name == "floor":  # has no loss
+            continue
+        cpu = zip(ours["cpu_seconds"], result["cpu_seconds"], strict=True)
+        cpu_ratios[name] = spread([theirs / own for own, theirs in cpu])
+        losses = zip(ours["losses"], result["losses"], strict=True)
+        differences[name] = max(abs(a - b) / a for a, b in losses)
+    return {"ratios": ratios, "cpu_ratios": cpu_ratios, "loss_difference": differences}
 
 
 # --- what is said
@@ -337,7 +347,7 @@ def heading(bench: Bench, case: dict[str, Any]) -> str:
     documents = "packed documents of 50 to 400 tokens" if bench.documents == "packed" else "one document a row"
     how = "compiled" if bench.compile else "eager"
     return (
-        f"{case['shape']} {case['method']} {bench.batch_size} x {case['context_length']}, {documents}, "
+        f"{case['shape']} {case['method']} {case['batch_size']} x {case['context_length']}, {documents}, "
         f"{bench.precision}, {how}, {bench.device}"
     )
 
@@ -367,7 +377,8 @@ def rows(case: dict[str, Any]) -> Iterator[str]:
     rates = [result["matmul_tflops"] for result in case["contenders"].values() if "matmul_tflops" in result]
     if rates:
         apart = max(case["loss_difference"].values(), default=0.0)
-        yield f"  matmul {statistics.median(rates):.3g} TFLOP/s; losses differ by at most {apart:.1e}"
+        line = f"  matmul {statistics.median(rates):.3g} TFLOP/s; losses differ by at most {apart:.1e}"
+        yield line + "".join(f"; ours/{name} by CPU time {r['median']:.2f}" for name, r in case["cpu_ratios"].items())
 
 
 # --- modes
@@ -388,7 +399,8 @@ def compare_training(bench: Bench) -> None:
         if bench.all and time.perf_counter() - began > 60 * bench.minutes:
             say(f"{shape} {method} {length}: not run, the {bench.minutes:g} minutes are over")
             continue
-        case = run_case(bench, shape, method, length)
+        rows_of_case = bench.batch_size * (max(bench.context_length) // length if bench.all else 1)
+        case = run_case(replace(bench, batch_size=rows_of_case), shape, method, length)
         cases.append(case)
         say(heading(bench, case))
         for row in rows(case):

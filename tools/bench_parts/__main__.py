@@ -47,6 +47,7 @@ def train(contender: Any, job: Job, first: int, count: int) -> dict[str, Any]:
     has no loss, says itself what its parts took."""
     model, flops = make_model(job), 0.0
     seconds, results, parts = [], [], []
+    cpu_seconds = 0.0
     for step in range(first, first + count):
         work = make_work(job, step)
         flops += step_flops(model, work.tokens.numel(), work.trained, work.squares)
@@ -55,12 +56,14 @@ def train(contender: Any, job: Job, first: int, count: int) -> dict[str, Any]:
             seconds.append(sum(parts[-1].values()))
             continue
         synchronise(job)
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         results.append([value.item() for value in contender.step(work)])
         synchronise(job)
         seconds.append(time.perf_counter() - began)
+        cpu_seconds += time.process_time() - cpu_began
     found = {
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "flops": flops,
         "losses": [loss for loss, _ in results],
         "norms": [norm for _, norm in results],

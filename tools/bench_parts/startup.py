@@ -5,6 +5,8 @@
 Processes and reads are warm: each is done once before it is timed, and what is compared takes turns.
 """
 
+import contextlib
+import io
 import json
 import os
 import statistics
@@ -61,12 +63,13 @@ def first_step(model: Path, device: str) -> float:
         flags += ["--eval.no-enabled", "--train.max-steps", "1", "--train.batch-size", "1"]
         flags += ["--data.cache-dir", f"{folder}/cache", "--data.context-length", "512"]
         began = time.perf_counter()
-        process = subprocess.Popen([sys.executable, RECIPE, *flags], stdout=subprocess.DEVNULL, env=ENV)
+        command, nowhere = [sys.executable, RECIPE, *flags], subprocess.DEVNULL
+        process = subprocess.Popen(command, stdout=nowhere, stderr=nowhere, env=ENV)
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
             time.sleep(0.01)
         seconds = time.perf_counter() - began
         if process.wait():
-            raise RuntimeError(f"{RECIPE} failed")
+            raise RuntimeError(f"failed: {' '.join(command)}")
         return seconds
 
 
@@ -98,7 +101,8 @@ def read_whole(file: Path) -> float:
 
 def load(folder: Path, device: str) -> float:
     began = time.perf_counter()
-    from_pretrained(folder, device=device, dtype=torch.bfloat16)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        from_pretrained(folder, device=device, dtype=torch.bfloat16)
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
