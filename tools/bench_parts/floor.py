@@ -33,11 +33,12 @@ class Floor:
         """Seconds of each part."""
         products = list(floor_products(self.model, work.tokens.numel(), work.trained))
         heads = self.documents(work)
-        for n, k, m in set(products):
-            if (n, k, m) not in self.operands:
-                shapes = ((n, k), (k, m), (n, m))
-                a, b, c = (torch.randn(shape, device=self.device).to(self.dtype) for shape in shapes)
-                self.operands[n, k, m] = a, b, c
+        # The head's differ from step to step: those of the step before are let go.
+        self.operands = {shape: operands for shape, operands in self.operands.items() if shape in products}
+        for n, k, m in set(products) - self.operands.keys():
+            shapes = ((n, k), (k, m), (n, m))
+            a, b, out = (torch.randn(shape, device=self.device, dtype=self.dtype) for shape in shapes)
+            self.operands[n, k, m] = a, b, out
         began = self.now()
         for product in products:
             a, b, out = self.operands[product]
@@ -57,7 +58,7 @@ class Floor:
         H, K, D = config.num_attention_heads, config.num_key_value_heads or 0, config.head_dim or 0
         found = []
         for length in (length for row in work.lengths for length in row):
-            made = (torch.randn(1, length, n, D, device=self.device).to(self.dtype) for n in (H, K, K, H))
+            made = (torch.randn(1, length, n, D, device=self.device, dtype=self.dtype) for n in (H, K, K, H))
             q, k, v, gradient = (tensor.transpose(1, 2) for tensor in made)
             found.append((q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), gradient))
         return found
