@@ -15,12 +15,13 @@ ONLY_IN = {
     "safetensors": {"minillama/hf.py", "tools"},
     "huggingface_hub": {"minillama/hub.py", "tools"},
     "wandb": {"minillama/metrics.py"},
-    "matplotlib": {"minillama/metrics.py"},
+    "matplotlib": {"minillama/metrics.py", "tools"},
     "gguf": {"tools"},
     "lm_eval": {"minillama/lm_eval.py"},
     "pyarrow": {"minillama/rows.py", "tools"},
-    "transformers": set(),
-    "peft": set(),
+    "transformers": {"tools"},
+    "peft": {"tools"},
+    "torchtune": {"tools"},
 }
 
 
