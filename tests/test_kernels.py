@@ -91,13 +91,18 @@ def train(mesh, folder, kind, recompute, precision, compiled, backend):
 
 
 def compare(folder, world_size, kind, recompute, precision, backend="inductor"):
-    results = [run_ranks(train, world_size, folder, kind, recompute, precision, c, backend) for c in (False, True)]
-    tolerance = 1e-5 if precision == "fp32" else 3e-2
-    for (eager, _), (compiled, count) in zip(*results, strict=True):
-        assert count == KINDS[kind]
-        for (loss, gradient), (expected_loss, expected) in zip(compiled, eager, strict=True):
-            assert loss == pytest.approx(expected_loss, rel=tolerance)
-            assert (gradient - expected).norm() < tolerance * expected.norm()
+    """Compiled blocks are about as near to the fp32 gradient as eager ones, and in fp32 nearly equal."""
+    runs = [("fp32", False), (precision, False), (precision, True)]
+    exact, eager, compiled = (
+        run_ranks(train, world_size, folder, kind, recompute, dtype, compiled, backend) for dtype, compiled in runs
+    )
+    for rank in range(world_size):
+        assert compiled[rank][1] == KINDS[kind] and eager[rank][1] == 0
+        for numbers in zip(exact[rank][0], eager[rank][0], compiled[rank][0], strict=True):
+            (loss, gradient), (_, usual), (our_loss, ours) = numbers
+            assert our_loss == pytest.approx(loss, rel=1e-5 if precision == "fp32" else 1e-3)
+            error, usual_error = ((g - gradient).norm() / gradient.norm() for g in (ours, usual))
+            assert error < max(2 * usual_error, 1e-5)
 
 
 def test_compiled_once_for_all_blocks_and_packs_it_computes_the_same(tiny_folder):
