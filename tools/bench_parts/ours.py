@@ -18,6 +18,7 @@ from minillama.distributed import (
 )
 from minillama.generate import generate
 from minillama.hf import from_pretrained
+from minillama.kernels import KernelsConfig, choose_kernels, compile_blocks
 from minillama.model import Llama, LlamaConfig
 from minillama.optim import OptimConfig, make_optimizer
 from minillama.packing import Batch
@@ -34,10 +35,10 @@ class Ours:
         set_dtypes(model, fsdp)
         fsdp = choose_strategy(model, fsdp, self.device)
         mesh = make_mesh(fsdp, self.device)
-        if job["compile"]:
-            for block in model.model.layers:
-                block.compile()
+        choose_kernels(model, KernelsConfig(compile=job["compile"]), fsdp.compute_dtype, self.device)
         shard(model, mesh, fsdp)
+        if job["compile"]:
+            compile_blocks(model)
         materialise(model, self.device)
         fill(((name, local(p)) for name, p in model.named_parameters()), model.config.hidden_size)
         self.optimizer = make_optimizer(model.parameters(), OptimConfig(lr=LR))
