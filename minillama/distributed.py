@@ -349,7 +349,7 @@ def shard(model: Llama, mesh: DeviceMesh, config: FsdpConfig) -> Llama:
     group(ends, reshard_after_forward=False)
     group(model)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and mesh.size() > 1:  # one process would divide by 1, in two passes more
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
     return model

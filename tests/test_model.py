@@ -7,7 +7,7 @@ from transformers import LlamaConfig as HFConfig
 from transformers import LlamaForCausalLM
 
 from minillama.errors import UserError
-from minillama.model import Llama, LlamaConfig, rope_frequencies, rope_table, rotate
+from minillama.model import Llama, LlamaConfig, RMSNorm, rope_frequencies, rope_table, rotate, swiglu
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -130,3 +130,24 @@ def test_tied_head_is_one_parameter():
     model = random_model(tie_word_embeddings=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert "lm_head.weight" not in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_feed_forward_beside_their_formulas_in_float64(dtype):
+    torch.manual_seed(0)
+    x, gate, up = (torch.randn(2, 7, 24).to(dtype).requires_grad_() for _ in range(3))
+    norm = RMSNorm(24, 1e-5)
+    torch.nn.init.normal_(norm.weight)
+    norm.to(dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, norm.weight, gate, up)]
+    normed = exact[1] * exact[0] / (exact[0].square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    product = exact[2] / (1 + (-exact[2]).exp()) * exact[3]
+    ours = norm(x), swiglu(gate, up)
+    weights = torch.randn(2, 2, 7, 24).to(dtype)
+    (ours[0] * weights[0] + ours[1] * weights[1]).sum().backward()
+    (normed * weights[0].double() + product * weights[1].double()).sum().backward()
+    near = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-5}
+    for found, expected in zip(ours, (normed, product), strict=True):
+        torch.testing.assert_close(found.double(), expected, **near)
+    for found, expected in zip((x, norm.weight, gate, up), exact, strict=True):
+        torch.testing.assert_close(found.grad.double(), expected.grad, **near)
