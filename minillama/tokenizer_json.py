@@ -14,11 +14,14 @@ def is_tiktoken(content: bytes) -> bool:
 
 
 def tokenizer_json(model: bytes, *, add_bos: bool = True) -> dict[str, Any] | None:
-    """tokenizer.json of a sentencepiece BPE, as transformers' own converter makes it. None: it normalises characters
-    (NFKC), or is no BPE, which are not converted."""
+    """tokenizer.json of a sentencepiece BPE, in the form of those that were published for Llama 2. None for what is not
+    converted: other kinds of file, and a model that normalises characters (NFKC) or is no BPE."""
     import sentencepiece
 
-    known = sentencepiece.SentencePieceProcessor(model_proto=model)
+    try:
+        known = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError:
+        return None
     sample = "\ufb01 \uff21"  # a ligature and a wide letter, which NFKC would replace
     dummy_prefix = known.normalize("a").startswith("▁")
     if known.normalize(sample).removeprefix("▁") != sample.replace(" ", "▁"):

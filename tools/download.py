@@ -29,7 +29,7 @@ FILES_AT_ONCE = 4
 
 def download(
     repo: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ORG/NAME")],
-    target: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")] = None,
+    target: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[TARGET]")] = None,
     *,
     revision: str = "main",
 ) -> None:
