@@ -160,6 +160,12 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"the adapter folder {folder} does not exist")
+    if not (folder / "adapter_config.json").exists():
+        inside = folder / "adapter"
+        found = "is the output of a run" if (folder / "run.json").exists() else "is no adapter folder"
+        found = "is a model folder" if (folder / "config.json").exists() else found
+        hint = f"give {inside}" if inside.is_dir() else "give the adapter/ that a run has left in its output folder"
+        raise UserError(f"{folder} {found} (it has no adapter_config.json): {hint}")
     settings = read_json(folder / "adapter_config.json")
     match settings.get("peft_type"):
         case "LORA":

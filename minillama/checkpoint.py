@@ -374,6 +374,9 @@ class Checkpoints:
         except UserError:
             if kind is None:  # what is already going wrong is the cause, or worse
                 raise
+        else:
+            if kind is KeyboardInterrupt and (steps := saved_steps(self.config.output_dir)):
+                say(f"\nstopped: to go on from step {max(steps)}, the same command with --resume auto")
         finally:
             self.writer.shutdown()
             self.stager.close()

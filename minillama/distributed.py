@@ -100,12 +100,13 @@ def quiet_but_on_rank_zero() -> Iterator[None]:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Ends the process with code 1 on a UserError, printed without a traceback, and once however many ranks make it."""
+    """Ends the process with code 1 on a UserError, printed without a traceback, and once however many ranks make it; with
+    130 on Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:
         if rank() == 0:
-            print("\ninterrupted: --resume auto goes on from the last checkpoint, if any", file=sys.stderr, flush=True)
+            print("\ninterrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
         if _someone_erred():  # the others are gone because of a mistake that one has named

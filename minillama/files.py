@@ -86,10 +86,24 @@ def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., No
             dist.destroy_process_group(patient)
 
 
-def check_unused(target: Path) -> None:
-    """Raises UserError unless a tool may write to this folder: one that does not exist, or is empty."""
+def check_unused(target: Path, *sources: Path) -> None:
+    """Raises UserError unless a tool may write to this folder: one that does not exist, or is empty, and that is in none
+    of those it reads."""
+    for source in sources:
+        if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
+            raise UserError(f"{target} is in {source}, which is read: name a target elsewhere")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already; name another target, or remove it first")
+
+
+def size_text(size: int) -> str:
+    """Bytes in GB, or in MB where that would be less than a tenth."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of the files in it."""
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

@@ -61,10 +61,7 @@ def stream(
     """
     if not prompts or not all(prompts):
         raise UserError("generate needs prompts of at least one token")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise UserError(
-            f"temperature {temperature} and top-k {top_k} must be at least 0, top-p {top_p} above 0 and at most 1"
-        )
+    check_settings(temperature, top_k, top_p)
     device = next(model.parameters()).device
     random = torch.Generator(device).manual_seed(seed)
     width = max(map(len, prompts))
@@ -82,6 +79,13 @@ def stream(
         if all(ended):
             return
         yield [None if done else token for done, token in zip(ended, found, strict=True)]
+
+
+def check_settings(temperature: float, top_k: int, top_p: float) -> None:
+    if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise UserError(
+            f"temperature {temperature} and top-k {top_k} must be at least 0, top-p {top_p} above 0 and at most 1"
+        )
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int, top_p: float, random: torch.Generator) -> Tensor:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -18,12 +18,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from tqdm import tqdm
 
-from minillama.distributed import local, materialise, rank, reshard
+from minillama.distributed import local, materialise, rank, reshard, say
 from minillama.errors import UserError
 from minillama.files import is_rank_zero, new_folder, read_json, write_json
 from minillama.meta import MetaWeights, Weights, is_meta_folder, read_meta_config
-from minillama.model import Llama, LlamaConfig
+from minillama.model import LLAMA3_ROPE, Llama, LlamaConfig
 from minillama.tokenizer import load_tokenizer
+from minillama.tokenizer_json import is_tiktoken, tokenizer_config, tokenizer_json
 
 READ_BYTES = 32 * 2**20
 """Size of the pieces in which tensors are read: host memory on top of the model's own is this, times READERS."""
@@ -82,6 +83,11 @@ def find_tensors(folder: str | Path) -> dict[str, Path]:
             raise UserError(f"{index} names files that are not there: {', '.join(missing)}")
         return files
     single = folder / "model.safetensors"
+    if not single.exists() and any(folder.glob("pytorch_model*.bin")):
+        raise UserError(
+            f"{folder} holds its weights as pickles (pytorch_model.bin), which are not read: load it in transformers "
+            "and save_pretrained it, which writes safetensors"
+        )
     if not single.exists():
         raise UserError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")
     return dict.fromkeys(tensor_names(single), single)
@@ -137,9 +143,21 @@ def open_weights(folder: str | Path) -> Weights:
 
 
 def weights_fingerprint(folder: str | Path) -> str:
-    """Tells base models apart by config, names, shapes, and the first row of each tensor: quick, however large they are."""
-    weights, digest = open_weights(folder), hashlib.sha256(repr(read_config(folder)).encode())
-    for name in sorted(weights.names):
+    """Tells base models apart by config, names, shapes, and the first row of each tensor: quick, however large they are.
+
+    The same for the same model in Hugging Face's format and in Meta's, which knows no max_position_embeddings.
+    """
+    weights, config = open_weights(folder), read_config(folder)
+    computing = asdict(config) | {"rope_scaling": None}
+    del computing["max_position_embeddings"]
+    if scaling := config.rope_scaling:  # numbers that are whole or not, and keys that nothing is computed from
+        numbers = {key: float(scaling[key]) for key in LLAMA3_ROPE if key in scaling}
+        computing["rope_scaling"] = numbers | {"rope_type": scaling["rope_type"]}
+    computing |= {name: float(computing[name]) for name in ("rms_norm_eps", "rope_theta")}
+    digest = hashlib.sha256(json.dumps(computing, sort_keys=True).encode())
+    with torch.device("meta"):  # tied heads and RoPE's frequencies, which some files hold too, are not among these
+        names = dict(Llama(config).named_parameters()).keys() & set(weights.names)
+    for name in sorted(names):
         digest.update(f"{name} {weights.shape(name)} {weights.dtype(name)}".encode())
         digest.update(weights.rows(name, 0, 1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -293,6 +311,7 @@ def save_pretrained(
     embedding = "model.embed_tokens.weight"
     dtypes = {n: weights.dtype(n if n in weights.names else embedding) for n in base_parameters(model)}
     copies = companions(base, tokenizer)
+    made = tokenizer_files(copies, folder)
     if as_it_is := not untied and not is_meta_folder(base):
         copies["config.json"] = base / "config.json"
 
@@ -305,7 +324,7 @@ def save_pretrained(
         write_tensors(file, tensors | {name: weights.rows(name, 0, weights.shape(name)[0]) for name in copied})
 
     with new_folder(folder, mark="config.json") as (path, on_disk):
-        on_disk(copy_files, copies, path)
+        on_disk(copy_files, copies, path, made)
         if not as_it_is:
             described = config_json(base, model.config, dtypes[embedding], tokenizer)
             on_disk(write_json, path / "config.json", described)
@@ -332,9 +351,10 @@ def write_model(
     """
     base = Path(base)
     copies = companions(base, tokenizer)
+    made = tokenizer_files(copies, Path(folder))
     described = config_json(base, config, dtype or weights.dtype("model.embed_tokens.weight"), tokenizer)
     with new_folder(Path(folder), mark="config.json") as (path, on_disk):
-        on_disk(copy_files, copies, path)
+        on_disk(copy_files, copies, path, made)
         on_disk(write_hf, weights, described, path, dtype)
 
 
@@ -416,10 +436,10 @@ def split_by_size(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 def companions(base: Path, tokenizer: str | Path | None = None) -> dict[str, Path]:
     """Where the generation settings and the tokenizer's files are, there or not, by the names they have in a Hugging
-    Face folder: those of `base`, or the tokenizer of another folder or file."""
+    Face folder: those of `base`, or the tokenizer of another folder or file. Raises UserError if there is none."""
     path = base if tokenizer is None else Path(tokenizer)
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder, so the tokenizer cannot be copied from it")
+    if tokenizer is not None:
+        load_tokenizer(path)
     folder = path if path.is_dir() else path.parent
     found = {"generation_config.json": base / "generation_config.json"}
     found |= {file: folder / file for file in TOKENIZER_FILES}
@@ -432,10 +452,29 @@ def companions(base: Path, tokenizer: str | Path | None = None) -> dict[str, Pat
     return found
 
 
-def copy_files(sources: dict[str, Path], folder: Path) -> None:
+def tokenizer_files(copies: dict[str, Path], target: Path) -> dict[str, dict[str, Any]]:
+    """What to write beside these copies, where a tokenizer.model alone would not do for transformers."""
+    there = {name for name, path in copies.items() if path.exists()}
+    if "tokenizer.model" not in there or there & {"tokenizer.json", "tokenizer_config.json"}:
+        return {}
+    content = copies["tokenizer.model"].read_bytes()
+    made = None if is_tiktoken(content) else tokenizer_json(content)
+    if made is None:
+        say(
+            f"note: minillama reads the tokenizer.model of {target}, transformers needs the tokenizer.json of the Hugging "
+            "Face model: give its folder by --tokenizer, or copy its tokenizer's files there"
+        )
+        return {}
+    return {"tokenizer.json": made, "tokenizer_config.json": tokenizer_config(content)}
+
+
+def copy_files(sources: dict[str, Path], folder: Path, made: Mapping[str, dict[str, Any]] | None = None) -> None:
+    """made: JSON files to write beside the copies."""
     for file, source in sources.items():
         if source.exists():
             shutil.copyfile(source, folder / file)
+    for file, content in (made or {}).items():
+        write_json(folder / file, content)
 
 
 def gather(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:

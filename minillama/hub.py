@@ -109,7 +109,7 @@ def explained(repo: str, revision: str = "main", local: str = "") -> Iterator[No
             reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _first_line(cause)
             text = (
                 f"{local}{page} cannot be asked ({reason}), and {constants.HF_HUB_CACHE} does not hold all of it: download "
-                "it where there is a network, and copy that folder or give --model a local one"
+                "it where there is a network, and copy that folder or give --model a local folder"
             )
         elif isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
             text = (

@@ -218,7 +218,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[TaskMan
     for name in names:
         if name not in manager.all_tasks:
             near = get_close_matches(name, manager.all_tasks)
-            hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists the names"
+            hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists the names."
             raise UserError(f"--tasks {name}: no such task; {hint} Your own: --include-path")
         try:
             loaded = manager.load(name)

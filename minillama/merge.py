@@ -29,7 +29,6 @@ from minillama.files import read_json
 from minillama.hf import (
     SafetensorsWeights,
     check_weights,
-    open_weights,
     read_config,
     tensor_names,
     weights_fingerprint,
@@ -268,7 +267,13 @@ def export_checkpoint(
         raise UserError(f"the base model {base} is not there: give its folder by --base")
     if weights_fingerprint(base) != content["fingerprints"]["model"]:
         raise UserError(f"{base} is not the model that {checkpoint} was trained on: give that one by --base")
-    config, weights = read_config(base), open_weights(base)
+    if dtype is not None and (adapter_only or isinstance(adapter, LlamaAdapterConfig)):
+        raise UserError(
+            f"--dtype {str(dtype).removeprefix('torch.')}: an adapter alone is written, and it keeps its own"
+        )
+    config = read_config(base)
+    with torch.device("meta"):
+        weights = check_weights(Llama(config), base)
     tokenizer = tokenizer or (Path(flags["tokenizer"]) if flags["tokenizer"] else None)
     if adapter is None and adapter_only:
         raise UserError(f"{checkpoint} is of a full fine-tuning and has no adapter: leave --adapter-only out")

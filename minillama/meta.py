@@ -5,6 +5,7 @@ stand in another order. Several files hold equal parts of each tensor, as the pr
 """
 
 import json
+import math
 import mmap
 import os
 import pickle
@@ -82,6 +83,10 @@ class MetaWeights:
                 raise UserError(f"{where} lacks {', '.join(missing[:4])}, which params.json speaks of")
             if unknown := sorted(part.keys() - known):
                 raise UserError(f"{where} has tensors that no Llama has: {', '.join(unknown[:4])}")
+            if uneven := [
+                name for name, tensor in part.items() if tensor.shape != self._parts[0].get(name, tensor).shape
+            ]:
+                raise UserError(f"{where} has another shape than consolidated.00.pth of {', '.join(uneven[:4])}")
         self.names = [name for name in self._names if name != "lm_head.weight" or not self.config.tie_word_embeddings]
 
     def shape(self, name: str) -> list[int]:
@@ -146,12 +151,14 @@ def _parts(folder: Path) -> list[dict[str, Tensor]]:
 def _load(file: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{file} holds more than tensors, and is not read: {reason}") from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{file} cannot be read, it may be truncated: {reason}") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{file} holds more than tensors, which may be code, and is not read") from None
+    except PermissionError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError):
+        raise UserError(
+            f"{file} cannot be read, it may be truncated, or not written by torch.save of PyTorch 1.6 or newer"
+        ) from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{file} does not hold tensors by name")
     return tensors
@@ -168,8 +175,14 @@ def read_meta_config(folder: Path) -> LlamaConfig:
     first = parts[0]
     try:
         head, inner = first["output.weight"], first["layers.0.feed_forward.w1.weight"]
+        query_rows = first["layers.0.attention.wq.weight"].shape[0] * len(parts)
     except KeyError as error:
         raise UserError(f"{folder / 'consolidated.00.pth'} lacks {error}, which params.json speaks of") from None
+    if query_rows < width and width % query_rows == 0:
+        raise UserError(
+            f"{folder} holds {len(parts)} consolidated files with 1/{width // query_rows} of the weights that params.json "
+            f"speaks of: copy the missing ones there, there must be {len(parts) * width // query_rows}"
+        )
     scaling = None
     if params.get("use_scaled_rope"):
         if "rope_scaling_factor" not in params:
@@ -265,11 +278,16 @@ def write_meta(
     params = meta_params(config)
     for what, count in (("n_kv_heads", config.num_key_value_heads), ("vocab_size", config.vocab_size)):
         if count and count % files:
-            raise UserError(f"{files} files: {what} {count} is not a multiple of it")
+            raise UserError(f"--files {files}: {what} {count} is not a multiple of it")
     if config.intermediate_size % files:
-        raise UserError(f"{files} files: the feed-forward width {config.intermediate_size} is not a multiple of it")
+        raise UserError(f"--files {files}: the feed-forward width {config.intermediate_size} is not a multiple of it")
     names = meta_names(config.num_hidden_layers)
-    bar = tqdm(desc="writing", unit="B", unit_scale=True, leave=False)
+    total = 0
+    for ours, (_, dim) in names.items():
+        source = "model.embed_tokens.weight" if ours not in weights.names else ours
+        size = math.prod(weights.shape(source)) * (dtype or weights.dtype(source)).itemsize
+        total += size * (files if dim is None else 1)
+    bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, leave=False)
     for number in range(files):
         file = folder / f"consolidated.{number:02}.pth"
         empty = {}

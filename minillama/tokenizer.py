@@ -16,6 +16,7 @@ from typing import Any
 
 from minillama.chat import LLAMA2_TEMPLATE, LLAMA3_TEMPLATE, check_messages, render, trained_spans
 from minillama.errors import UserError
+from minillama.tokenizer_json import is_tiktoken
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -206,6 +207,8 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     json_file = folder / "tokenizer.json" if path.is_dir() or path.suffix != ".json" else path
     if (path.is_dir() or path == json_file) and json_file.exists():
         data = _read_json(json_file)
+        if "model" not in data:
+            raise UserError(f"{json_file}: holds no tokenizer; give a checkpoint's folder or the tokenizer.json in it")
         names["add_bos_token"] = _begins_with_special(data.get("post_processor") or {})
         if data.get("model", {}).get("type") == "BPE" and '"ByteLevel"' in json.dumps(data.get("pre_tokenizer")):
             try:
@@ -223,7 +226,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     if model is None:
         raise UserError(f"{folder}: no tokenizer.json or tokenizer.model; copy them from the original checkpoint")
     content = model.read_bytes()
-    if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", content):
+    if is_tiktoken(content):
         return _from_tiktoken(model, content, names)
     return _from_sentencepiece(model, content, names)
 

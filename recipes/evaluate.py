@@ -11,6 +11,7 @@ import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch.distributed as dist
@@ -92,6 +93,20 @@ class Config:
         return own or any((self.data.path, self.data.val_path, self.data.mixture))
 
 
+def check_output(output: Path) -> None:
+    """Makes the folder of the output. Raises UserError unless a file can be written there."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--output {output} cannot be written ({error.strerror}): name a file in a folder that you may write to"
+        ) from None
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder: name a file in it")
+
+
 def find_tasks(config: Config) -> Any:
     try:
         from minillama.lm_eval import load_tasks
@@ -149,6 +164,8 @@ def table(columns: dict[str, dict[str, Any]]) -> str:
 
 def main(config: Config) -> None:
     with process_group(config.device) as device:
+        if output := config.output:
+            on_rank_zero(lambda: check_output(output))
         config = replace(config, model=find_model(config.model))
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         tasks = find_tasks(config) if config.tasks else None
@@ -157,8 +174,6 @@ def main(config: Config) -> None:
             model = read_config(config.model)
             rows = load_evaluation_data(config.data, tokenizer, model.vocab_size, config.seed)
             say(f"rows        {described(rows, model, config.batch_size, dist.get_world_size())}")
-        if output := config.output:
-            on_rank_zero(lambda: output.parent.mkdir(parents=True, exist_ok=True))
         # the adapted first: an adapter that does not fit is found before anything is measured
         adapters = {"adapted": config.adapter} if config.adapter else {}
         adapters |= {"base": None} if config.compare or not config.adapter else {}

@@ -25,7 +25,8 @@ from minillama.distributed import (
     user_errors,
 )
 from minillama.errors import UserError
-from minillama.generate import stream
+from minillama.generate import check_settings, stream
+from minillama.hf import read_config
 from minillama.hub import find_model
 from minillama.inference import Dtype, find_stop_ids, load_model
 from minillama.rows import read_rows
@@ -46,14 +47,14 @@ class Config:
     """What to ask; the answer is printed as it comes."""
     prompts: Path | None = None
     """A .jsonl, .json, .csv or .parquet file of rows with a `prompt`, or a chat's `messages`; a line of JSON is printed
-    for each, with its `answer`."""
+    for each, with its `answer` and what else the row has."""
     chat: bool = False
     """Ask again and again, each time with what was said before; an empty line ends it."""
     system: str | None = None
     """The system message of a chat."""
     template: Literal["chat", "none"] = "chat"
     """chat: prompts are put to the model in its chat format. none: they are the beginning of a text that it goes on
-    with, as after training on samsum, alpaca, grammar or text."""
+    with, as after training on samsum, alpaca, grammar or text; BOS is put before it, as in training."""
     max_new_tokens: int = 256
     temperature: float = 0.0
     """0: the likeliest token each time."""
@@ -75,18 +76,21 @@ class Config:
             raise UserError("--chat needs --template chat")
         if self.max_new_tokens < 1 or self.batch_size < 1:
             raise UserError("--max-new-tokens and --batch-size must be at least 1")
+        check_settings(self.temperature, self.top_k, self.top_p)
 
 
-def read_prompts(config: Config, tokenizer: Any) -> Iterator[tuple[Any, list[int]]]:
-    """(What a row asks, its tokens) for each row of the file."""
+def read_prompts(config: Config, tokenizer: Any) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """(The line to print but for its answer, what is asked in tokens) for each row of the file."""
     assert config.prompts
     for place, read in read_rows(config.prompts):
-        row = read()
-        asked = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
-        if not isinstance(asked, str | list) or not asked:
-            raise UserError(f"{place}: a row needs the text 'prompt' or the list 'messages'")
         try:
-            yield asked, to_tokens(config, tokenizer, asked)
+            row = read()
+            field = "prompt" if isinstance(row, dict) and "prompt" in row else "messages"
+            asked = row.get(field) if isinstance(row, dict) else None
+            if not isinstance(asked, str | list) or not asked:
+                raise UserError("a row needs the text 'prompt' or the list 'messages'")
+            others = {name: value for name, value in row.items() if name != field}
+            yield {"prompt": asked} | others, to_tokens(config, tokenizer, asked)
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
 
@@ -105,6 +109,25 @@ def main(config: Config) -> None:
     with process_group(config.device) as device:
         config = replace(config, model=find_model(config.model))
         tokenizer = load_tokenizer(config.tokenizer or config.model)
+        if config.prompt is not None:
+            to_tokens(config, tokenizer, config.prompt)  # what is wrong with it is said before the model is loaded
+        prompts = list(read_prompts(config, tokenizer)) if config.prompts else []
+        if config.prompts and not prompts:
+            raise UserError(f"--prompts {config.prompts}: no row in it")
+        longest = read_config(config.model).max_position_embeddings - config.max_new_tokens
+        warned = False
+
+        def warn_of_length(tokens: list[int]) -> None:
+            nonlocal warned
+            if len(tokens) > longest and not warned and rank() == 0:
+                print(
+                    f"warning: a prompt of {len(tokens)} tokens and --max-new-tokens {config.max_new_tokens} are more than "
+                    f"the {longest + config.max_new_tokens} positions that the model was made for (max_position_embeddings)",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                warned = True
+
         model = load_model(config.model, device, adapter=config.adapter, dtype=config.dtype)
         settings: dict[str, Any] = {
             "max_new_tokens": config.max_new_tokens,
@@ -119,7 +142,9 @@ def main(config: Config) -> None:
             """Printed as it comes, on rank 0."""
             ids: list[int] = []
             shown = ""
-            for [token] in stream(model, [to_tokens(config, tokenizer, asked)], **settings):
+            tokens = to_tokens(config, tokenizer, asked)
+            warn_of_length(tokens)
+            for [token] in stream(model, [tokens], **settings):
                 ids.append(token)  # type: ignore[arg-type]  # one prompt: it ends with its answer
                 text = tokenizer.decode(ids)
                 if not text.endswith("\ufffd") and rank() == 0:  # a character may take several tokens
@@ -137,15 +162,15 @@ def main(config: Config) -> None:
                 messages.append({"role": "user", "content": asked})
                 messages.append({"role": "assistant", "content": answer(messages)})
         else:
-            prompts = list(read_prompts(config, tokenizer))
+            warn_of_length(max((tokens for _, tokens in prompts), key=len))
             for start in range(0, len(prompts), config.batch_size):
                 batch = prompts[start : start + config.batch_size]
                 columns: list[list[int]] = [[] for _ in batch]
                 for tokens in stream(model, [tokens for _, tokens in batch], **settings):
                     for column, token in zip(columns, tokens, strict=True):
                         column += [] if token is None else [token]
-                for (asked, _), column in zip(batch, columns, strict=True):
-                    say(json.dumps({"prompt": asked, "answer": tokenizer.decode(column)}, ensure_ascii=False))
+                for (line, _), column in zip(batch, columns, strict=True):
+                    say(json.dumps(line | {"answer": tokenizer.decode(column)}, ensure_ascii=False, default=str))
 
 
 def ask() -> str:

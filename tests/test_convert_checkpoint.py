@@ -2,19 +2,22 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import random_model, save_folder
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from minillama.errors import UserError
-from minillama.hf import from_pretrained
+from minillama.hf import from_pretrained, save_pretrained
+from minillama.tokenizer_json import tokenizer_json
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -215,8 +218,6 @@ LLAMA2 = Path(__file__).resolve().parents[2] / "shared/data/tokenizers/llama2/to
 )
 def test_sentencepiece_tokenizer(tmp_path, real):
     """The same ids as the model that GGUF's pieces, scores and types were taken from, as llama.cpp's converter does."""
-    import io
-
     import sentencepiece
 
     from minillama.tokenizer import load_tokenizer
@@ -230,19 +231,7 @@ def test_sentencepiece_tokenizer(tmp_path, real):
     if real:
         original = sentencepiece.SentencePieceProcessor(model_file=str(LLAMA2))
     else:
-        trained = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts * 20),
-            model_writer=trained,
-            model_type="bpe",
-            vocab_size=330,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            character_coverage=0.98,
-            minloglevel=2,
-        )
-        original = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+        original = sentencepiece.SentencePieceProcessor(model_proto=trained_sentencepiece(texts))
     ids = range(original.get_piece_size())
 
     def kind(id_):
@@ -266,8 +255,62 @@ def test_sentencepiece_tokenizer(tmp_path, real):
     for text in texts:
         assert tokenizer.encode(text) == original.encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == original.decode(original.encode(text))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json(model)))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in (*texts, "<s>the</s> fox  a", "   ", "\na\n", "<0x0A>"):
+        assert (
+            theirs.encode(text) == tokenizer.encode(text, bos=True) == load_tokenizer(tmp_path).encode(text, bos=True)
+        )
+        if "<s>" not in text:
+            assert theirs.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text))
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
     assert (config["bos_token"], config["eos_token"], config["add_bos_token"]) == ("<s>", "</s>", True)
+
+
+def trained_sentencepiece(texts: list[str], **settings: Any) -> bytes:
+    import io
+
+    import sentencepiece
+
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 20),
+        model_writer=trained,
+        **{
+            "model_type": "bpe",
+            "vocab_size": 330,
+            "byte_fallback": True,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "character_coverage": 0.98,
+            "minloglevel": 2,
+        }
+        | settings,
+    )
+    return trained.getvalue()
+
+
+@pytest.mark.parametrize("settings", [{}, {"remove_extra_whitespaces": True}, {"add_dummy_prefix": False}], ids=str)
+def test_a_meta_folders_sentencepiece_tokenizer_is_right_in_transformers(tmp_path, settings):
+    """Converted, or saved after a fine-tuning: the ids of sentencepiece itself."""
+    import sentencepiece
+
+    texts = ["the quick brown fox jumps over the lazy dog", "wörld's é\n\ttab 汉字 😀 a", "a  b", "  two   spaces, 12 "]
+    content = trained_sentencepiece(texts, **settings)
+    source = save_folder(random_model(), tmp_path / "hf")
+    (source / "tokenizer.model").write_bytes(content)
+    tool.convert_checkpoint(source, tmp_path / "meta")
+    tool.convert_checkpoint(tmp_path / "meta", tmp_path / "back")
+    save_pretrained(from_pretrained(tmp_path / "meta"), tmp_path / "saved", tmp_path / "meta")
+    original = sentencepiece.SentencePieceProcessor(model_proto=content)
+    for folder in ("back", "saved"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
+        for text in (*texts, "   ", "", "\na\n", "<0x0A>"):
+            assert tokenizer.encode(text) == [1, *original.encode(text)], text
+            assert tokenizer.decode(original.encode(text)) == original.decode(original.encode(text)), text
+        assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
+    other = {"normalization_rule_name": "nfkc"}
+    assert tokenizer_json(trained_sentencepiece(texts, **other)) is None
 
 
 def llama3_divisors(head_dim: int, theta: float, factor: float) -> np.ndarray:
@@ -312,6 +355,11 @@ def test_refusals(tmp_path):
     assert f"{source} is not a GGUF file" in refused(source, target)
     source.write_bytes(b"GGUF\x03")
     assert "damaged" in refused(source, target)
+    write_gguf(source, tiny_llama(tied=True))
+    content = source.read_bytes()
+    for part in (1000, len(content) // 2, len(content) - 1):
+        source.write_bytes(content[:part])
+        assert f"{source} is a truncated or damaged GGUF file" in refused(source, target), part
     write_gguf(source, None, architecture="qwen2")
     assert "'qwen2'" in refused(source, target)
     write_gguf(source, tiny_llama(tied=True), pre="deepseek-llm")
@@ -391,10 +439,46 @@ def test_another_dtype_and_another_tokenizer(tmp_path, way):
     assert (tmp_path / "out" / "tokenizer.model").read_bytes().endswith(b"\n\n")
 
 
+def test_weights_that_are_not_those_of_the_config_are_refused(tmp_path):
+    source = save_folder(random_model(), tmp_path / "hf")
+    tool.convert_checkpoint(source, tmp_path / "meta", files=2)
+    (tmp_path / "meta/consolidated.01.pth").unlink()
+    with pytest.raises(UserError, match=r"holds 1 consolidated files with 1/2 of the weights .* there must be 2"):
+        tool.convert_checkpoint(tmp_path / "meta", tmp_path / "out")
+    tool.convert_checkpoint(source, tmp_path / "short", files=2)
+    part = torch.load(tmp_path / "short/consolidated.01.pth")
+    part["layers.1.feed_forward.w1.weight"] = part["layers.1.feed_forward.w1.weight"][:-1].clone()
+    torch.save(part, tmp_path / "short/consolidated.01.pth")
+    with pytest.raises(
+        UserError, match=r"01.pth has another shape than consolidated.00.pth of layers.1.feed_forward.w1"
+    ):
+        tool.convert_checkpoint(tmp_path / "short", tmp_path / "out")
+    tensors, missing = load_file(source / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    for changed, message in (
+        ({name: tensor for name, tensor in tensors.items() if name != missing}, f"{missing} is missing"),
+        (tensors | {"model.layers.3.mlp.up_proj.weight": torch.ones(2)}, "layers.3.mlp.up_proj.weight is not part"),
+    ):
+        save_file(changed, source / "model.safetensors")
+        with pytest.raises(UserError, match=message):
+            tool.convert_checkpoint(source, tmp_path / "out")
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pickles"):
+        tool.convert_checkpoint(source, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_what_is_not_converted(tmp_path):
     source = save_folder(random_model(), tmp_path / "hf")
+    with pytest.raises(UserError, match=r"hf/new is in .*hf, which is read"):
+        tool.convert_checkpoint(source, source / "new")
+    (tmp_path / "run/checkpoints/step-00000010").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"give one of them, the newest is .*step-00000010"):
+        tool.convert_checkpoint(tmp_path / "run/checkpoints", tmp_path / "out")
+    shutil.rmtree(tmp_path / "run")
     for arguments, message in (
-        (({"files": 3}), "3 files: n_kv_heads 2 is not a multiple"),
+        (({"tokenizer": source / "config.json"}), "config.json: holds no tokenizer"),
+        (({"tokenizer": tmp_path}), "no tokenizer.json or tokenizer.model"),
+        (({"files": 3}), "--files 3: n_kv_heads 2 is not a multiple"),
         (({"files": 0}), "--files 0"),
         (({"tokenizer": tmp_path / "none"}), "none: no such file or folder"),
     ):

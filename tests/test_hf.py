@@ -417,7 +417,8 @@ def test_the_tokenizer_given_apart_is_the_one_saved(tmp_path):
     (base / "tokenizer_config.json").write_text("base")
     other = tmp_path / "other"
     other.mkdir()
-    (other / "llama.model").write_text("other")
+    content = (base / "tokenizer.model").read_text() + "\n"
+    (other / "llama.model").write_text(content)
     (other / "special_tokens_map.json").write_text("{}")
     save_pretrained(random_model(), tmp_path / "file", base, other / "llama.model")
     (other / "llama.model").rename(other / "tokenizer.model")
@@ -429,7 +430,11 @@ def test_the_tokenizer_given_apart_is_the_one_saved(tmp_path):
             "special_tokens_map.json",
             "tokenizer.model",
         ]
-        assert (out / "tokenizer.model").read_text() == "other"
+        assert (out / "tokenizer.model").read_text() == content
+    (other / "tokenizer.model").write_text("other")
+    with pytest.raises(UserError, match="neither a tiktoken nor a sentencepiece file"):
+        save_pretrained(random_model(), tmp_path / "out", base, other)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         save_pretrained(random_model(), tmp_path / "out", base, tmp_path / "nowhere")
 

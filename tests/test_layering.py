@@ -10,7 +10,7 @@ ONLY_IN = {
     "tyro": {"recipes", "tools"},
     "datasets": {"minillama/datasets.py", "tools"},
     "tiktoken": {"minillama/tokenizer.py"},
-    "sentencepiece": {"minillama/tokenizer.py", "tools"},
+    "sentencepiece": {"minillama/tokenizer.py", "minillama/tokenizer_json.py", "tools"},
     "jinja2": {"minillama/chat.py"},
     "safetensors": {"minillama/hf.py", "tools"},
     "huggingface_hub": {"minillama/hub.py", "tools"},

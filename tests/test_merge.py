@@ -134,6 +134,10 @@ def test_another_base_is_refused_by_name(tmp_path):
     for named in (str(base), "meta/Llama-1B"):
         with pytest.raises(UserError, match=f"was trained on {named}, and .*Llama-1B-Instruct is not that model"):
             merged(other, named)
+    with pytest.raises(
+        UserError, match=r"Llama-1B is a model folder \(it has no adapter_config.json\): give the adapter/"
+    ):
+        merge_adapter(base, base, tmp_path / "merged")
     deeper = save_folder(random_model(num_hidden_layers=4), tmp_path / "deep/Llama-1B", num_hidden_layers=4)
     with pytest.raises(UserError, match=r"layers.3.self_attn.q_proj.lora_A.weight is missing"):
         merged(deeper, "meta/Llama-1B")
@@ -233,13 +237,20 @@ def test_a_lora_checkpoint_is_the_adapter_and_the_merged_model_that_the_run_left
     assert tool("merge_lora", base, out / "adapter", tmp_path / "merged") == 0
     for folder in ("merged", "hf"):
         same_tensors(tmp_path / folder / "model.safetensors", out / "model/model.safetensors")
-    assert tool("merge_lora", base, out / "adapter", tmp_path / "merged") == 1
-    assert "merged exists already" in capsys.readouterr().err
+    for adapter, target, message in (
+        (out / "adapter", tmp_path / "merged", "merged exists already"),
+        (out / "adapter", out / "adapter/merged", f"adapter/merged is in {out / 'adapter'}, which is read"),
+        (out, tmp_path / "x", f"{out} is the output of a run (it has no adapter_config.json): give {out / 'adapter'}"),
+    ):
+        assert tool("merge_lora", base, adapter, target) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_a_llama_adapters_checkpoint_is_the_adapter_that_the_run_left(train, tmp_path):
     base = save_folder(random_model(), tmp_path / "base")
     out, _ = train("llama_adapter", base)
+    with pytest.raises(UserError, match="--dtype float16: an adapter alone is written"):
+        export_checkpoint(out / "checkpoints/step-00000002", tmp_path / "adapter", dtype=torch.float16)
     assert tool("convert_checkpoint", out / "checkpoints/step-00000002", tmp_path / "adapter") == 0
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "adapter" / file).read_bytes() == (out / "adapter" / file).read_bytes()

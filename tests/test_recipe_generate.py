@@ -35,13 +35,15 @@ def expected(model, folder, question):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_file_of_prompts(ask, tiny_folder, tmp_path, world_size):
-    rows = [{"prompt": question} for question in QUESTIONS]
+    rows = [{"id": number, "prompt": question, "answer": "?"} for number, question in enumerate(QUESTIONS)]
     rows += [{"messages": [{"role": "user", "content": "Hi"}]}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     codes, text = ask("--prompts", tmp_path / "p.jsonl", "--batch-size", 3, world_size=world_size)
     assert codes == [0] * world_size, text
     found = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     assert [row["prompt"] for row in found] == [*QUESTIONS, rows[3]["messages"]]
+    assert [row.get("id") for row in found] == [0, 1, 2, None] and found[3].keys() == {"prompt", "answer"}
+    assert "warning" not in text
     model = random_model()
     assert [row["answer"] for row in found] == [expected(model, tiny_folder, q) for q in [*QUESTIONS, "Hi"]]
 
@@ -65,6 +67,12 @@ def test_a_text_to_go_on_with(ask, tiny_folder):
     assert codes == [0] and text.endswith("\n" + tokenizer.decode(tokens) + "\n")
 
 
+def test_more_than_the_model_was_made_for_is_said_once(ask, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    codes, text = ask("--prompts", tmp_path / "p.jsonl", "--batch-size", 1, "--max-new-tokens", 250)
+    assert codes == [0] and text.count("warning: ") == 1 and "more than the 256 positions" in text
+
+
 def test_a_chat_remembers(tiny_folder):
     command = [sys.executable, RECIPE, "--model", tiny_folder, "--device", "cpu", "--max-new-tokens", "5", "--chat"]
     command += ["--system", "Be brief."]
@@ -83,12 +91,16 @@ def test_a_chat_remembers(tiny_folder):
 
 def test_what_is_wrong_is_said_once(ask, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"question": "b"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"\n')
+    (tmp_path / "empty.jsonl").write_text("")
     for flags, message in (
         ((), "give one of --prompt, --prompts and --chat"),
         (("--prompt", "a", "--chat"), "give one of --prompt, --prompts and --chat"),
         (("--prompts", tmp_path / "p.jsonl"), "line 2: a row needs the text 'prompt' or the list 'messages'"),
         (("--prompts", tmp_path / "none.jsonl"), "none.jsonl does not exist"),
-        (("--prompt", "a", "--top-p", 0), "top-p 0.0 above 0"),
+        (("--prompts", tmp_path / "bad.jsonl"), "bad.jsonl, line 2: not JSON"),
+        (("--prompts", tmp_path / "empty.jsonl"), "empty.jsonl: no row in it"),
+        (("--prompt", "a", "--top-p", 0, "--model", tmp_path / "none"), "top-p 0.0 above 0"),
         (("--prompt", "a", "--adapter", tmp_path / "none"), "adapter folder"),
     ):
         world_size = 2 if flags[:1] == ("--prompts",) else 1

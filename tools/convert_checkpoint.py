@@ -19,13 +19,16 @@ import numpy as np
 import torch
 import tyro
 
+from minillama.checkpoint import saved_steps
 from minillama.distributed import user_errors
 from minillama.errors import UserError
-from minillama.files import check_unused, new_folder, write_json
-from minillama.hf import companions, copy_files, open_weights, read_config, write_hf, write_model
+from minillama.files import check_unused, folder_size, new_folder, size_text, write_json
+from minillama.hf import check_weights, companions, copy_files, read_config, write_hf, write_model
 from minillama.hub import find_model
 from minillama.merge import export_checkpoint
 from minillama.meta import interleaved, is_meta_folder, write_meta
+from minillama.model import Llama
+from minillama.tokenizer_json import added_token, bos_first, tokenizer_json
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -34,8 +37,8 @@ LLAMA3_SPLIT = (
 
 
 def convert_checkpoint(
-    source: Annotated[Path, tyro.conf.Positional],
-    target: Annotated[Path, tyro.conf.Positional],
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")],
     *,
     dtype: Literal["same", "bfloat16", "float16", "float32"] = "same",
     files: int = 1,
@@ -56,31 +59,35 @@ def convert_checkpoint(
         base: the model that a run's checkpoint was trained on; None: where it was then.
         adapter_only: of a LoRA's checkpoint: write the adapter in PEFT's format, do not merge it.
     """
-    check_unused(target)
+    check_unused(target, source)
     source = find_model(source)
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
+    if source.name == "checkpoints" and (steps := saved_steps(source.parent)):
+        raise UserError(f"{source} holds a run's checkpoints: give one of them, the newest is {steps[max(steps)]}")
     is_run = (source / "checkpoint.json").exists()
     to_meta = source.is_dir() and not is_run and not is_meta_folder(source)
     if files != 1 and (not to_meta or files < 1):
-        raise UserError(f"--files {files}: only a Meta folder has several such files, at least 1")
+        raise UserError(f"--files {files} is for a Meta TARGET, made of a Hugging Face SOURCE, and must be at least 1")
     if not is_run and (base or adapter_only):
         raise UserError("--base and --adapter-only are for a run's checkpoint, and SOURCE is none")
-    if adapter_only and dtype != "same":
-        raise UserError(f"--dtype {dtype} with --adapter-only: an adapter keeps its own")
     wanted = None if dtype == "same" else getattr(torch, dtype)
     if source.is_file():
         convert_gguf(source, target, wanted or torch.bfloat16)
     elif is_run:
         export_checkpoint(source, target, base and find_model(base), tokenizer, dtype=wanted, adapter_only=adapter_only)
-    elif to_meta:
-        config, weights = read_config(source), open_weights(source)
-        with new_folder(target, mark="params.json") as (folder, on_disk):
-            on_disk(copy_files, companions(source, tokenizer), folder)
-            on_disk(write_meta, weights, config, folder, wanted, files)
     else:
-        write_model(open_weights(source), read_config(source), target, source, tokenizer, dtype=wanted)
-    print(f"{target}: {sum(file.stat().st_size for file in target.iterdir()) / 1e9:.2f} GB")
+        config = read_config(source)
+        with torch.device("meta"):
+            weights = check_weights(Llama(config), source)
+        if to_meta:
+            copies = companions(source, tokenizer)
+            with new_folder(target, mark="params.json") as (folder, on_disk):
+                on_disk(copy_files, copies, folder)
+                on_disk(write_meta, weights, config, folder, wanted, files)
+        else:
+            write_model(weights, config, target, source, tokenizer, dtype=wanted)
+    print(f"{target}: {size_text(folder_size(target))}")
 
 
 # --- GGUF
@@ -105,7 +112,8 @@ def convert_gguf(source: Path, target: Path, dtype: torch.dtype) -> None:
         on_disk(write_json, folder / "generation_config.json", generation_config)
         if isinstance(tokenizer, bytes):
             on_disk((folder / "tokenizer.model").write_bytes, tokenizer)
-        else:
+            tokenizer = tokenizer_json(tokenizer, add_bos=tokenizer_config["add_bos_token"])
+        if tokenizer:
             on_disk(write_json, folder / "tokenizer.json", tokenizer)
         on_disk(write_json, folder / "tokenizer_config.json", tokenizer_config)
         on_disk(write_hf, weights, config, folder, dtype)
@@ -123,8 +131,8 @@ def open_gguf(source: Path) -> Any:
             raise UserError(f"{source} is not a GGUF file")
     try:
         return gguf.GGUFReader(source)
-    except (ValueError, IndexError) as error:
-        raise UserError(f"{source} is a damaged GGUF file, or of an unknown version: {error}") from error
+    except (ValueError, IndexError):
+        raise UserError(f"{source} is a truncated or damaged GGUF file, or of an unknown version") from None
 
 
 def read_gguf_config(fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
@@ -270,18 +278,14 @@ def read_tokenizer(fields: dict[str, Any]) -> tuple[dict[str, Any] | bytes, dict
     add_bos = fields.get("tokenizer.ggml.add_bos_token", by_default)
     if model == "llama":
         tokenizer: dict[str, Any] | bytes = read_sentencepiece(fields)
-        kind, space_first = "LlamaTokenizer", fields.get("tokenizer.ggml.add_space_prefix", True)
     else:
-        tokenizer, kind, space_first = read_byte_level(fields, add_bos), "PreTrainedTokenizerFast", False
+        tokenizer = read_byte_level(fields, add_bos)
     tokenizer_config = {
-        "tokenizer_class": kind,
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": add_bos,
-        "add_prefix_space": space_first,
         "clean_up_tokenization_spaces": False,
         "model_max_length": need(fields, "llama.context_length"),
     }
-    if model == "llama":
-        tokenizer_config["legacy"] = True  # transformers then encodes as sentencepiece does, also after special tokens
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         index = fields.get(f"tokenizer.ggml.{theirs}_token_id")
         if index is not None:
@@ -332,15 +336,7 @@ def read_byte_level(fields: dict[str, Any], add_bos: bool) -> dict[str, Any]:
     tokens = need(fields, "tokenizer.ggml.tokens")
     control, user_defined = 3, 4  # gguf.TokenType
     added = [
-        {
-            "id": index,
-            "content": tokens[index],
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": kind == control,
-        }
+        added_token(index, tokens[index], special=kind == control)
         for index, kind in enumerate(need(fields, "tokenizer.ggml.token_type"))
         if kind in (control, user_defined)
     ]
@@ -369,19 +365,6 @@ def read_byte_level(fields: dict[str, Any], add_bos: bool) -> dict[str, Any]:
             "vocab": {token: index for index, token in enumerate(tokens)},
             "merges": [merge.split(" ") for merge in need(fields, "tokenizer.ggml.merges")],
         },
-    }
-
-
-def bos_first(bos: str, bos_id: int) -> dict[str, Any]:
-    def piece(kind: str, name: str, type_id: int) -> dict[str, Any]:
-        return {kind: {"id": name, "type_id": type_id}}
-
-    single = [piece("SpecialToken", bos, 0), piece("Sequence", "A", 0)]
-    return {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": [*single, piece("SpecialToken", bos, 1), piece("Sequence", "B", 1)],
-        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
     }
 
 

@@ -20,6 +20,7 @@ import tyro
 
 from minillama.cache import open_packed, prepare
 from minillama.datasets import DataConfig, Source, encode_rows
+from minillama.distributed import user_errors
 from minillama.packing import collate
 from minillama.rows import read_rows
 from minillama.tokenizer import load_tokenizer
@@ -147,4 +148,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    with user_errors():
+        main(tyro.cli(Config, description=__doc__))

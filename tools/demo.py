@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import minillama
 from minillama.datasets import BUNDLED
+from minillama.distributed import user_errors
 from minillama.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -138,7 +139,5 @@ def say(number: int, text: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with user_errors():
         tyro.cli(demo)
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -21,14 +21,15 @@ import tyro
 
 from minillama.distributed import user_errors
 from minillama.errors import UserError
+from minillama.files import size_text
 from minillama.hub import HUB_ID, SMALL_FILES, check_found, explained, weight_files
 
 FILES_AT_ONCE = 4
 
 
 def download(
-    repo: Annotated[str, tyro.conf.Positional],
-    target: Annotated[Path | None, tyro.conf.Positional] = None,
+    repo: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ORG/NAME")],
+    target: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[TARGET]")] = None,
     *,
     revision: str = "main",
 ) -> None:
@@ -49,10 +50,11 @@ def download(
         listed = {file.rfilename: file for file in info.siblings or ()}
         small = [name for name in listed if name in SMALL_FILES]
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            names = small + find_weights(repo, listed, target)
-            if wrong := [name for name in names if not has_size(target / name, listed[name].size)]:
-                raise UserError(f"{target} exists, and its {wrong[0]} is not that of {repo}: name another target")
-            print(f"{target}: complete already, each of its {len(names)} files has the size that the hub says")
+            check_same(repo, target, [listed[name] for name in small])  # before its index is asked for the weights
+            weights = find_weights(repo, listed, target)
+            check_same(repo, target, [listed[name] for name in weights])
+            count = len(small + weights)
+            print(f"{target}: complete already, each of its {count} files has the size that the hub says")
             return
         partial = target.with_name(target.name + ".download")
         fetch(repo, info.sha, partial, [listed[name] for name in small])
@@ -64,7 +66,7 @@ def download(
                 file.unlink()  # of another revision
         partial.replace(target)
     size = sum(listed[name].size or 0 for name in names)
-    print(f"{target}: {len(names)} files, {size / 1e9:.2f} GB, {repo} at {info.sha}")
+    print(f"{target}: {len(names)} files, {size_text(size)}, {repo} at {info.sha}")
     for name in names:
         print(f"  {name}")
     print(f"next: python recipes/lora_fsdp.py --model {target} --output-dir out/first")
@@ -75,6 +77,11 @@ def find_weights(repo: str, listed: dict[str, Any], folder: Path) -> list[str]:
     names = [name for name in listed if any(fnmatchcase(name, pattern) for pattern in patterns)]
     check_found(repo, names)
     return names
+
+
+def check_same(repo: str, target: Path, files: list[Any]) -> None:
+    if wrong := [file.rfilename for file in files if not has_size(target / file.rfilename, file.size)]:
+        raise UserError(f"{target} exists, and its {wrong[0]} is not that of {repo}: name another target")
 
 
 def has_size(file: Path, size: int | None) -> bool:

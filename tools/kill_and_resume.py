@@ -26,6 +26,8 @@ import tyro
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from minillama.distributed import user_errors
+
 MEASURED = {"tokens_per_s", "tflops", "mfu", "peak_memory_gib", "data_wait_s"}
 
 
@@ -149,4 +151,5 @@ def main(args: Kills) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Kills))
+    with user_errors():
+        main(tyro.cli(Kills))

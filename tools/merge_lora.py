@@ -13,15 +13,15 @@ import torch
 import tyro
 
 from minillama.distributed import user_errors
-from minillama.files import check_unused
+from minillama.files import check_unused, folder_size, size_text
 from minillama.hub import find_model
 from minillama.merge import merge_adapter
 
 
 def merge_lora(
-    base: Annotated[Path, tyro.conf.Positional],
-    adapter: Annotated[Path, tyro.conf.Positional],
-    target: Annotated[Path, tyro.conf.Positional],
+    base: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")],
+    adapter: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")],
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")],
     *,
     dtype: Literal["same", "bfloat16", "float16", "float32"] = "same",
     tokenizer: Path | None = None,
@@ -37,7 +37,7 @@ def merge_lora(
         tokenizer: folder or file to take the tokenizer from; None: the base's own.
         any_base: merge also if the adapter names another base, as long as its tensors fit.
     """
-    check_unused(target)
+    check_unused(target, base, adapter)
     merge_adapter(
         find_model(base),
         adapter,
@@ -46,7 +46,7 @@ def merge_lora(
         dtype=None if dtype == "same" else getattr(torch, dtype),
         any_base=any_base,
     )
-    print(f"{target}: {sum(file.stat().st_size for file in target.iterdir()) / 1e9:.2f} GB")
+    print(f"{target}: {size_text(folder_size(target))}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Draws loss.png of a run: python tools/plot_metrics.py OUTPUT_DIR"""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
+from minillama.distributed import user_errors
 from minillama.errors import UserError
 from minillama.metrics import plot_loss
 
@@ -14,7 +15,7 @@ from minillama.metrics import plot_loss
 class Args:
     """Training and validation loss of a run, drawn to OUTPUT_DIR/loss.png."""
 
-    output_dir: tyro.conf.Positional[Path]
+    output_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT_DIR")]
     """The output folder of a run, with its metrics.jsonl."""
 
 
@@ -28,7 +29,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with user_errors():
         main(tyro.cli(Args))
-    except UserError as error:
-        sys.exit(f"error: {error}")
