@@ -235,7 +235,8 @@ def limited(model, optimizer, batches, **kwargs):
     if os.environ["RANK"] == "1":
         size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
-        longer = {{name: getattr(batches[0], name).repeat(1, 200) for name in ("tokens", "positions", "document_ids", "labels")}}
+        names = ("tokens", "positions", "document_ids", "labels")
+        longer = {{name: getattr(batches[0], name).repeat(1, 200) for name in names}}
         batches = [replace(batches[0], **longer), *batches[1:]]
     return step(model, optimizer, batches, **kwargs)
 
@@ -246,7 +247,7 @@ runpy.run_path({recipe!r}, run_name="__main__")
 
 
 def test_a_rank_that_runs_out_of_memory_ends_all_with_one_message(tiny_folder, tmp_path):
-    """Rank 1 can get no more memory from its first step on, which needs much; the other waits for it in a collective, or is about to."""
+    """Rank 1 can get no more memory in its first step, which needs much; the other waits in a collective, or soon will."""
     script = tmp_path / "limited.py"
     script.write_text(LIMITED.format(recipe=str(RECIPES / "full_fsdp.py")))
     flags = ("--model", tiny_folder, "--output-dir", tmp_path / "out", "--device", "cpu", "--fsdp.precision", "fp32")
