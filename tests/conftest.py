@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: as many tests run at a time as there are cores
+
 import pytest
 import torch
 from safetensors.torch import save_file

@@ -117,9 +117,11 @@ def plain(tiny_folder):
 def test_same_losses_and_norms(plain, tiny_folder, world_size, request):
     whole = request.config.getoption("--whole-matrix")
     names, cases = [], []
-    for kind, (strategy, accumulate, recompute, offload) in itertools.product(
-        KINDS, whole_matrix(world_size) if whole else PAIRS[world_size]
+    for number, (kind, (strategy, accumulate, recompute, offload)) in enumerate(
+        itertools.product(KINDS, whole_matrix(world_size) if whole else PAIRS[world_size])
     ):
+        if not whole and kind in ("dora", "ends") and number % 3:
+            continue
         fsdp = FsdpConfig(
             strategy=strategy,
             shard_size=STRATEGIES[strategy],
