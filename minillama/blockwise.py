@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 QUERIES = 128
-"""Tokens whose scores are computed together, of all heads that share a key head."""
+"""Tokens whose scores are computed together at most, of all heads that share a key head."""
 SCORES = 2**20
-"""More key heads than one are taken together while this many fp32 scores, which stay in a core's cache, suffice."""
+"""So many fp32 scores stay in a core's cache: fewer tokens where keys are many, more key heads where they are few."""
 
 
 @torch.library.custom_op("minillama::blockwise_attention", mutates_args=())
@@ -77,8 +77,9 @@ def _blocks(bounds: Tensor, q: Tensor) -> Iterator[tuple[slice, slice, slice]]:
     """For each block of q (N, K, H / K, D): the keys it sees, its queries, its key heads."""
     _, kv_heads, group, _ = q.shape
     for start, end in pairwise(bounds.tolist()):
-        for first in range(start, end, QUERIES):
-            last = min(first + QUERIES, end)
+        rows = min(QUERIES, max(16, SCORES // (group * (end - start))))
+        for first in range(start, end, rows):
+            last = min(first + rows, end)
             together = max(1, SCORES // (group * (last - first) * (last - start)))
             for head in range(0, kv_heads, together):
                 yield slice(start, last), slice(first, last), slice(head, head + together)

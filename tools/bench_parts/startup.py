@@ -16,12 +16,13 @@ import tempfile
 import time
 from base64 import b64encode
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from minillama.hf import config_json, from_pretrained
+from minillama.hf import from_pretrained
 from minillama.model import Llama, LlamaConfig
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +78,7 @@ def make_folder(folder: Path, config: LlamaConfig) -> Path:
     """A model of random weights, with a tokenizer of 256 bytes and 256 special tokens."""
     model = Llama(config).to(torch.bfloat16)
     save_file(dict(model.named_parameters()), folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config_json(config, torch.bfloat16)))
+    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]} | asdict(config)))
     lines = [f"{b64encode(bytes([i])).decode()} {i}\n" for i in range(256)]
     (folder / "tokenizer.model").write_text("".join(lines))
     return folder
