@@ -4,6 +4,7 @@ An operator of PyTorch's, so that torch.compile and selective recomputation see 
 depends on the documents. Keeps nothing for the backward but its inputs, and never more scores than a block has.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -25,10 +26,12 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tens
     """
     out = q.new_empty(q.shape)
     q, out_heads = (x.unflatten(1, (k.shape[1], -1)) for x in (q, out))
-    keys, values = _by_head(k), _by_head(v)
+    keys, values = _by_head(k).mul_(q.shape[-1] ** -0.5), _by_head(v)
+    blocks = list(_blocks(bounds, q))
+    scores, later = _scratch(blocks, q, torch.float32), _later(q)
     with _onednn(q.dtype):
-        for seen, block, heads in _blocks(bounds, q):
-            p = _probabilities(_rows(q[block, heads]).float(), keys[heads, seen], block)
+        for seen, block, heads in blocks:
+            p = _probabilities(_rows(q[block, heads]).float(), keys[heads, seen], scores, later, block)
             out_heads[block, heads] = _tokens(torch.bmm(p, values[heads, seen]), block)
     return out
 
@@ -42,17 +45,23 @@ def blockwise_attention_backward(
     grad_q = q.new_empty(q.shape)
     grad, q, grad_q_heads = (x.unflatten(1, (k.shape[1], -1)) for x in (grad, q, grad_q))
     keys, values = _by_head(k), _by_head(v)
-    half_keys = keys.to(k.dtype)
+    half_keys = keys.to(k.dtype, copy=True)
+    for scaled in (keys, values):  # once, for the scores and for dP: these are much larger
+        scaled.mul_(q.shape[-1] ** -0.5)
     grad_k, grad_v = torch.zeros_like(keys), torch.zeros_like(values)
+    blocks = list(_blocks(bounds, q))
+    scores, grads, halves = (_scratch(blocks, q, dtype) for dtype in (torch.float32, torch.float32, q.dtype))
+    later = _later(q)
     with _onednn(q.dtype):
-        for seen, block, heads in _blocks(bounds, q):
+        for seen, block, heads in blocks:
             q_rows, grad_rows = _rows(q[block, heads]), _rows(grad[block, heads])
-            p = _probabilities(q_rows.float(), keys[heads, seen], block)
-            grad_v[heads, seen] += torch.bmm(p.to(grad.dtype).mT, grad_rows)
-            grad_p = torch.bmm(grad_rows.float(), values[heads, seen].mT)
-            grad_s = torch._softmax_backward_data(grad_p, p, -1, grad_p.dtype).mul_(q.shape[-1] ** -0.5).to(q.dtype)
-            grad_q_heads[block, heads] = _tokens(torch.bmm(grad_s, half_keys[heads, seen]), block)
-            grad_k[heads, seen] += torch.bmm(grad_s.mT, q_rows)
+            p = _probabilities(q_rows.float(), keys[heads, seen], scores, later, block)
+            half = _room(halves, p.shape).copy_(p)
+            grad_v[heads, seen] += torch.bmm(half.mT, grad_rows)
+            grad_p = torch.bmm(grad_rows.float(), values[heads, seen].mT, out=_room(grads, p.shape))
+            half.copy_(torch._softmax_backward_data(grad_p, p, -1, p.dtype, grad_input=grad_p))
+            grad_q_heads[block, heads] = _tokens(torch.bmm(half, half_keys[heads, seen]), block)
+            grad_k[heads, seen] += torch.bmm(half.mT, q_rows)
     grad_k, grad_v = (x.transpose(0, 1).to(k.dtype).contiguous() for x in (grad_k, grad_v))
     return grad_q, grad_k, grad_v
 
@@ -82,12 +91,27 @@ def _blocks(bounds: Tensor, q: Tensor) -> Iterator[tuple[slice, slice, slice]]:
             last = min(first + rows, end)
             together = max(1, SCORES // (group * (last - first) * (last - start)))
             for head in range(0, kv_heads, together):
-                yield slice(start, last), slice(first, last), slice(head, head + together)
+                yield slice(start, last), slice(first, last), slice(head, min(head + together, kv_heads))
+
+
+def _scratch(blocks: list[tuple[slice, slice, slice]], q: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for the scores of any of the blocks. New memory for each would take as long as the products."""
+    sizes = (math.prod(part.stop - part.start for part in block) for block in blocks)
+    return torch.empty(max(sizes, default=0) * q.shape[2], dtype=dtype, device=q.device)
+
+
+def _room(scratch: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    return scratch[: math.prod(shape)].view(shape)
+
+
+def _later(q: Tensor) -> Tensor:
+    """What is added to the scores of a block's own tokens, so that none sees a later one."""
+    return torch.full((QUERIES, QUERIES), -torch.inf, device=q.device).triu_(1)
 
 
 def _by_head(x: Tensor) -> Tensor:
     """(N, K, D) -> (K, N, D) fp32"""
-    return x.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    return x.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -100,13 +124,12 @@ def _tokens(x: Tensor, block: slice) -> Tensor:
     return x.unflatten(1, (-1, block.stop - block.start)).permute(2, 0, 1, 3)
 
 
-def _probabilities(q: Tensor, keys: Tensor, block: slice) -> Tensor:
-    """softmax(scale q keys^T), where the last of the keys are those of the block's own tokens."""
-    scores = torch.bmm(q, keys.mT).mul_(q.shape[-1] ** -0.5)
+def _probabilities(q: Tensor, keys: Tensor, scratch: Tensor, later: Tensor, block: slice) -> Tensor:
+    """softmax(q keys^T), made in scratch, where the last of the keys are those of the block's own tokens."""
+    scores = torch.bmm(q, keys.mT, out=_room(scratch, (*q.shape[:2], keys.shape[1])))
     own = block.stop - block.start
-    later = torch.full((own, own), -torch.inf, device=q.device).triu_(1)
-    scores.unflatten(1, (-1, own))[..., -own:] += later
-    return scores.softmax(-1)
+    scores.unflatten(1, (-1, own))[..., -own:] += later[:own, :own]
+    return torch.softmax(scores, -1, out=scores)
 
 
 @contextmanager

@@ -2,12 +2,15 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from minillama.attention import BACKENDS
+from minillama.attention import BACKENDS, Blockwise, Seen
 from minillama.errors import UserError
 from minillama.model import Llama
 
@@ -80,5 +83,15 @@ def compile_blocks(model: Llama) -> Llama:
 
     torch._dynamo.config.recompile_limit = 64  # the kinds of llama-adapter's blocks, times those of batches
     for block in model.model.layers:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
+        block.forward = partial(_of_any_length, torch.compile(block.forward, fullgraph=True))
     return model
+
+
+def _of_any_length(compiled: Callable[..., Tensor], x: Tensor, rope: tuple[Tensor, Tensor], seen: Seen) -> Tensor:
+    """Tells the compiler which sizes differ from batch to batch. (dynamic=True would make head_dim unknown too, and
+    kernels that divide by it for each number they touch: slower than no compilation.)"""
+    for tensor in (x, *rope):
+        torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))
+    if isinstance(seen, Blockwise):
+        torch._dynamo.maybe_mark_dynamic(seen.bounds, 0)
+    return compiled(x, rope, seen)

@@ -9,16 +9,20 @@ IGNORE = -100
 """The label of a position that is not trained; PyTorch's default ignore_index."""
 
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
-"""Size of the one piece of fp32 logits held at a time."""
+"""Size, were they fp32, of the logits held at a time."""
 
 CHUNK_ROWS = {"cpu": 256, "cuda": 4096}
-"""At most. CPU: what was fastest, measured at vocabularies of 49,152 and 128,256. CUDA: the weight's gradient of a chunk, a
-sum over its rows, is made in the weight's dtype, which may be fp16."""
+"""At most. CPU: what was fastest, measured at vocabularies of 49,152 and 128,256; four times as many where the weight
+trains, whose gradient each chunk adds to. CUDA: that gradient is made in the weight's dtype, which may be fp16."""
+
+SLICE_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
+"""Size of the fp32 logits held at a time: on a CPU few enough to stay in its cache from one operation to the next."""
 
 
-def chunk_rows(vocabulary: int, device: str) -> int:
+def chunk_rows(vocabulary: int, device: str, weight_trains: bool = False) -> int:
     """How many rows of logits are computed at a time: whole tiles of a matrix product, if it is that many."""
-    rows = min(CHUNK_BYTES[device] // (4 * vocabulary), CHUNK_ROWS[device])
+    times = 4 if weight_trains and device == "cpu" else 1
+    rows = times * min(CHUNK_BYTES[device] // (4 * vocabulary), CHUNK_ROWS[device])
     return max(1, rows // 128 * 128 or rows)
 
 
@@ -51,35 +55,45 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x_needs_grad, weight_needs_grad = (needed and grad_enabled for needed in ctx.needs_input_grad[:2])
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if x_needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
+        grad_weight = None
         grad_low = grad_up = None
         if low is not None and up is not None and any(ctx.needs_input_grad[3:5]) and grad_enabled:
             grad_low, grad_up = torch.empty_like(low), torch.zeros_like(up, dtype=torch.float32)
-        chunk = chunk_rows(weight.shape[0], x.device.type)
+        chunk = min(chunk_rows(weight.shape[0], x.device.type, weight_needs_grad), max(1, x.shape[0]))
+        piece = max(1, min(chunk, SLICE_BYTES[x.device.type] // (4 * weight.shape[0])))
+        # In memory that stays: on a CPU, to take new memory costs more than what is done in it.
+        products = x.new_empty(chunk, weight.shape[0])
+        scratch = torch.empty(piece, weight.shape[0], dtype=torch.float32, device=x.device)
         for start in range(0, x.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            x_chunk, target = x[rows], targets[rows, None]
-            product = x_chunk @ weight.T
-            logits = product.float()
-            if low is not None and up is not None:
-                logits += low[rows].float() @ up.float().T
-            highest, at_target = logits.amax(-1, keepdim=True), logits.gather(1, target)
-            # In place, which softmax can do as it reads each logit for the last time where it writes. The largest
-            # probability is 1 / sum(exp(logits - highest)).
-            probabilities = torch.softmax(logits, -1, out=logits)
-            loss += (highest - probabilities.amax(-1, keepdim=True).log() - at_target).sum()
-            if grad_x is None and grad_weight is None and grad_low is None:
-                continue
-            error = probabilities.scatter_add_(1, target, torch.full_like(at_target, -1))
-            if grad_low is not None and grad_up is not None:
-                assert low is not None and up is not None
-                grad_low[rows] = (error @ up.float()).to(low.dtype)
-                grad_up += error.T @ low[rows].float()
-            error = product.copy_(error)
+            x_chunk = x[start : start + chunk]
+            product = torch.mm(x_chunk, weight.T, out=products[: len(x_chunk)])
+            for first in range(0, len(x_chunk), piece):
+                part = product[first : first + piece]
+                rows = slice(start + first, start + first + len(part))
+                target = targets[rows, None]
+                logits = scratch[: len(part)].copy_(part)
+                if low is not None and up is not None:
+                    logits += low[rows].float() @ up.float().T
+                highest, at_target = logits.amax(-1, keepdim=True), logits.gather(1, target)
+                # In place, which softmax can do as it reads each logit for the last time where it writes. The largest
+                # probability is 1 / sum(exp(logits - highest)).
+                probabilities = torch.softmax(logits, -1, out=logits)
+                loss += (highest - probabilities.amax(-1, keepdim=True).log() - at_target).sum()
+                if grad_x is None and not weight_needs_grad and grad_low is None:
+                    continue
+                error = probabilities.scatter_add_(1, target, torch.full_like(at_target, -1))
+                if grad_low is not None and grad_up is not None:
+                    assert low is not None and up is not None
+                    grad_low[rows] = (error @ up.float()).to(low.dtype)
+                    grad_up += error.T @ low[rows].float()
+                part.copy_(error)
             if grad_x is not None:
-                torch.mm(error, weight, out=grad_x[rows])
-            if grad_weight is not None:
-                grad_weight += error.T @ x_chunk
+                torch.mm(product, weight, out=grad_x[start : start + chunk])
+            if weight_needs_grad:
+                of_chunk = product.T @ x_chunk
+                grad_weight = of_chunk if grad_weight is None else grad_weight.float().add_(of_chunk)
+        if weight_needs_grad and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
         ctx.save_for_backward(grad_x, grad_weight, grad_low, grad_up)
         ctx.dtypes = [None if of is None else of.dtype for of in (x, weight, low, up)]
         return loss

@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from minillama.model import Llama, LlamaConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # peft and transformers, the references, look no name up
-_cache = tempfile.TemporaryDirectory()  # of tokenized data; child processes find it there too
-os.environ["XDG_CACHE_HOME"] = os.environ["HF_DATASETS_CACHE"] = _cache.name
+if multiprocessing.parent_process() is None:  # ranks find it where their parent made it
+    _cache = tempfile.TemporaryDirectory()  # of tokenized data
+    os.environ["XDG_CACHE_HOME"] = os.environ["HF_DATASETS_CACHE"] = _cache.name
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],

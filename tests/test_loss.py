@@ -19,6 +19,7 @@ def batch(seed=0):
 @pytest.mark.parametrize("frozen_head", [True, False])
 def test_loss_and_gradients(monkeypatch, rows_a_chunk, frozen_head):
     monkeypatch.setattr(loss_module, "CHUNK_ROWS", {"cpu": rows_a_chunk})
+    monkeypatch.setattr(loss_module, "SLICE_BYTES", {"cpu": 3 * 50 * 4})  # 3 rows
     hidden, weight, labels = batch()
     exact_hidden, exact_weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     expected = F.cross_entropy((exact_hidden @ exact_weight.T).flatten(0, 1), labels.flatten(), reduction="sum")
@@ -38,6 +39,7 @@ def test_loss_and_gradients(monkeypatch, rows_a_chunk, frozen_head):
 @pytest.mark.parametrize("rows_a_chunk", [7, 1000])
 def test_a_low_rank_part_of_the_head(monkeypatch, rows_a_chunk):
     monkeypatch.setattr(loss_module, "CHUNK_ROWS", {"cpu": rows_a_chunk})
+    monkeypatch.setattr(loss_module, "SLICE_BYTES", {"cpu": 3 * 50 * 4})  # 3 rows
     hidden, weight, labels = batch()
     low, up = torch.randn(2, 37, 3, requires_grad=True), torch.randn(50, 3, requires_grad=True)
     hidden.requires_grad_()
