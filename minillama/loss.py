@@ -100,10 +100,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        # In fp32: grad_loss, 1 / trained tokens, would be rounded alike for the whole gradient. Cast only now: a sum
-        # over all rows, not yet divided by their number, can be beyond fp16.
+        # In fp32 (as a CPU multiplies by a scalar anyway): grad_loss, 1 / trained tokens, would be rounded alike for the
+        # whole gradient. Cast only now: a sum over all rows, not yet divided by their number, can be beyond fp16.
         grad_x, grad_weight, grad_low, grad_up = (
-            None if grad is None else (grad.float() * grad_loss).to(dtype)
+            None if grad is None else ((grad if grad.is_cpu else grad.float()) * grad_loss).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return grad_x, grad_weight, None, grad_low, grad_up, None

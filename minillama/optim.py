@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from minillama.distributed import local
 from minillama.errors import UserError
 
-PART = 2**22
-"""Elements that CompensatedAdamW updates at a time: few enough for small fp32 copies, enough to keep a GPU busy."""
+PART = {"cpu": 2**19, "cuda": 2**22}
+"""Elements that CompensatedAdamW updates at a time: few enough for small fp32 copies, that on a CPU stay in its cache, and
+enough to keep a GPU busy."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ class CompensatedAdamW(torch.optim.Optimizer):
                 state = self.state[parameter]
                 state["step"] += 1
                 tensors = [parameter, parameter.grad, *(state[key] for key in self._state_dtypes(parameter))]
-                for part in zip(*(local(tensor).view(-1).split(PART) for tensor in tensors), strict=True):
+                flat = [local(tensor).view(-1) for tensor in tensors]
+                for part in zip(*(tensor.split(PART[tensor.device.type]) for tensor in flat), strict=True):
                     _update(*part, step=state["step"].item(), group=group)
         return loss
 
