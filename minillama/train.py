@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -132,6 +134,23 @@ def steps(
             end = min(cursor + window, packs)
             yield Step(number, epoch, end, epoch + end / packs, end == packs, number + 1 == total, mine)
             number += 1
+
+
+def prefetched(
+    steps: Iterable[Step], load: Callable[[Step], list[Batch]]
+) -> Iterator[tuple[Step, "Future[list[Batch]]"]]:
+    """Each step with load(step), which a thread computes while the step before is made: the result raises what load did."""
+    # a new thread is on the first GPU, whatever the process is on
+    place = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+    with ThreadPoolExecutor(1, initializer=place) as thread:
+        waiting = None
+        for step in steps:
+            coming = step, thread.submit(load, step)
+            if waiting:
+                yield waiting
+            waiting = coming
+        if waiting:
+            yield waiting
 
 
 def train_step(

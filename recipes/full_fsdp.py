@@ -35,10 +35,10 @@ from minillama.memory import out_of_memory_explained
 from minillama.metrics import Metrics, plot_loss
 from minillama.model import Llama
 from minillama.optim import LossScaler, OptimConfig, learning_rate, make_optimizer
-from minillama.packing import collate
+from minillama.packing import Batch, collate
 from minillama.profiling import profiled
 from minillama.run import RunConfig, load_data, saved_flags, start_run, summary
-from minillama.train import count_steps, eval_batches, evaluate, steps, train_step
+from minillama.train import Step, count_steps, eval_batches, evaluate, prefetched, steps, train_step
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,15 @@ def main(config: Config) -> None:
             if start.progress.evaluate:
                 run_evaluation(start.progress.step)
             checkpoints.leave_if_stopping(metrics)
+
+            def load(step: Step) -> list[Batch]:
+                return [collate(train, packs, tokenizer.pad_id, device) for packs in step.micro_batches]
+
             model.train()
-            for step in steps(train, config.train, config.seed, rank(), mesh.size(), start.progress):
+            own_steps = steps(train, config.train, config.seed, rank(), mesh.size(), start.progress)
+            for step, ready in prefetched(own_steps, load):
                 with metrics.waiting():
-                    batches = [collate(train, packs, tokenizer.pad_id, device) for packs in step.micro_batches]
+                    batches = ready.result()
                 lr = learning_rate(step.number, step.epoch, total, config.optim)
                 for group in optimizer.param_groups:
                     group["lr"] = lr

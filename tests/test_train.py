@@ -1,5 +1,7 @@
 """The optimizer step in every precision, and when fp16 overflows."""
 
+import threading
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ from minillama.errors import UserError
 from minillama.hf import load_weights
 from minillama.optim import LossScaler, OptimConfig, make_optimizer
 from minillama.packing import collate, pack
-from minillama.train import TrainConfig, count_steps, steps, train_step
+from minillama.train import TrainConfig, count_steps, prefetched, steps, train_step
 
 
 def prepared(kind, folder, fsdp, optim=None):
@@ -127,3 +129,23 @@ def test_a_step_takes_its_share_of_an_epoch():
         taken = [pack for s in all_steps for step in s if step.epoch == epoch for m in step.micro_batches for pack in m]
         assert sorted(taken) == list(range(13))
     assert all(len(a.micro_batches) == len(b.micro_batches) for a, b in zip(*all_steps, strict=True))
+
+
+def test_the_next_batches_are_made_while_a_step_is():
+    loaded, made = [], []
+    second = threading.Event()
+
+    def load(step):
+        loaded.append(step)
+        if step == 1:
+            second.set()
+        if step == 3:
+            raise UserError("row 3 is bad")
+        return [step]
+
+    with pytest.raises(UserError, match="row 3 is bad"):
+        for step, ready in prefetched(range(5), load):
+            made.extend(ready.result())
+            assert second.wait(10), "the batches of step 1 come while step 0 is made"
+            assert step in loaded and step + 2 not in loaded
+    assert made == [0, 1, 2]
