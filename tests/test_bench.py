@@ -34,6 +34,19 @@ def test_contenders_train_the_same_model_on_the_same_documents(tmp_path):
     assert "tiny lora 2 x 300, packed documents of 50 to 400 tokens, fp32" in text
 
 
+def test_losses_alone_are_those_of_pytorch(tmp_path):
+    flags = ["--loss", "--shape", "tiny", "--method", "full", "--precision", "fp32", "--context-length", 70]
+    flags += ["--warmup", 1, "--steps", 1, "--rounds", 1, "--threads", 1, "--device", "cpu"]
+    codes, text = run_script(TOOL, *flags, "--json", tmp_path / "results.json", log=tmp_path / "log")
+    assert codes == [0], text
+    [case] = json.loads((tmp_path / "results.json").read_text())["cases"]
+    logits = case["contenders"].pop("logits")
+    for name, result in case["contenders"].items():
+        if "no F.linear_cross_entropy" not in result.get("error", ""):
+            assert result["losses"] == pytest.approx(logits["losses"], rel=1e-6), name
+            assert result["norms"] == pytest.approx(logits["norms"], rel=1e-5), name
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_floor_has_the_matrix_products_of_a_step(method, monkeypatch):
     monkeypatch.syspath_prepend(str(TOOL.parent / "bench_parts"))

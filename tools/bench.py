@@ -4,6 +4,7 @@
     python tools/bench.py --documents packed --floor             packed documents; and the step's bare matmuls and attention
     python tools/bench.py --method full --precision bf16
     python tools/bench.py --memory-sweep --json m.json --plot m.png     peak memory, 512 to 8192 tokens
+    python tools/bench.py --loss                                 the loss alone, beside PyTorch's own
     python tools/bench.py --generate --model DIR                 greedy text, which must be equal
     python tools/bench.py --startup                              import, --help, first step, loading
     python tools/bench.py --all out/bench --device cuda          1B, 3B, 8B on a GPU: everything in under 20 minutes
@@ -124,6 +125,9 @@ class Bench:
 
     memory_sweep: bool = False
     """Only the peak memory of a step, for several context lengths, each in a fresh process."""
+    loss: bool = False
+    """Only the loss and its gradients (--method full: the head's too): ours, torch's F.linear_cross_entropy, and the cross
+    entropy of whole logits."""
     generate: bool = False
     """Greedy generation in fp32, or in bf16 with --precision bf16, in place of training."""
     model: Path | None = None
@@ -163,9 +167,11 @@ def resolved(bench: Bench) -> Bench:
         defaults = (("wide-vocabulary",), ("lora",), (512, 1024, 2048, 4096, 8192))
     else:
         defaults = (("smollm2-135m",), ("lora",), (64 if bench.generate else 1024,))
+    if bench.loss:
+        bench = replace(bench, contenders=("ours", "torch", "logits"))  # type: ignore[arg-type]
     shape, method, context_length = defaults
     device = bench.device if bench.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if bench.torchtune_python and "torchtune" not in bench.contenders:
+    if bench.torchtune_python and not bench.loss and "torchtune" not in bench.contenders:
         bench = replace(bench, contenders=(*bench.contenders, "torchtune"))
     return replace(
         bench,
@@ -296,6 +302,7 @@ def run_case(bench: Bench, shape: Shape, method: Method, context_length: int) ->
         "method": method,
         "context_length": context_length,
         "generate": False,
+        "loss": bench.loss,
         **{name: getattr(bench, name) for name in ("targets", "batch_size", "documents", "precision", "compile")},
         **{name: getattr(bench, name) for name in ("device", "threads")},
     }
@@ -344,6 +351,9 @@ def comparison(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def heading(bench: Bench, case: dict[str, Any]) -> str:
+    if bench.loss:
+        size = f"{case['batch_size']} x {case['context_length']}"
+        return f"loss of {case['shape']} {case['method']} {size}, {bench.precision}, {bench.device}"
     documents = "packed documents of 50 to 400 tokens" if bench.documents == "packed" else "one document a row"
     how = "compiled" if bench.compile else "eager"
     return (
@@ -427,6 +437,7 @@ def compare_generation(bench: Bench) -> None:
         "device": bench.device,
         "threads": bench.threads,
         "generate": True,
+        "loss": False,
     }
     answers, failures = take_turns(("ours", "hf"), bench, job)
     for name, failure in failures.items():

@@ -24,6 +24,10 @@ from minillama.profiling import matmul_rate, peak_memory_gib, step_flops
 
 
 def make_contender(job: Job, stack: contextlib.ExitStack) -> Any:
+    if job["loss"]:
+        from losses import Loss
+
+        return Loss(job, stack)
     match job["contender"], job["generate"]:
         case "ours", False:
             from ours import Ours as Contender
@@ -50,7 +54,10 @@ def train(contender: Any, job: Job, first: int, count: int) -> dict[str, Any]:
     cpu_seconds = 0.0
     for step in range(first, first + count):
         work = make_work(job, step)
-        flops += step_flops(model, work.tokens.numel(), work.trained, work.squares)
+        if job["loss"]:
+            flops += (6 if job["method"] == "full" else 4) * model.lm_head.weight.numel() * work.trained
+        else:
+            flops += step_flops(model, work.tokens.numel(), work.trained, work.squares)
         if job["contender"] == "floor":
             parts.append(contender.step(work))
             seconds.append(sum(parts[-1].values()))
