@@ -1,4 +1,4 @@
-"""The loss alone, as contenders of tools/bench.py --loss, with the gradients of hidden states and, if all trains, the head."""
+"""The loss alone, for tools/bench.py --loss, with the gradients of hidden states and, if all trains, of the head."""
 
 import contextlib
 
