@@ -1,4 +1,4 @@
-"""How long minillama takes to start: import, --help, the first step, loading. Run by tools/bench.py --startup.
+"""How long minillama takes to start: import, --help, the first step, loading; and to log. Run by tools/bench.py --startup.
 
     python tools/bench_parts/startup.py cpu|cuda [RESULTS.json]
 
@@ -56,15 +56,18 @@ def wall(*command: str) -> float:
     return time.perf_counter() - began
 
 
+def recipe_flags(model: Path, device: str, folder: str, steps: int) -> list[str]:
+    flags = ["--model", str(model), "--output-dir", f"{folder}/out", "--device", device]
+    flags += ["--eval.no-enabled", "--train.max-steps", str(steps), "--train.batch-size", "1"]
+    return [*flags, "--data.cache-dir", f"{folder}/cache", "--data.context-length", "512"]
+
+
 def first_step(model: Path, device: str) -> float:
     """Seconds from the launch of a recipe to the first line of metrics.jsonl, data tokenized for the first time."""
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder) / "out" / "metrics.jsonl"
-        flags = ["--model", str(model), "--output-dir", str(metrics.parent), "--device", device]
-        flags += ["--eval.no-enabled", "--train.max-steps", "1", "--train.batch-size", "1"]
-        flags += ["--data.cache-dir", f"{folder}/cache", "--data.context-length", "512"]
         began = time.perf_counter()
-        command, nowhere = [sys.executable, RECIPE, *flags], subprocess.DEVNULL
+        command, nowhere = [sys.executable, RECIPE, *recipe_flags(model, device, folder, 1)], subprocess.DEVNULL
         process = subprocess.Popen(command, stdout=nowhere, stderr=nowhere, env=ENV)
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
             time.sleep(0.01)
@@ -72,6 +75,29 @@ def first_step(model: Path, device: str) -> float:
         if process.wait():
             raise RuntimeError(f"failed: {' '.join(command)}")
         return seconds
+
+
+def a_line(model: Path) -> float:
+    """Seconds from the end of a step to its line in metrics.jsonl and the progress bar."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", LINES, RECIPE, *recipe_flags(model, "cpu", folder, 30)]
+        said = subprocess.run(command, capture_output=True, check=True, text=True, env=ENV).stdout
+        return float(said.splitlines()[-1])
+
+
+LINES = """
+import runpy, statistics, sys, time
+from minillama.metrics import Metrics
+step, seconds = Metrics.step, []
+def timed(*arguments):
+    began = time.perf_counter()
+    step(*arguments)
+    seconds.append(time.perf_counter() - began)
+Metrics.step = timed
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(statistics.median(seconds))
+"""
 
 
 def make_folder(folder: Path, config: LlamaConfig) -> Path:
@@ -124,6 +150,7 @@ def main(device: str, results: Path | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tiny = make_folder(Path(folder), small)
         found |= alternate({"lora_fsdp.py to its first step": lambda: first_step(tiny, device)})
+        line = a_line(tiny)
     with tempfile.TemporaryDirectory() as folder:
         file = make_folder(Path(folder), large) / "model.safetensors"
         gigabytes = file.stat().st_size / 1e9
@@ -138,13 +165,20 @@ def main(device: str, results: Path | None) -> None:
 
     for name, value in found.items():
         print(f"{name:44} {value:6.2f} s  {value / found['import torch']:5.2f} x import torch")
+    print(f"{'a line of metrics.jsonl':44} {1e3 * line:6.2f} ms")
     for name, value in rates.items():
         share = (
             "" if name == "from_pretrained" else f"  from_pretrained is {rates['from_pretrained'] / value:.2f} of it"
         )
         print(f"{name + f', {gigabytes:.2f} GB':44} {value:6.2f} GB/s{share}")
     if results:
-        results.write_text(json.dumps({"seconds": found, "gb_per_s": rates, "gigabytes": gigabytes}, indent=1) + "\n")
+        results.write_text(
+            json.dumps(
+                {"seconds": found | {"a line of metrics.jsonl": line}, "gb_per_s": rates, "gigabytes": gigabytes},
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 ENV = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
