@@ -26,12 +26,13 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tens
     """
     out = q.new_empty(q.shape)
     q, out_heads = (x.unflatten(1, (k.shape[1], -1)) for x in (q, out))
-    keys, values = _by_head(k).mul_(q.shape[-1] ** -0.5), _by_head(v)
+    power, rest = _scale(q)
+    keys, values = _by_head(k).mul_(power), _by_head(v)
     blocks = list(_blocks(bounds, q))
     scores, later = _scratch(blocks, q, torch.float32), _later(q)
     with _onednn(q.dtype):
         for seen, block, heads in blocks:
-            p = _probabilities(_rows(q[block, heads]).float(), keys[heads, seen], scores, later, block)
+            p = _probabilities(_rows(q[block, heads]).float(), keys[heads, seen], rest, scores, later, block)
             out_heads[block, heads] = _tokens(torch.bmm(p, values[heads, seen]), block)
     return out
 
@@ -46,8 +47,9 @@ def blockwise_attention_backward(
     grad, q, grad_q_heads = (x.unflatten(1, (k.shape[1], -1)) for x in (grad, q, grad_q))
     keys, values = _by_head(k), _by_head(v)
     half_keys = keys.to(k.dtype, copy=True)
-    for scaled in (keys, values):  # once, for the scores and for dP: these are much larger
-        scaled.mul_(q.shape[-1] ** -0.5)
+    power, rest = _scale(q)
+    for scaled in (keys, values):
+        scaled.mul_(power)
     grad_k, grad_v = torch.zeros_like(keys), torch.zeros_like(values)
     blocks = list(_blocks(bounds, q))
     scores, grads, halves = (_scratch(blocks, q, dtype) for dtype in (torch.float32, torch.float32, q.dtype))
@@ -55,10 +57,12 @@ def blockwise_attention_backward(
     with _onednn(q.dtype):
         for seen, block, heads in blocks:
             q_rows, grad_rows = _rows(q[block, heads]), _rows(grad[block, heads])
-            p = _probabilities(q_rows.float(), keys[heads, seen], scores, later, block)
+            p = _probabilities(q_rows.float(), keys[heads, seen], rest, scores, later, block)
             half = _room(halves, p.shape).copy_(p)
             grad_v[heads, seen] += torch.bmm(half.mT, grad_rows)
             grad_p = torch.bmm(grad_rows.float(), values[heads, seen].mT, out=_room(grads, p.shape))
+            if rest != 1:
+                grad_p.mul_(rest)
             half.copy_(torch._softmax_backward_data(grad_p, p, -1, p.dtype, grad_input=grad_p))
             grad_q_heads[block, heads] = _tokens(torch.bmm(half, half_keys[heads, seen]), block)
             grad_k[heads, seen] += torch.bmm(half.mT, q_rows)
@@ -109,6 +113,12 @@ def _later(q: Tensor) -> Tensor:
     return torch.full((QUERIES, QUERIES), -torch.inf, device=q.device).triu_(1)
 
 
+def _scale(q: Tensor) -> tuple[float, float]:
+    """D^-0.5 as a power of two, by which keys can be multiplied and stay exact, and the rest, for their many products."""
+    mantissa, exponent = math.frexp(q.shape[-1] ** -0.5)
+    return 2.0 ** (exponent - 1), 2 * mantissa
+
+
 def _by_head(x: Tensor) -> Tensor:
     """(N, K, D) -> (K, N, D) fp32"""
     return x.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
@@ -124,9 +134,11 @@ def _tokens(x: Tensor, block: slice) -> Tensor:
     return x.unflatten(1, (-1, block.stop - block.start)).permute(2, 0, 1, 3)
 
 
-def _probabilities(q: Tensor, keys: Tensor, scratch: Tensor, later: Tensor, block: slice) -> Tensor:
-    """softmax(q keys^T), made in scratch, where the last of the keys are those of the block's own tokens."""
+def _probabilities(q: Tensor, keys: Tensor, scale: float, scratch: Tensor, later: Tensor, block: slice) -> Tensor:
+    """softmax(scale q keys^T), made in scratch, where the last of the keys are those of the block's own tokens."""
     scores = torch.bmm(q, keys.mT, out=_room(scratch, (*q.shape[:2], keys.shape[1])))
+    if scale != 1:
+        scores.mul_(scale)
     own = block.stop - block.start
     scores.unflatten(1, (-1, own))[..., -own:] += later[:own, :own]
     return torch.softmax(scores, -1, out=scores)

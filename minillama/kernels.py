@@ -27,7 +27,7 @@ class KernelsConfig:
     do it. math: matrix products with fp32 sums (the faster on CPUs that multiply bf16). auto: the best for device and
     precision; the summary says which."""
     compile: bool = False
-    """Compile the blocks with torch.compile: the first step takes a minute more, each later one less time and memory."""
+    """Compile the blocks with torch.compile: the first steps take a minute more, each later one less time and memory."""
 
 
 def choose_kernels(model: Llama, config: KernelsConfig, dtype: torch.dtype, device: str) -> str:
@@ -76,8 +76,9 @@ def _best(config: KernelsConfig, dtype: torch.dtype, device: str, flash: bool) -
 def compile_blocks(model: Llama) -> Llama:
     """Compiles what each block runs: inside FSDP's hooks, and with its recomputation, so after `shard`.
 
-    All blocks alike are one compilation, whatever the number of tokens and documents: a block below the first that
-    trains is another, and so is one row instead of several, or evaluation.
+    All blocks alike are one compilation, whatever the number of tokens and documents (with varlen and flex two: the
+    second where the documents first differ): a block below the first that trains is another, and so is one row instead
+    of several, or evaluation.
     """
     import torch._dynamo  # takes a second
 

@@ -9,11 +9,11 @@ IGNORE = -100
 """The label of a position that is not trained; PyTorch's default ignore_index."""
 
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
-"""Size, were they fp32, of the logits held at a time."""
+"""Size, were they fp32, of the logits held at a time; on a CPU four times that where the weight trains."""
 
 CHUNK_ROWS = {"cpu": 256, "cuda": 4096}
 """At most. CPU: what was fastest, measured at vocabularies of 49,152 and 128,256; four times as many where the weight
-trains, whose gradient each chunk adds to. CUDA: that gradient is made in the weight's dtype, which may be fp16."""
+trains, whose gradient each chunk adds to. That gradient is made in the weight's dtype, which may be fp16."""
 
 SLICE_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
 """Size of the fp32 logits held at a time: on a CPU few enough to stay in its cache from one operation to the next."""
@@ -53,12 +53,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, low: Tensor | None, up: Tensor | None, grad_enabled: bool
     ) -> Tensor:
         x_needs_grad, weight_needs_grad = (needed and grad_enabled for needed in ctx.needs_input_grad[:2])
+        ctx.dtypes = [None if of is None else of.dtype for of in (x, weight, low, up)]
+        up = None if up is None else up.float()
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if x_needs_grad else None
         grad_weight = None
         grad_low = grad_up = None
         if low is not None and up is not None and any(ctx.needs_input_grad[3:5]) and grad_enabled:
-            grad_low, grad_up = torch.empty_like(low), torch.zeros_like(up, dtype=torch.float32)
+            grad_low, grad_up = torch.empty_like(low), torch.zeros_like(up)
         chunk = min(chunk_rows(weight.shape[0], x.device.type, weight_needs_grad), max(1, x.shape[0]))
         piece = max(1, min(chunk, SLICE_BYTES[x.device.type] // (4 * weight.shape[0])))
         # In memory that stays: on a CPU, to take new memory costs more than what is done in it.
@@ -73,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 target = targets[rows, None]
                 logits = scratch[: len(part)].copy_(part)
                 if low is not None and up is not None:
-                    logits += low[rows].float() @ up.float().T
+                    logits += low[rows].float() @ up.T
                 highest, at_target = logits.amax(-1, keepdim=True), logits.gather(1, target)
                 # In place, which softmax can do as it reads each logit for the last time where it writes. The largest
                 # probability is 1 / sum(exp(logits - highest)).
@@ -84,7 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 error = probabilities.scatter_add_(1, target, torch.full_like(at_target, -1))
                 if grad_low is not None and grad_up is not None:
                     assert low is not None and up is not None
-                    grad_low[rows] = (error @ up.float()).to(low.dtype)
+                    grad_low[rows] = (error @ up).to(low.dtype)
                     grad_up += error.T @ low[rows].float()
                 part.copy_(error)
             if grad_x is not None:
@@ -95,7 +97,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if weight_needs_grad and grad_weight is None:
             grad_weight = torch.zeros_like(weight)
         ctx.save_for_backward(grad_x, grad_weight, grad_low, grad_up)
-        ctx.dtypes = [None if of is None else of.dtype for of in (x, weight, low, up)]
         return loss
 
     @staticmethod

@@ -52,10 +52,10 @@ def test_outputs_and_gradients(name, kv_heads, rows):
 LONG = [[[300, 1, 150, 61], [128, 129, 255]]]
 
 
-@pytest.mark.parametrize("kv_heads", [1, 3])
-def test_math_of_many_blocks_in_bf16_is_at_least_as_exact_as_flash(kv_heads):
+@pytest.mark.parametrize("kv_heads, width", [(1, 64), (3, 64), (1, 128)])
+def test_math_of_many_blocks_in_bf16_is_at_least_as_exact_as_flash(kv_heads, width):
     def errors(name):
-        pairs = outputs_and_gradients(name, LONG[0], 3, kv_heads, 64, torch.bfloat16)
+        pairs = outputs_and_gradients(name, LONG[0], 3, kv_heads, width, torch.bfloat16)
         return [((a - b).norm() / b.norm()).item() for a, b in pairs]
 
     for ours, flash in zip(errors("math"), errors("flash"), strict=True):
@@ -70,7 +70,10 @@ def test_math_may_split_heads(monkeypatch):
 
 def test_math_is_an_operator_that_pytorch_can_check():
     q, k, v = (torch.randn(10, h, 8, requires_grad=True) for h in (4, 2, 2))
-    torch.library.opcheck(torch.ops.minillama.blockwise_attention.default, (q, k, v, torch.tensor([0, 3, 10])))
+    bounds = torch.tensor([0, 3, 10])
+    torch.library.opcheck(torch.ops.minillama.blockwise_attention.default, (q, k, v, bounds))
+    inputs = (torch.randn(10, 4, 8), *(x.detach() for x in (q, k, v)), bounds)
+    torch.library.opcheck(torch.ops.minillama.blockwise_attention_backward.default, inputs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
