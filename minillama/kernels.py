@@ -1,5 +1,6 @@
 """Which kernels compute the model: the attention, and compiled blocks."""
 
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -82,6 +83,8 @@ def compile_blocks(model: Llama) -> Llama:
     """
     import torch._dynamo  # takes a second
 
+    # It warns of operations in place in a block that --fsdp.recompute selective runs again: there are none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     torch._dynamo.config.recompile_limit = 64  # the kinds of llama-adapter's blocks, times those of batches
     for block in model.model.layers:
         block.forward = partial(_of_any_length, torch.compile(block.forward, fullgraph=True))

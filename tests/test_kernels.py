@@ -98,11 +98,13 @@ def compare(folder, world_size, kind, recompute, precision, backend="inductor"):
     )
     for rank in range(world_size):
         assert compiled[rank][1] == KINDS[kind] and eager[rank][1] == 0
+        error = usual_error = 0.0  # of all batches: of one, bf16's is a matter of luck
         for numbers in zip(exact[rank][0], eager[rank][0], compiled[rank][0], strict=True):
             (loss, gradient), (_, usual), (our_loss, ours) = numbers
             assert our_loss == pytest.approx(loss, rel=1e-5 if precision == "fp32" else 1e-3)
-            error, usual_error = ((g - gradient).norm() / gradient.norm() for g in (ours, usual))
-            assert error < max(2 * usual_error, 1e-5)
+            error += ((ours - gradient).norm() / gradient.norm()).item() ** 2
+            usual_error += ((usual - gradient).norm() / gradient.norm()).item() ** 2
+        assert error < max(4 * usual_error, 1e-10)
 
 
 def test_compiled_once_for_all_blocks_and_packs_it_computes_the_same(tiny_folder):

@@ -58,6 +58,7 @@ Shape = Literal[
     "tiny", "wide-vocabulary", "smollm2-135m", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b"
 ]
 Method = Literal["lora", "full", "llama-adapter"]
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all-linear"]
 
 
 def shape_config(name: str) -> LlamaConfig:
@@ -87,8 +88,8 @@ class Bench:
     method: tuple[Method, ...] = ()
     """lora: rank 8, alpha 32, no dropout. llama-adapter: 10 slots in the top 30 layers; torchtune has none. By default
     lora, for --all lora and full."""
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
-    """Linear layers that LoRA adapts, or all-linear."""
+    targets: tuple[Target, ...] = ("q_proj", "v_proj")
+    """Linear layers that LoRA adapts."""
     context_length: tuple[int, ...] = ()
     """Tokens in a row; by default 1024, for --memory-sweep 512 to 8192, for --all 2048 and 8192."""
     batch_size: int = 1
@@ -124,7 +125,7 @@ class Bench:
     """Draw them there, with matplotlib."""
 
     memory_sweep: bool = False
-    """Only the peak memory of a step, for several context lengths, each in a fresh process."""
+    """Only the peak memory of one step after one of warmup, for several context lengths, each in a fresh process."""
     loss: bool = False
     """Only the loss and its gradients (--method full: the head's too): ours, torch's F.linear_cross_entropy, and the cross
     entropy of whole logits."""
@@ -143,11 +144,27 @@ class Bench:
     """For --all."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "rounds", "threads", "new_tokens"):
+        for name in ("batch_size", "steps", "rounds", "threads", "new_tokens", "warmup"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        if self.plot and not self.json:
-            raise UserError("--plot draws what --json FILE holds: give both")
+        if any(length < 2 for length in self.context_length):
+            raise UserError("--context-length: a row needs 2 tokens, of which one is predicted")
+        if not self.minutes > 0:
+            raise UserError(f"--minutes {self.minutes}: must be above 0")
+        if not self.contenders or not self.targets:
+            raise UserError("--contenders and --targets need a name each")
+        modes = ("memory_sweep", "loss", "generate", "startup", "all")
+        if len(given := [f"--{name.replace('_', '-')}" for name in modes if getattr(self, name)]) > 1:
+            raise UserError(f"{' and '.join(given)}: give one of them")
+        if self.plot and (not self.json or self.generate or self.startup):
+            raise UserError(
+                "--plot draws training steps, from what --json FILE holds: give both, not --generate or --startup"
+            )
+        for flag, file in (("json", self.json), ("plot", self.plot)):
+            if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+                raise UserError(f"--{flag} {file} cannot be written")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use")
         if self.model and not self.generate:
             raise UserError("--model is for --generate: training is measured on random weights of --shape")
         if "torchtune" in self.contenders and not self.torchtune_python:
@@ -318,7 +335,8 @@ def run_case(bench: Bench, shape: Shape, method: Method, context_length: int) ->
                     results[name] = {"error": failures[name]["error"]}
                 else:
                     result = training_result(answers[name], bench.batch_size * context_length)
-                    results[name] = result | {"recompute": recompute}
+                    theirs = "full" if recompute == "selective" and name != "ours" else recompute
+                    results[name] = result | {"recompute": theirs}
             left = tuple(name for name in failures if failures[name]["built"] and "memory" in failures[name]["error"])
             if not left:
                 break
@@ -387,7 +405,8 @@ def rows(case: dict[str, Any]) -> Iterator[str]:
     rates = [result["matmul_tflops"] for result in case["contenders"].values() if "matmul_tflops" in result]
     if rates:
         apart = max(case["loss_difference"].values(), default=0.0)
-        line = f"  matmul {statistics.median(rates):.3g} TFLOP/s; losses differ by at most {apart:.1e}"
+        line = f"  matmul {statistics.median(rates):.3g} TFLOP/s"
+        line += f"; losses differ by at most {apart:.1e}" if case["loss_difference"] else ""
         yield line + "".join(f"; ours/{name} by CPU time {r['median']:.2f}" for name, r in case["cpu_ratios"].items())
 
 
@@ -439,6 +458,10 @@ def compare_generation(bench: Bench) -> None:
         "generate": True,
         "loss": False,
     }
+    model = bench.model or bench.shape[0]
+    print(
+        f"{model}, {job['precision']}, a prompt of {job['context_length']} tokens, {bench.device}, {bench.threads} threads"
+    )
     answers, failures = take_turns(("ours", "hf"), bench, job)
     for name, failure in failures.items():
         raise UserError(f"{name}: {failure['error']}")
