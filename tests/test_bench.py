@@ -34,6 +34,19 @@ def test_contenders_train_the_same_model_on_the_same_documents(tmp_path):
     assert "tiny lora 2 x 300, packed documents of 50 to 400 tokens, fp32" in text
 
 
+def test_all_leaves_a_table_numbers_and_a_plot(tmp_path):
+    flags = ["--all", tmp_path / "new" / "folder", "--shape", "tiny", "--method", "lora", "--context-length", 16]
+    flags += ["--contenders", "ours", "--warmup", 1, "--steps", 1, "--rounds", 1, "--threads", 1, "--device", "cpu"]
+    codes, text = run_script(TOOL, *flags, log=tmp_path / "log")
+    assert codes == [0], text
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
+        "plot.png",
+        "results.json",
+        "table.txt",
+    ]
+    assert (tmp_path / "new" / "folder" / "table.txt").read_text() in text
+
+
 def test_losses_alone_are_those_of_pytorch(tmp_path):
     flags = ["--loss", "--shape", "tiny", "--method", "full", "--precision", "fp32", "--context-length", 70]
     flags += ["--warmup", 1, "--steps", 1, "--rounds", 1, "--threads", 1, "--device", "cpu"]

@@ -176,6 +176,10 @@ class Bench:
 def resolved(bench: Bench) -> Bench:
     """With the defaults of its mode."""
     if bench.all:
+        try:
+            bench.all.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--all {bench.all} cannot be written: {error.strerror}") from None
         bench = replace(bench, documents="packed", recompute="auto")
         bench = replace(bench, json=bench.all / "results.json", plot=bench.all / "plot.png")
         defaults: tuple[Any, ...] = (("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b"), ("lora", "full"), (2048, 8192))
@@ -421,8 +425,6 @@ def compare_training(bench: Bench) -> None:
         text.append(line)
         print(line, flush=True)
 
-    if bench.all:
-        bench.all.mkdir(parents=True, exist_ok=True)
     say(f"{name}; torch {torch.__version__}; {bench.rounds} rounds of {bench.steps} steps")
     for shape, method, length in itertools.product(bench.shape, bench.method, bench.context_length):
         if bench.all and time.perf_counter() - began > 60 * bench.minutes:
