@@ -138,7 +138,7 @@ def steps(
 
 def prefetched(
     steps: Iterable[Step], load: Callable[[Step], list[Batch]]
-) -> Iterator[tuple[Step, "Future[list[Batch]]"]]:
+) -> Iterator[tuple[Step, Future[list[Batch]]]]:
     """Each step with load(step), which a thread computes while the step before is made: the result raises what load did."""
     # a new thread is on the first GPU, whatever the process is on
     place = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_initialized() else None
