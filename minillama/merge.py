@@ -1,12 +1,14 @@
 """A base model with what was trained on top of it, read a few rows at a time: LoRA merged, checkpoints put in."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from mmap import ACCESS_READ, ALLOCATIONGRANULARITY, mmap
 from pathlib import Path
+from struct import error as StructError
 from struct import unpack_from
 from typing import IO, Any, cast
-from zipfile import ZIP_STORED, ZipFile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
@@ -23,9 +25,8 @@ from minillama.adapters import (
     read_adapter_config,
     write_adapter,
 )
-from minillama.checkpoint import Damaged, IndexReader, damage_of, read_mark
 from minillama.errors import UserError
-from minillama.files import read_json
+from minillama.files import misfit, read_json
 from minillama.hf import (
     SafetensorsWeights,
     check_weights,
@@ -35,10 +36,12 @@ from minillama.hf import (
     write_model,
 )
 from minillama.hub import model_name
+from minillama.index import read_index
 from minillama.llama_adapter import LlamaAdapterConfig
 from minillama.lora import LoraConfig, merge, row_norms
 from minillama.meta import Weights
 from minillama.model import Llama, LlamaConfig
+from minillama.resume import MARK, Damaged, damage_of, read_mark, unreadable_text
 
 LENGTH_ROWS = 1024
 """Rows whose lengths are computed at a time"""
@@ -118,7 +121,7 @@ class ShardedWeights:
     """
 
     def __init__(self, folder: Path) -> None:
-        index = IndexReader(folder).read_metadata()
+        index = read_index(folder)
         self._folder = folder
         self._tensors = {
             name.removeprefix("model."): tensor
@@ -128,7 +131,7 @@ class ShardedWeights:
         self.names = list(self._tensors)
         self._places: dict[str, dict[int, Any]] = {name: {} for name in self.names}
         for key, place in index.storage_data.items():
-            if key.fqn.startswith("model."):
+            if key.offset and key.fqn.startswith("model."):
                 self._places[key.fqn.removeprefix("model.")][key.offset[0]] = place
 
     def shape(self, name: str) -> list[int]:
@@ -157,28 +160,37 @@ class ShardedWeights:
         place = self._places[name][first]
         start = place.offset // ALLOCATIONGRANULARITY * ALLOCATIONGRANULARITY
         length = place.offset + place.length - start
+        content = b""
         with (
             (self._folder / place.relative_path).open("rb") as file,
             mmap(file.fileno(), length, access=ACCESS_READ, offset=start) as mapped,
+            suppress(BadZipFile, KeyError, StructError, ValueError, OverflowError),
         ):
             entry = ZipFile(cast(IO[bytes], mapped)).getinfo("archive/data/0")
-            if entry.compress_type != ZIP_STORED or entry.file_size != size:
-                raise UserError(f"{self._folder / place.relative_path}: {name} is not stored as this version knows it")
-            # the entry's own header: 30 bytes, the last four the lengths of what follows before the data
-            name_length, extra_length = unpack_from("<HH", mapped, entry.header_offset + 26)
-            data = entry.header_offset + 30 + name_length + extra_length
-            return mapped[data + part.start : data + part.stop]
+            if entry.compress_type == ZIP_STORED and entry.file_size == size:
+                # the entry's own header: 30 bytes, the last four the lengths of what follows before the data
+                name_length, extra_length = unpack_from("<HH", mapped, entry.header_offset + 26)
+                data = entry.header_offset + 30 + name_length + extra_length
+                content = mapped[data + part.start : data + part.stop]
+        if len(content) != part.stop - part.start:
+            raise UserError(f"{self._folder / place.relative_path}: {name} is not stored as this version knows it")
+        return content
 
 
 def open_checkpoint(folder: Path) -> tuple[dict[str, Any], Weights]:
     """(checkpoint.json, the trained parameters) of a checkpoint that is sound. Raises UserError for any other folder."""
+    name = MARK
     try:
         content = read_mark(folder)
-        problem = next(filter(None, (damage_of(folder, name, of) for name, of in content["files"].items())), None)
+        for name in sorted(content["files"]):
+            if problem := damage_of(folder, name, content["files"][name]):
+                raise Damaged(problem)
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a sound checkpoint: {name} is missing") from None
+    except OSError as error:
+        raise UserError(unreadable_text(folder, error.strerror or str(error), name)) from None
     except Damaged as error:
-        problem = str(error)
-    if problem:
-        raise UserError(f"{folder} is not a sound checkpoint: {problem}")
+        raise UserError(f"{folder} is not a sound checkpoint: {error}") from None
     if content["format"] == "sharded":
         return content, ShardedWeights(folder)
     files = sorted((folder / "model").glob("*.safetensors"))
@@ -190,7 +202,11 @@ def adapter_of(content: dict[str, Any]) -> AdapterConfig | None:
     kinds: dict[str, type[LoraConfig] | type[LlamaAdapterConfig]] = {"lora": LoraConfig, "adapter": LlamaAdapterConfig}
     for group, kind in kinds.items():
         if flags := content["flags"].get(group):
-            values: dict[str, Any] = {f.name: flags[f.name] for f in fields(kind) if f.name in flags}
+            shape = {name: [str] if isinstance(value, tuple) else type(value) for name, value in asdict(kind()).items()}
+            shape = {name: one for name, one in shape.items() if name in flags}
+            if problem := misfit(flags, shape, f"{MARK}: flags[{group!r}]"):
+                raise UserError(problem)
+            values: dict[str, Any] = {name: flags[name] for name in shape}
             values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
             return kind(**values)
     return None

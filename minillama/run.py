@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from minillama.cache import open_packed, prepare, prepare_evaluation
-from minillama.checkpoint import Checkpoint, CheckpointConfig, find_checkpoint, has_checkpoint, saved_steps
+from minillama.checkpoint import CheckpointConfig
 from minillama.datasets import DataConfig, check_vocabulary, load_collator
 from minillama.distributed import Device, FsdpConfig, all_reduce, on_each_node, on_rank_zero, say
 from minillama.errors import UserError
@@ -34,6 +34,7 @@ from minillama.model import Llama, LlamaConfig
 from minillama.optim import OptimConfig
 from minillama.packing import Packed
 from minillama.profiling import MFU_FORMULA, ProfileConfig, count_parameters
+from minillama.resume import Checkpoint, find_checkpoint, has_checkpoint, saved_steps
 from minillama.tokenizer import load_tokenizer
 from minillama.train import EvalConfig, Progress, TrainConfig, count_steps
 

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from test_packing import of_packs
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from minillama.checkpoint import find_checkpoint
 from minillama.datasets import DataConfig
 from minillama.distributed import FsdpConfig
 from minillama.errors import UserError
@@ -28,6 +27,7 @@ from minillama.lora import LoraConfig
 from minillama.metrics import _reopen
 from minillama.model import Llama
 from minillama.optim import OptimConfig
+from minillama.resume import find_checkpoint
 from minillama.run import RunConfig, compare_flags, load_data, start_run
 from minillama.train import Progress, TrainConfig, count_steps, steps
 

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import tyro
 
-from minillama.checkpoint import saved_steps
 from minillama.distributed import user_errors
 from minillama.errors import UserError
 from minillama.files import check_unused, folder_size, new_folder, size_text, write_json
@@ -28,6 +27,7 @@ from minillama.hub import find_model
 from minillama.merge import export_checkpoint
 from minillama.meta import interleaved, is_meta_folder, write_meta
 from minillama.model import Llama
+from minillama.resume import saved_steps
 from minillama.tokenizer_json import added_token, bos_first, tokenizer_json
 
 LLAMA3_SPLIT = (

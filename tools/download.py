@@ -73,8 +73,9 @@ def download(
 
 
 def find_weights(repo: str, listed: dict[str, Any], folder: Path) -> list[str]:
-    patterns = weight_files(folder, repo)
-    names = [name for name in listed if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    kinds = weight_files(folder, repo)
+    found = [[name for name in listed if any(fnmatchcase(name, pattern) for pattern in kind)] for kind in kinds]
+    names = next(filter(None, found), [])
     check_found(repo, names)
     return names
 
