@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minillama.distributed import like, local, reshard
 from minillama.errors import UserError
-from minillama.files import new_folder, read_json, write_json
+from minillama.files import misfit, new_folder, read_json, write_json
 from minillama.hf import adapter_parameters, gather, open_tensors, write_tensors
 from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.lora import LoraConfig, apply_lora, row_norms
@@ -28,6 +28,15 @@ OTHER_PEFT = (
     "trainable_token_indices",
 )
 """Settings of PEFT's that change what an adapter computes, and that we do not know."""
+SETTINGS = {
+    "peft_type": str,
+    "base_model_name_or_path": str,
+    **dict.fromkeys(("r", "adapter_len", "adapter_layers"), int),
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), float),
+    **dict.fromkeys(("target_modules", "exclude_modules"), (str, [str])),
+    **dict.fromkeys(("use_rslora", "use_dora"), bool),
+}
+"""What the settings that we read are, where they are there."""
 
 AdapterConfig = LoraConfig | LlamaAdapterConfig
 A = TypeVar("A", LoraConfig, LlamaAdapterConfig)
@@ -167,6 +176,9 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
         hint = f"give {inside}" if inside.is_dir() else "give the adapter/ that a run has left in its output folder"
         raise UserError(f"{folder} {found} (it has no adapter_config.json): {hint}")
     settings = read_json(folder / "adapter_config.json")
+    shape = {key: shape for key, shape in SETTINGS.items() if settings.get(key) is not None}
+    if problem := misfit(settings, shape, str(folder / "adapter_config.json")):
+        raise UserError(f"{problem}, where something else belongs: is it of PEFT?")
     match settings.get("peft_type"):
         case "LORA":
             return _lora_config(folder, settings)

@@ -86,8 +86,8 @@ def _check_layers(config: LlamaConfig, folder: Path) -> None:
     there = len({match[1] for name in names if (match := LAYER.match(name))})
     if there < config.num_hidden_layers:
         raise UserError(
-            f"the weights in {folder} do not fit their config: it has num_hidden_layers {config.num_hidden_layers}, and they "
-            f"are of {there} layers"
+            f"the weights in {folder} do not fit their config: it has num_hidden_layers {config.num_hidden_layers}, and "
+            f"they are of {there} layers"
         )
 
 

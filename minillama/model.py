@@ -102,13 +102,16 @@ class LlamaConfig:
             if kind not in (int, float, bool, str) or value is None:
                 continue
             kinds = (int, float) if kind is float else (kind,)
-            if type(value) not in kinds or (kind in (int, float) and not 0 < value < math.inf):
+            if type(value) not in kinds or (kind in (int, float) and not 0 < value < 2**63):
                 raise UserError(f"the model's config has {field.name} = {value!r}, where a {kind.__name__} belongs")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise UserError(f"the model's config has the RoPE settings {rope!r}, which are no object")
         rope = dict(rope)
-        values["rope_theta"] = float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
+        theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        if type(theta) not in (int, float) or not 0 < theta < 2**63:
+            raise UserError(f"the model's config has rope_theta = {theta!r:.80}, where a number belongs")
+        values["rope_theta"] = float(theta)
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise UserError("partial_rotary_factor is not supported: Llama rotates the whole head")
         if "type" in rope:  # the key's older name

@@ -31,6 +31,8 @@ DIGITS_GPT2_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]
 FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model", "added_tokens.json", "chat_template.jinja")
 NAMES = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
 
+SPECIAL = [f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+
 # tiktoken's regex engine keeps one stack entry for each character of white space and gives up at a million.
 LONGEST_SPACE = 100_000
 
@@ -50,6 +52,15 @@ class Tokenizer:
     def __init__(self, engine: Any, special: dict[str, dict[str, Any]], names: dict[str, Any], where: Path) -> None:
         self._engine = engine
         self._where = where
+        for text in names.get("special_tokens", ()):  # also those that stand in the vocabulary like any other
+            if text not in special and (id_ := engine.id_of(text)) is not None:
+                special[text] = {"id": id_}
+        if wrong := [
+            text for text, token in special.items() if not (text and type(token["id"]) is int and token["id"] >= 0)
+        ]:
+            raise UserError(
+                f"{where}: the added token {wrong[0]!r} has the id {special[wrong[0]]['id']!r}; mend the files"
+            )
         self._special = {text: token["id"] for text, token in special.items()}
         self._special_text = {id_: text for text, id_ in self._special.items()}
         self._hidden = {token["id"] for token in special.values() if token.get("special", True)}
@@ -189,7 +200,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(
             f"{path}: no such file or folder; give a checkpoint's folder, tokenizer.json or tokenizer.model"
         )
-    tokenizer = _read_tokenizer(path)
+    try:
+        tokenizer = _read_tokenizer(path)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError, OSError) as error:
+        raise UserError(f"{path}: its tokenizer's files are damaged ({error!r:.200}); download them again") from None
     tokenizer.path = path
     digest = hashlib.blake2b(digest_size=16)
     for file in [path] if path.is_file() else []:
@@ -371,7 +385,9 @@ class _BytePair:
         return b"".join(self.bytes_of.get(id_, b"\xff") for id_ in ids).decode(errors="replace")
 
     def id_of(self, token: str) -> int | None:
-        return next((id_ for id_, content in self.bytes_of.items() if content == token.encode()), None)
+        byte_of = _byte_alphabet()  # in which the vocabulary is written
+        content = bytes(byte_of[char] for char in token) if set(token) <= byte_of.keys() else token.encode()
+        return next((id_ for id_, one in self.bytes_of.items() if one == content), None)
 
 
 class _SentencePiece:
@@ -394,14 +410,17 @@ class _SentencePiece:
 
 def _names(folder: Path) -> dict[str, Any]:
     """What the files beside the vocabulary say: special tokens by role, added tokens, the chat template."""
+    found = {file: _read_json(folder / file) for file in NAMES if (folder / file).exists()}
+    # As transformers has it: what older files say counts only where tokenizer_config.json has no added_tokens_decoder.
+    legacy = "added_tokens_decoder" not in found.get("tokenizer_config.json", {})
+    order = (*NAMES[:2], "tokenizer_config.json", "special_tokens_map.json") if legacy else NAMES
     names: dict[str, Any] = {}
-    for file in NAMES:
-        if (folder / file).exists():
-            names |= {key: value for key, value in _read_json(folder / file).items() if value is not None}
+    for file in order:
+        names |= {key: value for key, value in found.get(file, {}).items() if value is not None}
     added = {
         token["content"]: {"id": int(id_), **token} for id_, token in names.get("added_tokens_decoder", {}).items()
     }
-    if (folder / "added_tokens.json").exists():
+    if legacy and (folder / "added_tokens.json").exists():
         added = {text: {"id": id_} for text, id_ in _read_json(folder / "added_tokens.json").items()} | added
     template = names.get("chat_template")
     if isinstance(template, list):  # several, by name
@@ -409,8 +428,12 @@ def _names(folder: Path) -> dict[str, Any]:
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     roles = ("bos_token", "eos_token", "pad_token", "bos_token_id", "eos_token_id", "add_bos_token")
-    found = {key: names[key] for key in roles if key in names}
-    return found | {"added_tokens": added, "chat_template": template}
+    texts = (text.get("content") if isinstance(text, dict) else text for text in map(names.get, SPECIAL))
+    return {key: names[key] for key in roles if key in names} | {
+        "added_tokens": added,
+        "chat_template": template,
+        "special_tokens": [text for text in texts if isinstance(text, str)],
+    }
 
 
 def _begins_with_special(post_processor: dict[str, Any]) -> bool:

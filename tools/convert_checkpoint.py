@@ -22,6 +22,7 @@ import tyro
 from minillama.distributed import user_errors
 from minillama.errors import UserError
 from minillama.files import check_unused, folder_size, new_folder, size_text, write_json
+from minillama.help import filled
 from minillama.hf import check_weights, companions, copy_files, read_config, write_hf, write_model
 from minillama.hub import find_model
 from minillama.merge import export_checkpoint
@@ -388,4 +389,4 @@ def shortest(value: float) -> float:
 
 if __name__ == "__main__":
     with user_errors():
-        tyro.cli(convert_checkpoint)
+        tyro.cli(filled(convert_checkpoint))

@@ -22,6 +22,7 @@ import tyro
 from minillama.distributed import user_errors
 from minillama.errors import UserError
 from minillama.files import size_text
+from minillama.help import filled
 from minillama.hub import HUB_ID, SMALL_FILES, check_found, explained, weight_files
 
 FILES_AT_ONCE = 4
@@ -146,4 +147,4 @@ def is_right(path: Path, file: Any) -> bool:
 
 if __name__ == "__main__":
     with user_errors():
-        tyro.cli(download)
+        tyro.cli(filled(download))
