@@ -168,7 +168,10 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"the adapter folder {folder} does not exist")
+        found = "is no folder" if folder.exists() else "does not exist"
+        raise UserError(
+            f"the adapter {folder} {found}: give the adapter/ that a run has left, or another in PEFT's format"
+        )
     if not (folder / "adapter_config.json").exists():
         inside = folder / "adapter"
         found = "is the output of a run" if (folder / "run.json").exists() else "is no adapter folder"

@@ -23,7 +23,7 @@ def filled(flags: F) -> F:
 
 def _fill(flags: Any) -> None:
     flags.__doc__ = _joined(flags.__doc__ or "")
-    for kind in inspect.getmro(flags)[:-1] if is_dataclass(flags) else ():
+    for kind in flags.__mro__[:-1] if isinstance(flags, type) else ():
         docs = _field_docs(kind)
         for field in fields(kind):
             if field.name in docs:

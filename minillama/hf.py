@@ -225,7 +225,18 @@ def check_weights(model: nn.Module, folder: str | Path, *, but: Collection[str] 
     if problems:
         more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(f"the weights in {folder} do not fit their config: {'; '.join(problems[:8])}{more}")
+    if "lm_head.weight" in spare & there:
+        _check_twin(weights, folder, 0, 1)  # the rest when it is loaded
     return weights
+
+
+def _check_twin(weights: Weights, folder: str | Path, start: int, stop: int) -> None:
+    """Raises UserError unless these rows of a tied head are those of the embedding."""
+    head, embedding = (weights.rows(name, start, stop) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if not torch.equal(head, embedding):
+        raise UserError(
+            f"{folder}: lm_head.weight is not the embedding, yet config.json has tie_word_embeddings: set it to false"
+        )
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -269,12 +280,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
                 place = offset + start, offset + start + len(piece)
                 rows = weights.rows(name, *place)
                 piece.copy_(rows)
-                checked = has_twin and name == "model.embed_tokens.weight"
-                if checked and not torch.equal(rows, weights.rows("lm_head.weight", *place)):
-                    raise UserError(
-                        f"{folder}: lm_head.weight is not the embedding, yet config.json has tie_word_embeddings: set it to "
-                        "false"
-                    )
+                if has_twin and name == "model.embed_tokens.weight":
+                    _check_twin(weights, folder, *place)
                 bar.update(piece.numel() * piece.element_size())
 
         with ThreadPoolExecutor(READERS) as pool:

@@ -29,6 +29,7 @@ from minillama.errors import UserError
 from minillama.files import misfit, read_json
 from minillama.hf import (
     SafetensorsWeights,
+    adapter_parameters,
     check_weights,
     read_config,
     tensor_names,
@@ -99,8 +100,6 @@ class TrainedWeights:
     """The tensors of a base, those that were trained in place of its own; each has the dtype that it has in the base."""
 
     def __init__(self, base: Weights, trained: Weights) -> None:
-        if unknown := sorted({*trained.names} - {*base.names}):
-            raise UserError(f"the checkpoint has parameters that the base does not: {', '.join(unknown[:4])}")
         self._base, self._trained, self.names = base, trained, base.names
 
     def shape(self, name: str) -> list[int]:
@@ -186,11 +185,11 @@ def open_checkpoint(folder: Path) -> tuple[dict[str, Any], Weights]:
             if problem := damage_of(folder, name, content["files"][name]):
                 raise Damaged(problem)
     except FileNotFoundError:
-        raise UserError(f"{folder} is not a sound checkpoint: {name} is missing") from None
+        raise UserError(f"{folder} is not a sound checkpoint, give another: {name} is missing") from None
     except OSError as error:
         raise UserError(unreadable_text(folder, error.strerror or str(error), name)) from None
     except Damaged as error:
-        raise UserError(f"{folder} is not a sound checkpoint: {error}") from None
+        raise UserError(f"{folder} is not a sound checkpoint, give another: {error}") from None
     if content["format"] == "sharded":
         return content, ShardedWeights(folder)
     files = sorted((folder / "model").glob("*.safetensors"))
@@ -290,6 +289,13 @@ def export_checkpoint(
     config = read_config(base)
     with torch.device("meta"):
         weights = check_weights(Llama(config), base)
+        model = Llama(config) if adapter is None else adapt(Llama(config), adapter)
+    wanted = dict(model.named_parameters()) if adapter is None else adapter_parameters(model)
+    found = {name: trained.shape(name) for name in trained.names}
+    wrong = [name for name, shape in found.items() if name not in wanted or shape != list(wanted[name].shape)]
+    if wrong or (adapter is not None and found.keys() != wanted.keys()):
+        names = ", ".join((wrong or sorted(wanted.keys() - found.keys()))[:4])
+        raise UserError(f"the parameters in {checkpoint} are not those that its {MARK} speaks of: {names}")
     tokenizer = tokenizer or (Path(flags["tokenizer"]) if flags["tokenizer"] else None)
     if adapter is None and adapter_only:
         raise UserError(f"{checkpoint} is of a full fine-tuning and has no adapter: leave --adapter-only out")

@@ -58,7 +58,7 @@ class LlamaConfig:
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         assert self.num_key_value_heads and self.head_dim
-        sizes = {name: getattr(self, name) for name in (*REQUIRED, "num_key_value_heads", "head_dim")}
+        sizes = {name: getattr(self, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
         sizes["num_attention_heads * head_dim"] = self.num_attention_heads * self.head_dim
         if large := [f"{name} {size}" for name, size in sizes.items() if size > LARGEST]:
             raise UserError(f"{', '.join(large)}: no Llama is that large, {LARGEST} is the most that is built")

@@ -7,7 +7,7 @@ import resource
 import shutil
 import signal
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -33,6 +33,7 @@ from minillama.run import RunConfig, Start
 from minillama.train import EvalConfig, Progress, Step, train_step
 
 SYNC = CheckpointConfig(async_save=False, keep=0)
+LORA = LoraConfig(dropout=0.1, targets=("q_proj", "down_proj"))
 
 
 @dataclass
@@ -63,12 +64,12 @@ class Training:
         }
 
 
-def training(folder, out, fsdp=None, kind="adamw", checkpoint=SYNC, seed=0, rank=8):
+def training(folder, out, fsdp=None, kind="adamw", checkpoint=SYNC, seed=0, rank=8, norm=True):
     fsdp = fsdp or FsdpConfig(strategy="full-shard", precision="fp32")
     with torch.device("meta"):
         model = Llama(read_config(folder)).requires_grad_(False)
-        model.model.norm.requires_grad_(True)
-    apply_lora(model, LoraConfig(rank=rank, dropout=0.1, targets=("q_proj", "down_proj")))
+        model.model.norm.requires_grad_(norm)
+    apply_lora(model, replace(LORA, rank=rank))
     set_dtypes(model, fsdp)
     shard(model, make_mesh(fsdp, "cpu"), fsdp)
     materialise(model, "cpu")
@@ -222,10 +223,10 @@ def test_when_a_checkpoint_is_due():
 # Damage
 
 
-def make_two(mesh, folder, out):
+def make_two(mesh, folder, out, **settings):
     for saved_as in ("sharded", "full"):
         checkpoint = CheckpointConfig(async_save=False, format=saved_as)
-        run = training(folder, out / saved_as, checkpoint=checkpoint)
+        run = training(folder, out / saved_as, checkpoint=checkpoint, **settings)
         with run.checkpoints() as checkpoints:
             checkpoints.save(Progress(window=2, step=1))
             run.step()

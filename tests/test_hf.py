@@ -205,7 +205,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         load_adapter(random_model(num_hidden_layers=4), tmp_path / "a")
     with pytest.raises(UserError, match=r"shape \[4, 32\], not \[4, 64\]"):
         load_adapter(random_model(hidden_size=64), tmp_path / "a")
-    with pytest.raises(UserError, match=r"adapter folder .* does not exist"):
+    with pytest.raises(UserError, match=r"adapter .* does not exist"):
         load_adapter(random_model(), tmp_path / "b")
     settings = json.loads((tmp_path / "a/adapter_config.json").read_text())
     for change, named in (

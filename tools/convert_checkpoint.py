@@ -63,7 +63,7 @@ def convert_checkpoint(
     check_unused(target, source)
     source = find_model(source)
     if not source.exists():
-        raise UserError(f"{source}: no such file or folder")
+        raise UserError(f"{source}: no such file or folder: give a folder, a GGUF file, or ORG/NAME of the hub")
     if source.name == "checkpoints" and (steps := saved_steps(source.parent)):
         raise UserError(f"{source} holds a run's checkpoints: give one of them, the newest is {steps[max(steps)]}")
     is_run = (source / "checkpoint.json").exists()
@@ -129,7 +129,7 @@ def open_gguf(source: Path) -> Any:
         raise UserError(f"{source}: no such file")
     with source.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise UserError(f"{source} is not a GGUF file")
+            raise UserError(f"{source} is not a GGUF file: give a folder, or a file of that format")
     try:
         return gguf.GGUFReader(source)
     except (ValueError, IndexError):
