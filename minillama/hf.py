@@ -37,6 +37,7 @@ WRITE_BYTES = 4 * 2**20
 MAX_FILE_BYTES = 4 * 2**30
 """Size of the files that save_pretrained writes (one tensor may be more), and so the host memory it takes on rank 0."""
 INDEX = "model.safetensors.index.json"
+MOST_LAYERS = 4096
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -89,6 +90,8 @@ def _check_layers(config: LlamaConfig, folder: Path) -> None:
             f"the weights in {folder} do not fit their config: it has num_hidden_layers {config.num_hidden_layers}, and "
             f"they are of {there} layers"
         )
+    if there > MOST_LAYERS:
+        raise UserError(f"{folder} is of {there} layers: no Llama has so many, {MOST_LAYERS} is the most that is built")
 
 
 def find_tensors(folder: str | Path) -> dict[str, Path]:

@@ -312,7 +312,7 @@ def saved_flags(config_class: type[Config]) -> Config | None:
         if others := (hints - shared) ^ (flags.keys() - shared):
             raise UserError(f"--config {file} is of another recipe: only one of the two has --{min(others)}")
         return build(config_class, flags, "")
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"--config {file} is not the run.json of a run ({error!r})") from None
 
 

@@ -276,7 +276,13 @@ def _from_json(path: Path, data: dict[str, Any], names: dict[str, Any]) -> Token
         raise UserError(f"{path}: the normalizer {normalizer.get('type')} is not supported, only NFC")
     pattern = _pattern(path, data["pre_tokenizer"])
 
-    added = {token["content"]: token for token in data.get("added_tokens", [])} | names["added_tokens"]
+    added = {token["content"]: token for token in data.get("added_tokens", [])}
+    following = len(vocab)
+    for text, token in added.items():  # to which `tokenizers` gives ids one after the other, whatever the file says
+        if token["id"] != vocab.get(text, following):
+            raise UserError(f"{path}: the added token {text!r} has the id {token['id']!r}, the next one is {following}")
+        following = max(following, token["id"] + 1)
+    added |= names["added_tokens"]
     byte_of = _byte_alphabet()
     # tiktoken merges by the rank of the result, so ranks follow the order of the merges, whatever the ids are.
     ranked = {char: vocab[char] for char in byte_of if char in vocab}

@@ -13,7 +13,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -33,22 +33,44 @@ from minillama.cache import prepare
 from minillama.datasets import DataConfig, Source, encode_rows, training_sources
 from minillama.errors import UserError
 from minillama.hf import INDEX as WEIGHTS_INDEX
-from minillama.hf import from_pretrained, save_pretrained, weights_fingerprint
+from minillama.hf import from_pretrained, open_weights, read_config, save_pretrained, weights_fingerprint
 from minillama.index import INDEX, read_index
 from minillama.inference import find_stop_ids
 from minillama.lora import LoraConfig, apply_lora
 from minillama.merge import export_checkpoint
+from minillama.meta import read_meta_config, write_meta
+from minillama.metrics import _reopen, plot_loss
 from minillama.resume import MARK, find_checkpoint, hash_of
 from minillama.rows import read_rows
-from minillama.run import RunConfig, compare_flags
+from minillama.run import RunConfig, compare_flags, saved_flags
 from minillama.tokenizer import load_tokenizer
+from minillama.train import Progress
+
+
+@dataclass(frozen=True)
+class LoraRun(RunConfig):
+    lora: LoraConfig = LORA
+
 
 SECONDS = 10
 """Of computing, or thirty times as many on the clock of a busy machine: more is a hang"""
 TINIER = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 FORBIDDEN = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect")
 """Audit events of running something. What ranks send each other is pickled: there names lead to what runs something."""
-HARMFUL = ("os", "posix", "subprocess", "builtins", "sys", "shutil", "runpy", "importlib", "ctypes", "socket")
+HARMFUL = {
+    "os",
+    "posix",
+    "subprocess",
+    "sys",
+    "shutil",
+    "runpy",
+    "importlib",
+    "ctypes",
+    "eval",
+    "exec",
+    "getattr",
+    "open",
+}
 
 VALUES = [
     None, True, False, 0, 1, -1, 2, 3, 7, 0.5, -0.0, 1e308, float("nan"), float("inf"), 10**9, 2**60, 2**70, 10**400,
@@ -120,7 +142,7 @@ watching = False
 
 
 def hook(event, args):
-    harmful = event == "pickle.find_class" and (args[0].partition(".")[0] in HARMFUL or "." in args[1])
+    harmful = event == "pickle.find_class" and ({args[0].partition(".")[0], args[1]} & HARMFUL or "." in args[1])
     if watching and (harmful or event.startswith(FORBIDDEN)):
         ran.append((event, str(args)[:200]))
 
@@ -287,6 +309,25 @@ def test_weights_index(small, tmp_path, count):
     )
 
 
+def test_meta_params(small, tmp_path, count):
+    folder = tmp_path / "meta"
+    folder.mkdir()
+    write_meta(open_weights(small), read_config(small), folder)
+    content = json.loads((folder / "params.json").read_text()) | {"rope_scaling_factor": 8, "use_scaled_rope": False}
+    before = run_model(folder)
+
+    def change(rng):
+        text = mutated(content, rng, [4, 16, 24])
+        (folder / "params.json").write_bytes(text)
+        read_meta_config.cache_clear()
+        return text
+
+    def compare(found):
+        return None if found.shape == before.shape else "another shape"
+
+    fuzz(count(20, 200), "params", change, lambda: run_model(folder), compare)
+
+
 TEXTS = ["Once upon a time", " a  b\n\n1234 Größe", "<|begin_of_text|>x<|eot_id|> y", "added_one x"]
 
 
@@ -374,6 +415,70 @@ def test_adapter_config(small, tmp_path, count):
     fuzz(count(20, 300), "adapter", change, read, lambda found: differs(found, reference))
 
 
+def test_tokenizer_json(tmp_path, count):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "added_tokens_decoder": {}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    llama3_like().save(str(folder / "tokenizer.json"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    sizes = {"vocab": content["model"].pop("vocab"), "merges": content["model"].pop("merges")}
+
+    def change(rng):
+        changed = mutated(content, rng, ["BPE", "ByteLevel", "Isolated", 480])
+        try:  # most changes are of the settings, not of one token of many
+            value = json.loads(changed)
+            whole = mutated(sizes, rng) if rng.randrange(4) == 0 else json.dumps(sizes).encode()
+            value["model"] |= json.loads(whole)
+            changed = json.dumps(value).encode()
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass
+        (folder / "tokenizer.json").write_bytes(changed)
+        return changed
+
+    def compare(found):
+        try:
+            reference = AutoTokenizer.from_pretrained(folder)
+            expected = [reference.encode(text, add_special_tokens=False) for text in TEXTS]
+        except BaseException:  # pyo3's panics too
+            return REFUSED
+        return None if found == expected else f"{found} is not {expected}"
+
+    def read():
+        tokenizer = load_tokenizer(folder)
+        return [tokenizer.encode(text) for text in TEXTS]
+
+    fuzz(count(20, 300), "tokenizer.json", change, read, compare)
+
+
+def test_files_of_runs(tmp_path, count, monkeypatch):
+    """run.json as --config, and metrics.jsonl."""
+    flags = json.loads(json.dumps(asdict(LoraRun(Path("m"), Path("o"))), default=str))
+    line = {"step": 1, "epoch": 0.5, "loss": 2.0, "lr": 0.1}
+    file = tmp_path / "file"
+    file.write_text(json.dumps(line))
+    plot_loss(file, tmp_path / "loss.png")  # which asks for fonts, once
+    monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(file)])
+
+    def change(rng):
+        one = rng.randrange(2)
+        text = mutated(line if one else {"flags": flags}, rng)
+        file.write_bytes(text)
+        return text
+
+    def read():
+        saved = None
+        with suppress(UserError):
+            saved = saved_flags(LoraRun)
+        with suppress(UserError):
+            plot_loss(file, tmp_path / "loss.png")
+        _reopen(file, Progress(window=1, step=3)).close()
+        return saved
+
+    fuzz(count(20, 200), "run", change, read)
+
+
 ROWS = {
     "samsum": [{"dialogue": "A: hi", "summary": "They part."}],
     "alpaca": [{"instruction": "Say", "input": "it", "output": "so"}, {"instruction": "Say", "output": ""}],
@@ -441,11 +546,6 @@ def save_adapters(mesh, folder, out):
         content["flags"]["lora"] = asdict(LORA)
         content["fingerprints"]["model"] = weights_fingerprint(folder)
         (step / MARK).write_text(json.dumps(content | {"sha256": hash_of(json.loads(json.dumps(content)))}))
-
-
-@dataclass(frozen=True)
-class LoraRun(RunConfig):
-    lora: LoraConfig = LORA
 
 
 def load_changed(mesh, folder, out, first, changes):

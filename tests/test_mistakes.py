@@ -156,8 +156,8 @@ ON_TWO_RANKS = """
 an unknown flag, no model, a billion layers, a vocabulary of 2^60, cut-off weights, shards out of the folder, no data,
 a tied head that is not, another's tokenizer, output on /proc, a run in the output, a line cut off, a list as role,
 a long row, a mixture of none, a learning rate of nan, a shard of three, a target that is none, a prompt as LoRA,
-a broken adapter, another recipe's run.json, no checkpoint, a damaged checkpoint, another rank than before, output that is a folder,
-another's adapter, two things to ask, rows without a prompt"""
+a broken adapter, another recipe's run.json, no checkpoint, a damaged checkpoint, another rank than before,
+output that is a folder, another's adapter, two things to ask, rows without a prompt"""
 ON_TWO_RANKS = [name.strip() for name in ON_TWO_RANKS.replace("\n", " ").split(",")]
 
 
