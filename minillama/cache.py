@@ -29,6 +29,7 @@ import numpy as np
 from minillama.datasets import DataConfig, Documents, Source, encode_rows, training_sources, validation_source
 from minillama.distributed import rank
 from minillama.errors import UserError
+from minillama.files import cache_folder
 from minillama.packing import Packed, Part, pack, pad
 from minillama.permutation import permuted
 
@@ -123,8 +124,9 @@ def _documents(sources: list[Source], config: DataConfig, tokenizer: Any, proces
     """The folder of all documents of the sources, end to end."""
     described = [[source.dataset, dict(source.columns), source.content(config, tokenizer)] for source in sources]
     name = _hash(described, config.train_on, tokenizer.fingerprint)
-    cache_dir = config.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama"
-    folder = _built(cache_dir / name, lambda part: _tokenize(part, sources, config, tokenizer, processes))
+    folder = _built(
+        cache_folder(config.cache_dir) / name, lambda part: _tokenize(part, sources, config, tokenizer, processes)
+    )
     if config.bad_rows == "error" and (problems := _lines(folder / "refused.txt")):
         raise UserError(problems[0])
     return folder

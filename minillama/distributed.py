@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -34,6 +34,10 @@ from minillama.rendezvous import fresh_store
 
 T = TypeVar("T")
 Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "mixed", "bf16", "fp16", "fp32"]
+
+DTYPES = {"mixed": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""What each precision computes in."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,11 @@ class FsdpConfig:
     of the model is frozen and it fits in half of the device's memory, else full-shard."""
     shard_size: int = 0
     """Processes that hold one copy together under hybrid-shard; 0: those of one machine."""
-    precision: Literal["mixed", "bf16", "fp16", "fp32"] = "mixed"
+    precision: Precision = "auto"
     """mixed: compute in bf16, trained parameters, their gradients and sums over processes fp32, a frozen base bf16.
-    bf16: trained parameters bf16 too. fp16: as mixed with fp16 for bf16, and a loss scale. fp32: everything fp32."""
+    bf16: trained parameters bf16 too. fp16: as mixed with fp16 for bf16, and a loss scale. fp32: everything fp32. auto:
+    what the hardware multiplies fast. That is mixed on GPUs with bf16, else fp16 on those with fp16, and on a CPU mixed if
+    it is measured to be faster in bf16, else fp32."""
     recompute: Literal["none", "full", "selective"] = "none"
     """full: keep only each block's input and run the block again in the backward (less memory, a third more work).
     selective: keep also the results of attention and of every other matrix product."""
@@ -70,8 +76,9 @@ class FsdpConfig:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        half = {"mixed": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}
-        return half.get(self.precision, torch.float32)
+        if self.precision == "auto":
+            raise ValueError("precision is still auto: minillama.precision.choose_precision decides")
+        return DTYPES[self.precision]
 
     @property
     def trained_dtype(self) -> torch.dtype:
@@ -87,6 +94,12 @@ def say(text: str) -> None:
     """Prints once, on rank 0."""
     if rank() == 0:
         print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """Prints a warning once, on rank 0, to stderr: what a program answers on stdout stays as it is."""
+    if rank() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -264,11 +277,15 @@ def all_reduce(
     return numbers.tolist()
 
 
-def set_dtypes(model: Llama, config: FsdpConfig) -> None:
-    """Gives trained and frozen parameters the dtypes of config.precision. On the meta device, before sharding."""
-    for module in model.modules():
+def set_dtypes(model: Llama, config: FsdpConfig, stored: Mapping[str, torch.dtype] | None = None) -> None:
+    """Gives trained and frozen parameters the dtypes of config.precision. On the meta device, before sharding.
+
+    stored: frozen parameters by name that are kept in another dtype, which FSDP casts when it gathers them.
+    """
+    for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            dtype = config.trained_dtype if parameter.requires_grad else config.compute_dtype
+            frozen = (stored or {}).get(f"{path}.{name}", config.compute_dtype)
+            dtype = config.trained_dtype if parameter.requires_grad else frozen
             if parameter.dtype != dtype:
                 module.register_parameter(name, nn.Parameter(parameter.to(dtype), parameter.requires_grad))
     model.tie_weights()
@@ -278,20 +295,35 @@ def choose_strategy(model: nn.Module, config: FsdpConfig, device: str) -> FsdpCo
     """config with "auto" resolved for a model whose dtypes are set.
 
     A replicated frozen base is never gathered and has no gradient to exchange: nothing is faster where it fits, with
-    what is trained (beside the weight its gradient, two moments and half a copy to compute with), in half the memory.
+    what is trained, in half the memory.
     """
     if config.strategy != "auto":
         return config
+    frozen, trained = parameter_bytes(model)
+    replicate = frozen > trained and frozen + STATE * trained <= least_memory(device) / 2 and not config.cpu_offload
+    return replace(config, strategy="no-shard" if replicate else "full-shard")
+
+
+STATE = 4.5
+"""Bytes of training a parameter over its own: with its gradient, two moments and half a copy to compute with."""
+
+
+def parameter_bytes(model: nn.Module) -> tuple[int, int]:
+    """Of the frozen parameters, and of those that train."""
+    size = {True: 0, False: 0}
+    for parameter in model.parameters():
+        size[parameter.requires_grad] += parameter.numel() * parameter.element_size()
+    return size[False], size[True]
+
+
+def least_memory(device: str) -> float:
+    """Bytes that a process may count on: its GPU's, or its part of the host's; the least of any rank, so that all choose
+    the same. Every rank must call it."""
     if device == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _local_world_size()
-    least = -all_reduce([-float(memory)], "max")[0]  # of any rank: all must choose the same
-    size = {True: 0, False: 0}
-    for parameter in model.parameters():
-        size[parameter.requires_grad] += parameter.numel() * parameter.element_size()
-    replicate = size[False] > size[True] and size[False] + 4.5 * size[True] <= least / 2 and not config.cpu_offload
-    return replace(config, strategy="no-shard" if replicate else "full-shard")
+    return -all_reduce([-float(memory)], "max")[0]
 
 
 def make_mesh(config: FsdpConfig, device: str) -> DeviceMesh:

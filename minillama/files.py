@@ -26,6 +26,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def cache_folder(given: Path | None = None) -> Path:
+    """Where minillama keeps what it can make again: `given`, or minillama in $XDG_CACHE_HOME or ~/.cache."""
+    return given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama"
+
+
 @contextmanager
 def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., None]]]:
     """Makes `folder` whole or not at all. Every rank must enter it, and make the same calls.

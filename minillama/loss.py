@@ -15,7 +15,7 @@ CHUNK_ROWS = {"cpu": 256, "cuda": 4096}
 """At most. CPU: what was fastest, measured at vocabularies of 49,152 and 128,256; four times as many where the weight
 trains, whose gradient each chunk adds to. That gradient is made in the weight's dtype, which may be fp16."""
 
-SLICE_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
+SLICE_BYTES = {"cpu": 2 * 2**20, "cuda": 512 * 2**20}
 """Size of the fp32 logits held at a time: on a CPU few enough to stay in its cache from one operation to the next."""
 
 

@@ -33,11 +33,13 @@ from minillama.metrics import LogConfig
 from minillama.model import Llama, LlamaConfig
 from minillama.optim import OptimConfig
 from minillama.packing import Packed
+from minillama.precision import choose_precision
 from minillama.profiling import MFU_FORMULA, ProfileConfig, count_parameters
 from minillama.tokenizer import load_tokenizer
 from minillama.train import EvalConfig, Progress, TrainConfig, count_steps
 
 Config = TypeVar("Config")
+C = TypeVar("C", bound="RunConfig")
 
 
 @dataclass(frozen=True)
@@ -96,24 +98,43 @@ class Start:
     """Of the base model and of the training data: what a run that resumes must find again"""
 
 
-def start_run(config: RunConfig, train: Packed) -> Start:
-    """Finds the checkpoint to resume from, makes the output folder and writes run.json: the resolved flags and what
-    they run on. Every rank must call it.
+def find_start(config: RunConfig) -> Checkpoint | None:
+    """The checkpoint to resume from, read through and sound; None to start from the base model. Every rank must call it.
 
-    Raises UserError if the folder cannot be written or holds a run that is not to be resumed, and for a checkpoint that
-    is damaged, or of a run that this one could not continue.
+    Raises UserError for --resume DIR without a sound one.
+    """
+    resume = config.resume
+    if _restarted(config.output_dir) and on_rank_zero(lambda: has_checkpoint(config.output_dir)):
+        resume = "auto"
+    return None if resume == "none" else find_checkpoint(resume, config.output_dir)
+
+
+def _restarted(output_dir: Path) -> bool:
+    """Whether torchrun --max-restarts started this process: the run goes on, whatever it started from."""
+    # Only the node whose worker died counts up.
+    [restarts] = all_reduce([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))], "max")
+    return restarts > 0 and on_rank_zero(lambda: _is_of_this_launch(output_dir))
+
+
+def resolve_precision(config: C, device: str, checkpoint: Checkpoint | None) -> tuple[C, str]:
+    """config with --fsdp.precision auto resolved, as run.json and checkpoints remember it, and the precision in words."""
+    saved = checkpoint.content["flags"]["fsdp"]["precision"] if checkpoint else None
+    fsdp, precision = choose_precision(config.fsdp, device, saved=saved, cache_dir=config.data.cache_dir)
+    return replace(config, fsdp=fsdp), precision
+
+
+def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -> Start:
+    """Makes the output folder and writes run.json: the resolved flags and what they run on. Every rank must call it.
+
+    Raises UserError if the folder cannot be written or holds a run that is not to be resumed, and for a checkpoint of a
+    run that this one could not continue.
     """
     output_dir, resume = config.output_dir, config.resume
-    # torchrun --max-restarts: the run goes on, whatever it started from. Only the node whose worker died counts up.
-    [restarts] = all_reduce([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))], "max")
-    restarted = restarts > 0 and on_rank_zero(lambda: _is_of_this_launch(output_dir))
-    if restarted and on_rank_zero(lambda: has_checkpoint(output_dir)):
-        resume = "auto"
+    restarted = _restarted(output_dir)
     fingerprints = {
         "model": on_rank_zero(lambda: weights_fingerprint(config.model)),
         "data": train.fingerprint,
     }
-    checkpoint = None if resume == "none" else find_checkpoint(resume, output_dir)
     efficiency = _efficiency(train, config.train.batch_size, dist.get_world_size(), config.train.accumulate)
     lines = []
     if checkpoint is None:
@@ -362,14 +383,15 @@ def summary(
     config: RunConfig,
     fsdp: FsdpConfig,
     mesh: DeviceMesh,
+    precision: str,
     attention: str,
     model: Llama,
     train: Packed,
     validation: Packed | None,
     window: int,
 ) -> str:
-    """What a run is about to do, in a few lines. fsdp: config.fsdp with its strategy resolved; attention: which, and why;
-    window: packs a step."""
+    """What a run is about to do, in a few lines. fsdp: config.fsdp with its strategy resolved; precision, attention: which,
+    and why; window: packs a step."""
     total, trained = count_parameters(model)
     spread = fsdp.strategy + (f" of {mesh.size(1)}" if fsdp.strategy == "hybrid-shard" else "")
     if fsdp.strategy != config.fsdp.strategy:
@@ -377,7 +399,8 @@ def summary(
     lines = [
         f"model       {total:,} parameters, {trained:,} of them trained ({trained / total:.3%})",
         f"processes   {mesh.size()} on {mesh.device_type}, {spread}{', offloaded' if fsdp.cpu_offload else ''}, "
-        f"precision {fsdp.precision}, recompute {fsdp.recompute}",
+        f"recompute {fsdp.recompute}",
+        f"precision   {precision}",
         f"attention   {attention}{'; blocks compiled' if config.kernels.compile else ''}",
     ]
     for name, packed in (("training", train), ("validation", validation)):

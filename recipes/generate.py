@@ -66,7 +66,7 @@ class Config:
     batch_size: int = 8
     """Prompts of a file that are answered together."""
     dtype: Dtype = "auto"
-    """What the model computes in. auto: bf16 on CUDA, fp32 on a CPU."""
+    """What the model computes in. auto: what the hardware multiplies fast, as --fsdp.precision auto does."""
     device: Device = "auto"
 
     def __post_init__(self) -> None:

@@ -162,7 +162,7 @@ def test_exactly_the_trainable_parameters_get_gradients(tiny_folder):
 
 def state_after_loading(mesh, folder):
     """Filled from NaN: what initialise or load_weights leave out shows."""
-    fsdp = FsdpConfig()
+    fsdp = FsdpConfig(precision="mixed")
     with torch.device("meta"):
         model = Llama(read_config(folder)).requires_grad_(False)
     apply_lora(model, LORA)
@@ -239,7 +239,7 @@ def test_each_rank_holds_its_share_and_frees_what_it_gathered(tiny_folder, strat
 
 def replicated_base(mesh, folder):
     """Under no-shard the frozen base is neither copied nor wrapped."""
-    fsdp = FsdpConfig(strategy="no-shard")
+    fsdp = FsdpConfig(strategy="no-shard", precision="mixed")
     model = sharded(make_mesh(fsdp, "cpu"), folder, fsdp)
     pointers = {n: p.data_ptr() for n, p in model.named_parameters() if not p.requires_grad}
     assert not any(isinstance(model.get_parameter(n), DTensor) for n in pointers)
@@ -365,8 +365,8 @@ def save_after_evaluation(mesh, folder, out):
     with torch.device("meta"):
         model = Llama(read_config(folder)).requires_grad_(False)
     apply_lora(model, LORA)
-    set_dtypes(model, FsdpConfig())
-    shard(model, mesh, FsdpConfig(strategy="shard-grad-op"))
+    set_dtypes(model, FsdpConfig(precision="mixed"))
+    shard(model, mesh, FsdpConfig(strategy="shard-grad-op", precision="mixed"))
     materialise(model, "cpu")
     initialise(model, 7, load_weights(model, folder))
     before = whole(model)

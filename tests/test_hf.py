@@ -330,8 +330,8 @@ def full_model(mesh, folder):
     """A sharded model as full fine-tuning has it: fp32 masters, not those of the file."""
     with torch.device("meta"):
         model = Llama(read_config(folder))
-    set_dtypes(model, FsdpConfig())
-    shard(model, mesh, FsdpConfig(strategy="full-shard"))
+    set_dtypes(model, FsdpConfig(precision="mixed"))
+    shard(model, mesh, FsdpConfig(strategy="full-shard", precision="mixed"))
     materialise(model, "cpu")
     load_weights(model, folder)
     with torch.no_grad():
