@@ -56,6 +56,12 @@ def choose_precision(
     return config, config.precision
 
 
+def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
+    """What "auto" computes in on this device: for from_pretrained(folder, device=device, dtype=fast_dtype(device))."""
+    config, _ = choose_precision(FsdpConfig(), torch.device(device).type)
+    return config.compute_dtype
+
+
 def compact_base(model: Llama, weights: Weights, config: FsdpConfig, mesh: DeviceMesh) -> str:
     """Under fp32, keeps frozen weights in the half precision of their files if they would not fit otherwise.
 
