@@ -9,10 +9,11 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
@@ -322,8 +323,17 @@ def least_memory(device: str) -> float:
     if device == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _local_world_size()
+        memory = host_memory() // _local_world_size()
     return -all_reduce([-float(memory)], "max")[0]
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine, or of the container that this process runs in."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # versions 2 and 1
+        with suppress(OSError, ValueError):  # not there; "max"
+            limits.append(int(Path(file).read_text()))
+    return min(limits)
 
 
 def make_mesh(config: FsdpConfig, device: str) -> DeviceMesh:

@@ -99,8 +99,9 @@ class Bench:
     documents: Literal["none", "packed"] = "none"
     """none: a row is one document. packed: of documents of 50 to 400 tokens that do not see each other."""
     precision: Literal["auto", "mixed", "bf16", "fp32"] = "auto"
-    """As --fsdp.precision; auto never takes fp16, which the peers have no loss scale for here. What the peers do under mixed: LoRA, bf16 base (peft: fp32 adapters); full, transformers with
-    fp32 weights and autocast, torchtune all in bf16."""
+    """As --fsdp.precision; auto never takes fp16, for which the peers have no loss scale here. What the peers do under
+    mixed: LoRA, bf16 base (peft: fp32 adapters); full, transformers with fp32 weights and autocast, torchtune all in
+    bf16."""
     recompute: Literal["none", "full", "selective", "auto"] = "none"
     """As --fsdp.recompute; the peers, which have no selective, then do it in full. auto: none, and again with full if
     that runs out of memory."""
