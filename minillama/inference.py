@@ -9,6 +9,7 @@ from minillama.adapters import adapt, check_adapter, load_adapter_weights, read_
 from minillama.distributed import FsdpConfig, make_mesh, materialise, set_dtypes, shard
 from minillama.files import read_json
 from minillama.hf import check_weights, load_weights, read_config
+from minillama.kernels import KernelsConfig, choose_kernels
 from minillama.model import Llama
 from minillama.precision import choose_precision, compact_base
 
@@ -34,6 +35,7 @@ def load_model(folder: Path, device: str, *, adapter: Path | None = None, dtype:
     fsdp, _ = choose_precision(FsdpConfig(strategy="full-shard", precision=dtype), device, flag="--dtype")
     set_dtypes(model, fsdp)
     mesh = make_mesh(fsdp, device)
+    choose_kernels(model, KernelsConfig(), fsdp.compute_dtype, device)
     if compact_base(model, weights, fsdp, mesh) or mesh.size() > 1:
         shard(model, mesh, fsdp)
     materialise(model, device)
