@@ -22,15 +22,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    SelectiveCheckpointContext,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from minillama.errors import UserError
 from minillama.model import Llama
+from minillama.recompute import keep_some
 from minillama.rendezvous import fresh_store
 
 T = TypeVar("T")
@@ -59,7 +56,7 @@ class FsdpConfig:
     it is measured to be faster in bf16, else fp32."""
     recompute: Literal["none", "full", "selective"] = "none"
     """full: keep only each block's input and run the block again in the backward (less memory, a third more work).
-    selective: keep also the results of attention and of every other matrix product."""
+    selective: keep also the results of attention and of every other large matrix product, mostly v, o and up."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory, and run the optimizer there."""
     timeout_minutes: float = 30.0
@@ -274,7 +271,8 @@ def all_reduce(
 ) -> list[float]:
     """Each of a few numbers summed (or maximised) over all ranks, exactly (fp64)."""
     numbers = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(numbers, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+    if dist.is_initialized():
+        dist.all_reduce(numbers, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
     return numbers.tolist()
 
 
@@ -287,7 +285,7 @@ def set_dtypes(model: Llama, config: FsdpConfig, stored: Mapping[str, torch.dtyp
         for name, parameter in module.named_parameters(recurse=False):
             frozen = (stored or {}).get(f"{path}.{name}", config.compute_dtype)
             dtype = config.trained_dtype if parameter.requires_grad else frozen
-            if parameter.dtype != dtype:
+            if parameter.is_floating_point() and parameter.dtype != dtype:  # not what a quantized base is packed in
                 module.register_parameter(name, nn.Parameter(parameter.to(dtype), parameter.requires_grad))
     model.tie_weights()
 
@@ -395,7 +393,7 @@ def shard(model: Llama, mesh: DeviceMesh, config: FsdpConfig) -> Llama:
         if config.recompute == "full":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         elif config.recompute == "selective":
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=_keep_some)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=keep_some(block))
         group(block, reshard_after_forward=reshard_after_forward)
     ends = [trunk.norm, head]
     if model.config.tie_word_embeddings:
@@ -406,36 +404,50 @@ def shard(model: Llama, mesh: DeviceMesh, config: FsdpConfig) -> Llama:
             embedding.set_unshard_in_backward(False)  # it needs only the indices
     group(ends, reshard_after_forward=False)
     group(model)
-    for module in model.modules():
-        if isinstance(module, FSDPModule) and mesh.size() > 1:  # one process would divide by 1, in two passes more
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+    if mesh.size() > 1:  # one process would divide by 1, in two passes more
+        _sum_not_average(model)
     return model
 
 
-MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-ATTENTION = (
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_efficient_attention",
-    "aten::_scaled_dot_product_cudnn_attention",
-    "minillama::blockwise_attention",
-    "torch_attn::_varlen_attn",
-    "flex_attention",
-)
+def _sum_not_average(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
 
-def _keep_some() -> tuple[Any, Any]:
-    """What --fsdp.recompute selective keeps of one run of a block."""
-    seen = {False: 0, True: 0}  # matrix products, in the forward and when it runs again
+def sum_gradients(model: nn.Module) -> int:
+    """Makes sure that a backward adds up the gradients of all processes, however the model was spread over them: by
+    `shard`, a user's own fully_shard, or DistributedDataParallel. Returns by how much the loss must be multiplied for that:
+    1, but the number of processes under DistributedDataParallel, which can only average.
 
-    def policy(ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op in MATMULS:
-            seen[ctx.is_recompute] += 1
-        keep = op.name() in ATTENTION or (op in MATMULS and seen[ctx.is_recompute] % 2)
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
+    Raises UserError, on every rank, for a trained parameter whose gradient would stay that of some processes.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if world_size == 1:
+        return 1
+    reshard(model)  # a forward without a backward may have left whole parameters
+    _sum_not_average(model)
+    replicated = model if isinstance(model, DistributedDataParallel) else None
+    for name, parameter in (replicated.module if replicated else model).named_parameters():
+        if not parameter.requires_grad:
+            continue
+        problem = None
+        if isinstance(parameter, DTensor):
+            if (size := parameter.device_mesh.size()) != world_size:
+                problem = f"is spread over {size} of the {world_size} processes"
+            elif sum(not placement.is_replicate() for placement in parameter.placements) > 1:
+                problem = "is split along two dimensions of its mesh, and not by samples alone"
+        elif replicated is None or name in replicated.parameters_to_ignore:
+            problem = f"is a plain parameter, of which each of the {world_size} processes would train its own"
+        elif (size := dist.get_world_size(replicated.process_group)) != world_size:
+            problem = f"is shared by {size} of the {world_size} processes"
+        if problem:
+            raise UserError(
+                f"{name} {problem}: its gradient would not be the sum over all. Give the whole model to "
+                "minillama.shard, PyTorch's fully_shard or DistributedDataParallel, over all processes"
+            )
+    return world_size if replicated else 1
 
 
 def reshard(model: nn.Module) -> None:
@@ -453,29 +465,42 @@ def materialise(model: Llama, device: torch.device | str) -> None:
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int, loaded: Collection[str] = ()) -> None:
-    """Fills every parameter not in `loaded` through its module's reset_parameters().
+    """Fills every parameter and buffer not in `loaded` through its module's reset_parameters().
 
     The numbers depend on seed and name alone, not on the number of ranks or the device: each module's parameters are
     drawn whole on the host, one module at a time, and each rank keeps its part. (Random functions on DTensors draw the
-    same numbers in every shard on CPU.)
+    same numbers in every shard on CPU.) Raises UserError for a module that does not fill what it owns.
     """
-    missing = dict(model.named_parameters()).keys() - loaded  # without the second name of a tied head
+    # without the second name of a tied head
+    missing = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}.difference(loaded)
     for path, module in model.named_modules():
-        own = {n: p for n, p in module.named_parameters(recurse=False) if f"{path}.{n}" in missing}
+        kept = {name: t for name, t in (module._parameters | module._buffers).items() if t is not None}
+        own = {name: t for name, t in kept.items() if (f"{path}.{name}" if path else name) in missing}
         if not own:
             continue
-        kept = dict(module._parameters)
-        for name, parameter in module.named_parameters(recurse=False):
+        who = f"{path or 'the model'} ({type(module).__name__})"
+        if not hasattr(module, "reset_parameters"):
+            raise UserError(f"{who} owns {', '.join(own)}, but has no reset_parameters() that fills it: give it one")
+        for name, tensor in kept.items():
             # What is loaded stays on the meta device, where drawing costs nothing.
-            place = "cpu" if name in own else "meta"
-            module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=place))
+            blank = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu" if name in own else "meta")
+            if blank.is_floating_point():
+                blank.fill_(torch.nan)
+            if isinstance(tensor, nn.Parameter):
+                module._parameters[name] = nn.Parameter(blank, tensor.requires_grad)
+            else:
+                module._buffers[name] = blank
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(zlib.crc32(f"{seed} {path}".encode()))
             module.reset_parameters()
-        drawn = dict(module._parameters)
-        module._parameters.update(kept)
-        for name, parameter in own.items():
-            local(parameter).copy_(local(like(drawn[name], parameter)))
+        for name, tensor in kept.items():
+            tensors = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
+            drawn, tensors[name] = tensors[name], tensor
+            if name not in own:
+                continue
+            if drawn is None or drawn.isnan().any():
+                raise UserError(f"{who}: its reset_parameters() does not fill {name}, or not with numbers")
+            local(tensor).copy_(local(like(drawn, tensor)))
 
 
 def like(whole: Tensor, parameter: Tensor) -> Tensor:

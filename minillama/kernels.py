@@ -90,6 +90,8 @@ def attention_rate(name: str, dtype: torch.dtype, cache_dir: Path | None = None)
     """Tokens that a core takes through an attention's forward and backward in a second: measured once on a machine."""
     tokens, heads, kv_heads, head_dim = 512, 8, 2, 64
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()  # whatever the caller is in
     def measure() -> float:
         q, k, v = (torch.full((1, tokens, h, head_dim), 0.5, dtype=dtype) for h in (heads, kv_heads, kv_heads))
         seen = BACKENDS[name]([tokens], q.device)

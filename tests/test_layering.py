@@ -59,12 +59,14 @@ def test_the_model_needs_torch_alone():
     allowed = {
         "torch",
         "minillama.attention",
+        "minillama.autograd",
         "minillama.blockwise",
         "minillama.errors",
         "minillama.loss",
+        "minillama.transfer",
         *sys.stdlib_module_names,
     }
-    for name in ("model", "attention", "blockwise", "loss", "errors"):
+    for name in ("model", "attention", "autograd", "blockwise", "loss", "errors", "transfer"):
         names = imports(ROOT / f"minillama/{name}.py")
         assert all(n in allowed or n.partition(".")[0] in allowed for n in names), name
 

@@ -151,3 +151,23 @@ def test_norm_and_feed_forward_beside_their_formulas_in_float64(dtype):
         torch.testing.assert_close(found.double(), expected, **near)
     for found, expected in zip((x, norm.weight, gate, up), exact, strict=True):
         torch.testing.assert_close(found.grad.double(), expected.grad, **near)
+
+
+@pytest.mark.parametrize("function", [lambda x: RMSNorm(8, 1e-5)(x), lambda x: swiglu(x, 2 * x)])
+def test_a_second_derivative_is_an_error_not_a_wrong_number(function):
+    x = torch.randn(3, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(function(x).sum(), x, create_graph=True)
+
+
+def test_lengths_are_document_ids_that_need_no_reading():
+    model, tokens = random_model(), torch.randint(0, 512, (2, 20))
+    ids = torch.tensor([[0] * 7 + [1] * 13, [1] * 20])
+    with torch.no_grad():
+        expected = model(tokens, document_ids=ids)
+        assert torch.equal(model(tokens, lengths=[7, 13, 20]), expected)
+        assert torch.equal(model(tokens, lengths=(7, 13, 20)), expected)
+        assert not torch.equal(model(tokens), expected)
+        for wrong in ([], [20], [7, 13], [7, 13, 21], [7, 20, 13], [40]):
+            with pytest.raises(UserError, match="lengths: those of documents that fill 2 rows of 20 tokens"):
+                model(tokens, lengths=wrong)
