@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-QUERIES = 64
+QUERIES = 128
 """Tokens whose scores are computed together at most, of all heads that share a key head."""
 SCORES = 2**20
 """So many fp32 scores stay in a core's cache: fewer tokens where keys are many, more key heads where they are few."""
