@@ -36,7 +36,7 @@ DOCUMENTS = {"tokens": np.int32, "trained": np.bool_, "offsets": np.int64}
 PARTS = ("tokens", "trained", "lengths")
 """Files of a process that tokenizes"""
 PACKS = {"starts": np.int64, "sizes": np.int64, "firsts": np.int64, "lengths": np.int64}
-CODE = ("cache", "chat", "datasets", "packing", "permutation", "rows", "tokenizer")
+CODE = ("cache", "chat", "datasets", "packing", "permutation", "rows", "template", "tokenizer", "tokenizer_files")
 CHUNK_BYTES, CHUNK_ROWS = 2**18, 1000
 """What is tokenized at a time: as many rows as first reach one of the two"""
 LARGE = 2**20
