@@ -140,10 +140,13 @@ def trained_spans(
     said = _Conversation(template, messages, tools)
     if template.marks_generation:
         return said.text, _generation_spans(said)
-    turns, surroundings = said.turns(), _surroundings(said)
+    turns = said.turns()
+    surroundings = _surroundings(said, turns)
     spans = []
     for n, turn in turns.items():
-        before, after = surroundings.get(n, (None, None))
+        before, after = surroundings.get(n, (None, None)) or ("", "")
+        if surroundings.get(n, "") is None:
+            continue
         start = end = None
         if turn is not None and (before is not None or "tool_calls" in messages[n]):
             start = _start(said, n, turn, before)
@@ -201,7 +204,10 @@ class _Conversation:
         for n, message in enumerate(self.messages):
             if message["role"] == "assistant":
                 looped = self._turns_of_loops.get(n, [])
-                found[n] = looped[0] if len(looped) == 1 else self._added(n)
+                shown = [turn for turn in looped if self.text[slice(*turn)].strip()]  # some loops only look at messages
+                found[n] = shown[0] if len(shown) == 1 else self._added(n)
+                if looped and not shown and found[n] is None:
+                    found[n] = (looped[-1][0],) * 2
         last = len(self.messages) - 1
         if turn := found.get(last):
             found[last] = (turn[0], len(self.text))
@@ -215,8 +221,7 @@ class _Conversation:
             loop, _, message = mark.partition(":")
             if message:
                 end = next(at for at, other in marks[number + 1 :] if other.partition(":")[0] == loop)
-                if self.text[start:end].strip():  # some loops only look at the messages
-                    turns.setdefault(int(message), []).append((start, end))
+                turns.setdefault(int(message), []).append((start, end))
         return turns
 
     def _added(self, n: int) -> Span | None:
@@ -226,12 +231,15 @@ class _Conversation:
         return len(before), len(after)
 
 
-def _surroundings(said: _Conversation) -> dict[int, tuple[str, str]]:
-    """What stands before and after the words in a turn of the assistant's, when it says nothing but plain words."""
-    stem = "Zqx"
+def _surroundings(said: _Conversation, turns: dict[int, Span | None]) -> dict[int, tuple[str, str] | None]:
+    """What stands before and after the words in a turn of the assistant's, when it says nothing but plain words.
+
+    None: the template leaves its words out, whatever they are. What cannot be told is not in the result.
+    """
+    stem = "7190318"  # digits, which no upper or lower changes
     while stem in said.text:
-        stem += "x"
-    words = {n: f"{stem}{n}Z" for n, message in enumerate(said.messages) if message["role"] == "assistant"}
+        stem += "7"
+    words = {n: f"{stem}{n:06}" for n, message in enumerate(said.messages) if message["role"] == "assistant"}
     plain = [{"role": "assistant", "content": words[n]} if n in words else m for n, m in enumerate(said.messages)]
     with_calls = [m if "tool_calls" in m else p for m, p in zip(said.messages, plain, strict=True)]
     for messages in (plain, with_calls):  # some templates want a tool's answer to follow a call
@@ -240,11 +248,16 @@ def _surroundings(said: _Conversation) -> dict[int, tuple[str, str]]:
             break
     else:
         return {}
-    found = {}
+    found: dict[int, tuple[str, str] | None] = {}
     for n, turn in other.turns().items():
-        if turn is not None and other.text.count(words[n]) == other.text.count(words[n], *turn) == 1:
-            at = other.text.index(words[n])
-            found[n] = other.text[turn[0] : at], other.text[at + len(words[n]) : turn[1]]
+        if turn is None:
+            continue
+        shown, real = other.text[slice(*turn)], turns[n]
+        if other.text.count(words[n]) == shown.count(words[n]) == 1:
+            before, _, after = shown.partition(words[n])
+            found[n] = before, after
+        elif words[n] not in other.text and messages[n] is plain[n] and real and said.text[slice(*real)] == shown:
+            found[n] = None
     return found
 
 

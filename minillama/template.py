@@ -51,6 +51,8 @@ class _TooMuch(Exception):
 class _Limits(threading.local):
     """Of the rendering that this thread is at"""
 
+    since = math.inf
+    """time.monotonic() when it began, which is quick to compare"""
     deadline = math.inf
     """Of time.thread_time(), so that a machine with much else to do is no reason to stop"""
     length: float = math.inf
@@ -77,7 +79,7 @@ def render(
     """
     if not (problem := _hopeless.get(template)):
         size = _characters(variables)
-        _limits.deadline = time.thread_time() + SECONDS + SECONDS_A_CHARACTER * size
+        _limits.since, _limits.deadline = time.monotonic(), time.thread_time() + SECONDS + SECONDS_A_CHARACTER * size
         _limits.length = LENGTH + LENGTH_A_CHARACTER * size
         _limits.marked, _limits.now = marked, now
         try:
@@ -96,7 +98,7 @@ def render(
         except Exception as error:  # it is code: whatever Python's operators, methods and filters raise
             problem = f"fails on this conversation: {type(error).__name__}: {error}"
         finally:
-            _limits.deadline = _limits.length = math.inf
+            _limits.since = _limits.deadline = _limits.length = math.inf
             _limits.marked = None
     raise UserError(f"{where}: the chat template {problem}")
 
@@ -107,7 +109,6 @@ def has_generation(template: str, where: Path) -> bool:
         return False
     try:
         with _bounded_memory(MEMORY):
-            _limits.deadline = time.thread_time() + SECONDS
             blocks = _parsed(template).find_all(nodes.CallBlock)
             return any(isinstance(block.call.node, nodes.ExtensionAttribute) for block in blocks)
     except Exception as error:
@@ -155,7 +156,7 @@ def _bounded_memory(size: int) -> Iterator[None]:
 
 
 def _tick() -> None:
-    if time.thread_time() > _limits.deadline:
+    if time.monotonic() - _limits.since > SECONDS and time.thread_time() > _limits.deadline:
         raise _TooMuch(f"computes for more than {SECONDS:g} seconds")
 
 

@@ -14,7 +14,8 @@ from minillama.tokenizer import load_tokenizer
 
 # Written for these tests, in the structure of the families they are named after. [[ ]] is what the assistant says.
 LLAMA2 = LLAMA2_TEMPLATE.replace(
-    "{{- ' ' ~ message.content.strip() ~ ' ' ~ eos_token -}}", "[[{{- ' ' ~ message.content.strip() ~ ' ' ~ eos_token -}}]]"
+    "{{- ' ' ~ message.content.strip() ~ ' ' ~ eos_token -}}",
+    "[[{{- ' ' ~ message.content.strip() ~ ' ' ~ eos_token -}}]]",
 )
 LLAMA3 = LLAMA3_TEMPLATE.replace(
     "{{- '<|start_header_id|>' ~ message.role ~ '<|end_header_id|>\\n\\n' ~ message.content.strip() ~ '<|eot_id|>' -}}",
@@ -87,9 +88,11 @@ THOUGHTS = r"""
 {{- '<|im_start|>' ~ message.role ~ '\n' -}}
 {%- if message.role == 'assistant' -%}
 {%- set content = message.content.split('</think>')[-1].lstrip('\n') -%}
-{%- set thoughts = message.reasoning_content or (message.content.split('</think>')[0] if '</think>' in message.content else '') -%}
+{%- set thoughts = message.reasoning_content or (message.content.split('</think>')[0] if '</think>' in message.content) -%}
 [[
-{{- '<think>\n' ~ thoughts.strip('\n') ~ '\n</think>\n\n' if loop.index0 > ns.last_user and (loop.last or thoughts) -}}
+{%- if loop.index0 > ns.last_user and (loop.last or thoughts) -%}
+{{- '<think>\n' ~ (thoughts or '').strip('\n') ~ '\n</think>\n\n' -}}
+{%- endif -%}
 {{- content ~ '<|im_end|>' -}}
 ]]
 {%- else -%}
@@ -139,11 +142,50 @@ OWN = r"""
 {%- endif -%}
 {%- endfor -%}
 """
-SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"]
+SPECIAL = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+]
 SPECIAL += ["<|python_tag|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
 
-WORDS = ["Rome", "was", "not ", "built", " in", "a day", ".", "\n", "\n\n", "  ", "42", "1234", "\t", "é", "日本", "🦙", "'s", "I'm"]
-WORDS += ["assistant", "user", "<b>", "{{ x }}", '"', "\\", "<|im_end", "</s", "Zqx1Z", "<|eot_id|>", "<|im_end|>", "</think>"]
+WORDS = [
+    "Rome",
+    "was",
+    "not ",
+    "built",
+    " in",
+    "a day",
+    ".",
+    "\n",
+    "\n\n",
+    "  ",
+    "42",
+    "1234",
+    "\t",
+    "é",
+    "日本",
+    "🦙",
+    "'s",
+    "I'm",
+]
+WORDS += [
+    "assistant",
+    "user",
+    "<b>",
+    "{{ x }}",
+    '"',
+    "\\",
+    "<|im_end",
+    "</s",
+    "7190318000001",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "</think>",
+]
 
 
 def put_generation(template: str) -> str:
@@ -153,7 +195,11 @@ def put_generation(template: str) -> str:
 def pair(folder: Path, template: str, kind: str):
     """Our tokenizer of a folder with the template, and transformers' with the template's twin."""
     folder.mkdir()
-    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    names = {
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|end_of_text|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     if kind == "sentencepiece":
         write_llama2(folder)
         names |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -178,7 +224,9 @@ def write_llama2(folder: Path) -> None:
 
     from minillama.tokenizer_json import tokenizer_json
 
-    (folder / "corpus.txt").write_text(("Rome was not built in a day . [INST] [/INST] <<SYS>> I'm 42 assistant user\n") * 50)
+    (folder / "corpus.txt").write_text(
+        ("Rome was not built in a day . [INST] [/INST] <<SYS>> I'm 42 assistant user\n") * 50
+    )
     options = dict(input=str(folder / "corpus.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=320)
     options |= dict(model_type="bpe", byte_fallback=True, normalization_rule_name="identity", minloglevel=2)
     sentencepiece.SentencePieceTrainer.train(**options, remove_extra_whitespaces=False, split_digits=True)
@@ -251,3 +299,75 @@ def test_30_conversations_are_as_in_transformers(tmp_path, name, template, kinds
         kinds = {"tools": False, "thoughts": False, "one_call": False, "first": False} | kinds
         trained += sum(compare(ours, theirs, *conversation(rng, **kinds)))
     assert trained > 300
+
+
+# Turns are found without a loop whose variable is a message, in buffered text, and where the template changes the words.
+SET_BLOCK = "{%- set all -%}" + CHATML.replace(
+    "{{- '<|im_start|>assistant", "{%- endset -%}{{- all -}}{{- '<|im_start|>assistant"
+)
+MERGED = r"""
+{%- for message in messages -%}
+{{- '<|im_start|>' ~ message.role ~ '\n' if loop.first or loop.previtem.role != message.role -}}
+{%- if message.role == 'assistant' -%}
+[[
+{{- message.content -}}
+{{- '<|im_end|>' if loop.last or loop.nextitem.role != message.role -}}
+]]
+{%- else -%}
+{{- message.content ~ ('<|im_end|>' if loop.last or loop.nextitem.role != message.role else '') -}}
+{%- endif -%}
+{{- '\n' if loop.last or loop.nextitem.role != message.role -}}
+{%- endfor -%}
+{{- '<|im_start|>assistant\n' if add_generation_prompt -}}
+"""
+OTHERS = {
+    "opens a thought": CHATML.replace("assistant\\n' if add", "assistant\\n<think>\\n' if add"),
+    "counts first": "{{- messages | length -}}" + CHATML,
+    "looks first": "{% for message in messages %}\n{% set x = message %}\n{% endfor %}\n" + CHATML,
+    "ends after the loop": CHATML.replace("if add_generation_prompt", "if add_generation_prompt else eos_token"),
+    "ends with the text": r"""
+{%- for message in messages -%}
+{{- '<|im_start|>' ~ message.role ~ '\n' -}}
+{%- if message.role == 'assistant' -%}[[{{- message.content ~ (eos_token if loop.last) -}}]]
+{%- else -%}{{- message.content -}}{%- endif -%}
+{%- endfor -%}
+{{- '<|im_start|>assistant\n' if add_generation_prompt -}}""",
+    "by number": CHATML.replace("for message in messages", "for i in range(messages | length)").replace(
+        "message.", "messages[i]."
+    ),
+    "set": SET_BLOCK.replace("[[", "").replace("]]", ""),
+    "merges turns": MERGED,
+    "shouts": CHATML.replace("message.content ~", "message.content | upper ~"),
+    "drops turns": CHATML.replace(
+        "{{- '<|im_start|>' ~",
+        "{%- if message.role == 'assistant' and not loop.last -%}{%- continue -%}{%- endif -%}{{- '<|im_start|>' ~",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_templates_of_other_makes(tmp_path, name):
+    ours, theirs = pair(tmp_path / "t", OTHERS[name], "bytes")
+    rng = random.Random(name)
+    for number in range(4):
+        messages, _ = conversation(rng, tools=False, thoughts=False, one_call=False, first=True)
+        if name == "set":  # transformers counts from where the buffer is shown, so its mask is of another text
+            ids, mask = ours.encode_chat(messages)
+            chatml, _ = pair(tmp_path / f"chatml{number}", CHATML, "bytes")
+            assert (ids, mask) == chatml.encode_chat(messages)
+        else:
+            compare(ours, theirs, messages, None)
+
+
+def test_turns_that_cannot_be_told_are_refused(tmp_path):
+    joined = (
+        "{%- set ns = namespace(text='') -%}{%- for m in messages -%}{%- set ns.text = ns.text ~ m.role ~ m.content -%}"
+        "{%- endfor -%}{{- messages | length ~ ns.text -}}"
+    )
+    twice = CHATML + "{{- messages[1].content -}}"
+    for name, template in (("joined", joined), ("twice", twice)):
+        ours, _ = pair(tmp_path / name, template, "bytes")
+        with pytest.raises(
+            UserError, match=r"chat_template\.jinja: cannot tell which part of the text .* is message 1"
+        ):
+            ours.encode_chat([{"role": role, "content": "a"} for role in ("user", "assistant", "user")])
