@@ -95,7 +95,7 @@ def open_packed(folder: Path) -> Packed:
 def open_documents(folder: Path) -> Documents:
     """The documents above a folder of packs, memory-mapped. Raises UserError if they are damaged."""
     about, arrays = _open(folder, DOCUMENTS)
-    return Documents(**arrays, fingerprint=about["fingerprint"], refused=about["refused"])
+    return Documents(**arrays, **{name: about[name] for name in ("fingerprint", "refused", "had_ends")})
 
 
 def refused_rows(folder: Path) -> list[str]:
@@ -218,6 +218,7 @@ class Chunk:
     documents: int
     tokens: int
     refused: list[str]
+    had_ends: int
 
 
 def _tokenize(folder: Path, sources: list[Source], config: DataConfig, tokenizer: Any, processes: int) -> None:
@@ -248,7 +249,9 @@ def _tokenize(folder: Path, sources: list[Source], config: DataConfig, tokenizer
     (folder / "refused.txt").write_text("".join(lines), encoding="utf-8")
     fingerprint = _join(folder, [(k, chunk) for _, k, chunk in chunks])
     counts = [sum(chunk.documents for _, _, chunk in chunks if chunk.source == s) for s in range(len(sources))]
-    _describe(folder, DOCUMENTS, {"rows": counts, "refused": len(refused), "fingerprint": fingerprint})
+    had_ends = sum(chunk.had_ends for _, _, chunk in chunks)
+    about = {"rows": counts, "refused": len(refused), "had_ends": had_ends, "fingerprint": fingerprint}
+    _describe(folder, DOCUMENTS, about)
 
 
 def _shares(
@@ -306,7 +309,7 @@ def _share(job: Job, k: int) -> list[Chunk]:
                 if number > job.first_bad.value:
                     return made
                 documents, refused = encode_rows(rows, source, job.tokenizer, job.config.train_on)
-                made.append(Chunk(number, s, len(documents), len(documents.tokens), refused))
+                made.append(Chunk(number, s, len(documents), len(documents.tokens), refused, documents.had_ends))
                 if refused and job.config.bad_rows == "error":
                     with job.first_bad.get_lock():
                         job.first_bad.value = min(job.first_bad.value, number)

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass, replace
+from datetime import date
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from minillama.cache import open_packed, prepare, prepare_evaluation
-from minillama.checkpoint import Checkpoint, CheckpointConfig, find_checkpoint, has_checkpoint, saved_steps
+from minillama.checkpoint import (
+    MARK,
+    Checkpoint,
+    CheckpointConfig,
+    find_checkpoint,
+    has_checkpoint,
+    saved_steps,
+)
 from minillama.datasets import DataConfig, check_vocabulary, load_collator
 from minillama.distributed import Device, FsdpConfig, all_reduce, on_each_node, on_rank_zero, say
 from minillama.errors import UserError
@@ -323,9 +331,35 @@ def _git_commit() -> str | None:
         return None
 
 
+def with_date(config: RunConfig) -> DataConfig:
+    """config.data with the day that chat templates are told: the one given, else that of the run which goes on, else today.
+
+    Every rank must call it: for one of them it may be tomorrow already.
+    """
+    output_dir = config.output_dir
+    [restarts] = all_reduce([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))], "max")
+
+    def find() -> str:
+        goes_on = config.resume == "auto" or (restarts > 0 and _is_of_this_launch(output_dir))
+        files = [output_dir / "run.json"] if goes_on else []
+        if not goes_on and config.resume != "none":
+            given = Path(config.resume)
+            files = [folder / MARK for folder in (given, *reversed(saved_steps(given).values()))]
+        for file in files:
+            try:
+                found = read_json(file)["flags"]["data"]["date"]
+                date.fromisoformat(found)
+            except (UserError, LookupError, TypeError, ValueError):
+                continue  # there is none yet; or what is wrong with it is said when it is resumed from
+            return found
+        return date.today().isoformat()
+
+    return replace(config.data, date=config.data.date or on_rank_zero(find))
+
+
 def load_data(config: RunConfig, model: Llama) -> tuple[Any, Packed, Packed | None]:
     """The tokenizer, what to train on, and what to evaluate on. Raises UserError for what is wrong with the data."""
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    tokenizer = load_tokenizer(config.tokenizer or config.model, day=config.data.day)
     check_vocabulary(tokenizer, model.config.vocab_size)
     collator = load_collator(config.data, tokenizer)
     processes = config.data.workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -418,6 +452,8 @@ def described(packed: Packed, config: LlamaConfig, batch_size: int, world_size: 
         text += f", of which {packed.long['untrained']:,} {rows} LEFT OUT, with nothing to train"
     if packed.documents.refused:
         text += f"; {packed.documents.refused:,} bad ones SKIPPED"
+    if packed.documents.had_ends:
+        text += f"; {packed.documents.had_ends:,} had BOS or EOS in their text, and were given no second one"
     if (longest := int(packed.sizes.max())) > (limit := config.max_position_embeddings):
         text += f"; the longest, {longest}, BEYOND the {limit} the model was made for"
     return text

@@ -83,18 +83,17 @@ class Tokenizer:
             named["bos_token"] = self._text_of(self.bos_id)
         self._templates = {name: ChatTemplate(*source, named, day) for name, source in sources.items()}
 
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False, continued: bool = False) -> list[int]:
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`. Special and added tokens that are spelled out in it become their id, as in transformers.
 
-        continued: it goes on from another text, so that sentencepiece's space is not put before it. Raises UserError for
-        `bos=True` where there is no BOS.
+        Raises UserError for `bos=True` where there is no BOS.
         """
         ids: list[int] = []
         if bos:
             if self.bos_id is None:
                 raise UserError(f"{self._where}: this tokenizer has no BOS token; encode with bos=False")
             ids.append(self.bos_id)
-        for _, _, segment in self._segments(without_surrogates(text), continued):
+        for _, _, segment in self._segments(without_surrogates(text)):
             ids += segment
         return [*ids, self.eos_id] if eos else ids
 
@@ -146,6 +145,11 @@ class Tokenizer:
         return self._template(tools).render(prepared(messages), tools, prompt=True)
 
     @property
+    def puts_space(self) -> bool:
+        """Whether a text may begin with a space that is not in it, as sentencepiece's do."""
+        return isinstance(self._engine, _SentencePiece)
+
+    @property
     def shows_day(self) -> bool:
         """Whether ids of conversations depend on the day that `load_tokenizer` was given."""
         return any(template.shows_day for template in self._templates.values())
@@ -159,18 +163,17 @@ class Tokenizer:
             )
         return found
 
-    def _segments(self, text: str, continued: bool = False) -> Iterator[tuple[int, int, list[int]]]:
+    def _segments(self, text: str) -> Iterator[tuple[int, int, list[int]]]:
         """(start, end, ids): the special tokens in `text` and the stretches between them; offsets in characters."""
         start = 0
         for match in self._special_re.finditer(text):
             if match.start() > start:
-                part = text[start : match.start()]
-                yield start, match.start(), self._engine.encode(part, start == 0, continued and start == 0)
+                yield start, match.start(), self._engine.encode(text[start : match.start()], start == 0)
             name = match.group()  # may have white space around it (lstrip, rstrip)
             yield match.start(), match.end(), [self._special[name if name in self._special else name.strip()]]
             start = match.end()
         if start < len(text):
-            yield start, len(text), self._engine.encode(text[start:], start == 0, continued and start == 0)
+            yield start, len(text), self._engine.encode(text[start:], start == 0)
 
     def _tokens_of(self, text: str, start: int, end: int, ids: list[int], first: bool) -> tuple[int, int]:
         """The range of `ids`, the tokens of a segment, that have a part in the characters from start to end."""
@@ -376,7 +379,7 @@ class _BytePair:
         ranks = {token: rank for rank, token in enumerate([*tokens, *(bytes([byte]) for byte in self._missing)])}
         self._encoding = tiktoken.Encoding("minillama", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
-    def encode(self, text: str, first: bool = True, continued: bool = False) -> list[int]:
+    def encode(self, text: str, first: bool = True) -> list[int]:
         text = unicodedata.normalize("NFC", text) if self._nfc else text
         ranks: list[int] = []
         for part in _cut_long_space(text):
@@ -421,36 +424,28 @@ class _SentencePiece:
         from sentencepiece import SentencePieceProcessor
 
         self._space = space
+        if space != "each":
+            # A protobuf's field is what comes last: normalizer_spec with add_dummy_prefix, remove_extra_whitespaces = false
+            content += b"\x1a\x04\x18\x00\x20\x00"
         self._model = SentencePieceProcessor(model_proto=content)
-        # A protobuf's field is what comes last: normalizer_spec with add_dummy_prefix, remove_extra_whitespaces = false
-        without = b"\x1a\x02\x18\x00" if space == "each" else b"\x1a\x04\x18\x00\x20\x00"
-        self._bare = SentencePieceProcessor(model_proto=content + without)
         self.highest_id = self._model.get_piece_size() - 1
 
-    def _form(self, text: str, first: bool, continued: bool = False) -> tuple[Any, str]:
-        """The model to give a text to, and with which beginning"""
-        if continued or self._space == "each":
-            return self._bare if continued else self._model, text
+    def _spaced(self, text: str, first: bool) -> str:
         spaced = self._space == "always" or (self._space == "first" and first)
-        return self._bare, " " * (spaced and not text.startswith((" ", "▁"))) + text
+        return f" {text}" if spaced and not text.startswith((" ", "▁")) else text
 
-    def encode(self, text: str, first: bool, continued: bool) -> list[int]:
-        model, text = self._form(text, first, continued)
-        return model.encode(text)
+    def encode(self, text: str, first: bool = True) -> list[int]:
+        return self._model.encode(self._spaced(text, first))
 
     def size(self, text: str, first: bool) -> int:
-        model, text = self._form(text, first)
-        return len(model.normalize(text).encode())
+        return len(self._model.normalize(self._spaced(text, first)).encode())
 
     def sizes(self, ids: list[int]) -> list[int]:
         return [1 if self._model.is_byte(id_) else len(self._model.id_to_piece(id_).encode()) for id_ in ids]
 
     def decode(self, ids: list[int], first: bool = True) -> str:
-        if self._space == "each":
-            return self._model.decode(ids)
-        return self._bare.decode(ids).removeprefix(
-            " " * (self._space == "always" or (self._space == "first" and first))
-        )
+        text = self._model.decode(ids)  # each: without the model's space
+        return text.removeprefix(" ") if self._space == "always" or (self._space == "first" and first) else text
 
     def id_of(self, token: str) -> int | None:
         id_ = self._model.piece_to_id(token)

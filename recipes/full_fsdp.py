@@ -37,7 +37,7 @@ from minillama.model import Llama
 from minillama.optim import LossScaler, OptimConfig, learning_rate, make_optimizer
 from minillama.packing import Batch, collate
 from minillama.profiling import profiled
-from minillama.run import RunConfig, load_data, saved_flags, start_run, summary
+from minillama.run import RunConfig, load_data, saved_flags, start_run, summary, with_date
 from minillama.train import Step, count_steps, eval_batches, evaluate, prefetched, steps, train_step
 
 
@@ -59,7 +59,7 @@ def freeze_first(model: Llama, count: int) -> None:
 
 def main(config: Config) -> None:
     with process_group(config.device, config.fsdp.timeout_minutes) as device:
-        config = replace(config, model=find_model(config.model))
+        config = replace(config, model=find_model(config.model), data=with_date(config))
         with torch.device("meta"):
             model = Llama(read_config(config.model))
         check_weights(model, config.model)

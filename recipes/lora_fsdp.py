@@ -49,7 +49,7 @@ from minillama.model import Llama
 from minillama.optim import LossScaler, learning_rate, make_optimizer
 from minillama.packing import Batch, collate
 from minillama.profiling import profiled
-from minillama.run import RunConfig, load_data, saved_flags, start_run, summary
+from minillama.run import RunConfig, load_data, saved_flags, start_run, summary, with_date
 from minillama.train import Step, count_steps, eval_batches, evaluate, prefetched, steps, train_step
 
 
@@ -72,7 +72,7 @@ def main(config: Config) -> None:
     if config.train.freeze_layers:
         raise UserError("--train.freeze-layers is for full_fsdp.py: under LoRA the whole base is frozen")
     with process_group(config.device, config.fsdp.timeout_minutes) as device:
-        config = replace(config, model=find_model(config.model))
+        config = replace(config, model=find_model(config.model), data=with_date(config))
         with torch.device("meta"):
             model = Llama(read_config(config.model))
             model.requires_grad_(False)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from minillama.chat import LLAMA2_TEMPLATE, LLAMA3_TEMPLATE
 from minillama.errors import UserError
@@ -200,9 +200,10 @@ def pair(folder: Path, template: str, kind: str):
         "eos_token": "<|end_of_text|>",
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    if kind == "sentencepiece":
+    if kind != "bytes":
         write_llama2(folder)
         names |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        names |= {"tokenizer_class": "LlamaTokenizer", "legacy": False} if kind == "one space" else {}
     else:
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -214,7 +215,7 @@ def pair(folder: Path, template: str, kind: str):
         bpe.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     (folder / "chat_template.jinja").write_text(put_generation(template))
-    theirs = PreTrainedTokenizerFast.from_pretrained(folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
     (folder / "chat_template.jinja").write_text(template.replace("[[", "").replace("]]", ""))
     return load_tokenizer(folder), theirs
 
@@ -283,6 +284,7 @@ def compare(ours, theirs, messages, tools) -> list[bool]:
     ("name", "template", "kinds"),
     [
         ("Llama 2", LLAMA2, {}),
+        ("Llama 2, one space", LLAMA2, {}),
         ("Llama 3", LLAMA3, {"first": True}),
         ("Llama 3.1", LLAMA31, {"tools": True, "one_call": True}),
         ("Llama 3.2", LLAMA32, {"tools": True, "one_call": True}),
@@ -293,7 +295,8 @@ def compare(ours, theirs, messages, tools) -> list[bool]:
     ],
 )
 def test_30_conversations_are_as_in_transformers(tmp_path, name, template, kinds):
-    ours, theirs = pair(tmp_path / "t", template, "sentencepiece" if name == "Llama 2" else "bytes")
+    kind = {"Llama 2": "sentencepiece", "Llama 2, one space": "one space"}.get(name, "bytes")
+    ours, theirs = pair(tmp_path / "t", template, kind)
     rng, trained = random.Random(name), 0
     for _ in range(30):
         kinds = {"tools": False, "thoughts": False, "one_call": False, "first": False} | kinds
