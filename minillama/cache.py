@@ -246,7 +246,7 @@ def _tokenize(folder: Path, sources: list[Source], config: DataConfig, tokenizer
             else f"{names} has no rows: give a file with at least one"
         )
     lines = (" ".join(problem.splitlines()) + "\n" for problem in refused)
-    (folder / "refused.txt").write_text("".join(lines), encoding="utf-8")
+    (folder / "refused.txt").write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     fingerprint = _join(folder, [(k, chunk) for _, k, chunk in chunks])
     counts = [sum(chunk.documents for _, _, chunk in chunks if chunk.source == s) for s in range(len(sources))]
     had_ends = sum(chunk.had_ends for _, _, chunk in chunks)

@@ -398,7 +398,7 @@ def encode_chat(row: dict[str, Any], tokenizer: Any) -> Encoded:
         others = any(message.get(key) for key in ("tool_calls", *REASONING))
         if message["role"] == "assistant" and not others and not message["content"].strip():
             raise UserError(f"message {number}, the assistant's, is empty, so nothing to train on: drop the row")
-    tools = _tools(row)
+    tools = tools_of(row)
     ids, mask = tokenizer.encode_chat(messages, tools) if tools else tokenizer.encode_chat(messages)
     if not any(mask):
         said = any(message["role"] == "assistant" for message in messages)
@@ -542,7 +542,7 @@ def _checked(number: int, message: Any) -> dict[str, Any]:
     return {"content": None, **message}
 
 
-def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
+def tools_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     """The functions that a conversation may call, as JSON schemas; as text in what comes from Parquet or Arrow."""
     tools = row.get("tools")
     with suppress(ValueError, RecursionError):

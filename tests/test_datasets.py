@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_chat import tokenizer_with, write_sentencepiece
 
 from minillama.cache import open_packed, prepare
 from minillama.datasets import DataConfig, check_vocabulary, load_collator
@@ -15,7 +16,6 @@ from minillama.packing import collate
 from minillama.rows import read_rows
 from minillama.run import described
 from minillama.tokenizer import load_tokenizer
-from test_chat import tokenizer_with, write_sentencepiece
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
