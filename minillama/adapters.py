@@ -265,7 +265,8 @@ def check_copy(file: Path | str, name: str, copy: Tensor, base: Tensor) -> None:
 def _check_copies(model: nn.Module, file: Path, tensors: Any) -> None:
     for name, copied in copies_of_base(tensors.keys()).items():
         parameter, copy = model.get_parameter(copied), tensors.get_slice(name)
-        mine, first = local(parameter), 0
+        mine: Tensor = local(parameter)
+        first = 0
         if isinstance(parameter, DTensor):
             _, (first, *_) = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements

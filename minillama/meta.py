@@ -80,7 +80,9 @@ class MetaWeights:
         for number, part in enumerate(self._parts):
             where = folder / f"consolidated.{number:02}.pth"
             if missing := [theirs for theirs, _ in self._names.values() if theirs not in part]:
-                raise UserError(f"{where} lacks {', '.join(missing[:4])}, which params.json speaks of")
+                raise UserError(
+                    f"{where} lacks {', '.join(missing[:4])}, which every Llama of {params['n_layers']} layers has"
+                )
             if unknown := sorted(part.keys() - known):
                 raise UserError(f"{where} has tensors that no Llama has: {', '.join(unknown[:4])}")
             if uneven := [
