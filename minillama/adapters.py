@@ -227,11 +227,11 @@ def check_adapter(model: nn.Module, folder: str | Path) -> None:
     with open_tensors(file) as tensors:
         copies = copies_of_base(tensors.keys())
         for name, copied in copies.items():
-            parameter, shape = model.get_parameter(copied), tensors.get_slice(name).get_shape()
-            if shape != list(parameter.shape):
+            shape, here = tensors.get_slice(name).get_shape(), list(model.get_parameter(copied).shape)
+            if shape != here:
                 raise UserError(
                     f"{file}: the adapter was trained on a base whose {copied} has the shape {shape}, and here it is "
-                    f"{list(parameter.shape)}: its vocabulary was changed; give the base that was saved with the new one"
+                    f"{here}: its vocabulary was changed; give the base that was saved with the new one"
                 )
         there, names = set(tensors.keys()) - copies.keys(), {peft_name(name) for name in wanted}
         if there != names:
@@ -265,8 +265,7 @@ def check_copy(file: Path | str, name: str, copy: Tensor, base: Tensor) -> None:
 def _check_copies(model: nn.Module, file: Path, tensors: Any) -> None:
     for name, copied in copies_of_base(tensors.keys()).items():
         parameter, copy = model.get_parameter(copied), tensors.get_slice(name)
-        mine: Tensor = local(parameter)
-        first = 0
+        first, mine = 0, local(parameter)
         if isinstance(parameter, DTensor):
             _, (first, *_) = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements

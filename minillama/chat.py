@@ -5,10 +5,12 @@ looked for: templates strip it, drop thoughts, put tool calls behind it. So the 
 over the messages, and what surrounds the words of a turn by rendering the conversation with other words in its place.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -170,22 +172,24 @@ class _Conversation:
 
     @cached_property
     def text(self) -> str:
-        return self.template.render(self.messages, self.tools)
+        return "".join(self._parts[::2])
 
     @cached_property
-    def marks(self) -> list[tuple[int, str]] | None:
-        """Where in the text each mark of template.py stands, and what it says. None: with marks the text is another."""
+    def marks(self) -> list[tuple[int, str]]:
+        """Where in the text each mark of template.py stands, and what it says."""
+        ends = accumulate(map(len, self._parts[::2]))
+        return list(zip(ends, self._parts[1::2], strict=False))
+
+    @cached_property
+    def _parts(self) -> list[str]:
+        """Text and marks by turns; the text alone where the conversation holds a mark's own characters"""
         from minillama.template import CLOSE, OPEN
 
-        parts, marks, length = [], [], 0
         marked = self.template.render(self.messages, self.tools, marked=True)
-        for number, part in enumerate(re.split(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}", marked)):
-            if number % 2:
-                marks.append((length, part))
-            else:
-                parts.append(part)
-                length += len(part)
-        return marks if "".join(parts) == self.text else None
+        given = json.dumps([self.template.source, self.messages, self.tools], ensure_ascii=False, default=str)
+        if OPEN in given or CLOSE in given:
+            return [self.template.render(self.messages, self.tools)]
+        return re.split(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}", marked)
 
     def upto(self, count: int, *, prompt: bool = False) -> str | None:
         """The text of the first messages, and of the prompt for an answer to them. None: the template refuses that."""
@@ -216,11 +220,10 @@ class _Conversation:
     @cached_property
     def _turns_of_loops(self) -> dict[int, list[Span]]:
         turns: dict[int, list[Span]] = {}
-        marks = self.marks or []
-        for number, (start, mark) in enumerate(marks):
+        for number, (start, mark) in enumerate(self.marks):
             loop, _, message = mark.partition(":")
             if message:
-                end = next(at for at, other in marks[number + 1 :] if other.partition(":")[0] == loop)
+                end = next(at for at, other in self.marks[number + 1 :] if other.partition(":")[0] == loop)
                 turns.setdefault(int(message), []).append((start, end))
         return turns
 
@@ -243,9 +246,12 @@ def _surroundings(said: _Conversation, turns: dict[int, Span | None]) -> dict[in
     plain = [{"role": "assistant", "content": words[n]} if n in words else m for n, m in enumerate(said.messages)]
     with_calls = [m if "tool_calls" in m else p for m, p in zip(said.messages, plain, strict=True)]
     for messages in (plain, with_calls):  # some templates want a tool's answer to follow a call
-        other = _Conversation(said.template, messages, said.tools)
-        if other.upto(len(messages)) is not None:
+        try:
+            other = _Conversation(said.template, messages, said.tools)
+            other.text  # noqa: B018
             break
+        except UserError:
+            continue
     else:
         return {}
     found: dict[int, tuple[str, str] | None] = {}
@@ -292,14 +298,14 @@ def _end(text: str, said: Span, after: str | None, special: re.Pattern[str]) -> 
 
 
 def _generation_spans(said: _Conversation) -> list[Span]:
-    if said.marks is None:
-        raise UserError(
-            f"{said.template.where}: the chat template changes what its {{% generation %}} blocks have shown"
-        )
     spans, begun = [], []
     for at, mark in said.marks:
         if mark == "g":
             begun.append(at)
         elif mark == "/g":
             spans.append((begun.pop(), at))
+    if not said.marks or said.text != said.upto(len(said.messages)):
+        raise UserError(
+            f"{said.template.where}: cannot tell what the {{% generation %}} blocks of the chat template show: drop the row"
+        )
     return spans

@@ -51,10 +51,11 @@ class _TooMuch(Exception):
 class _Limits(threading.local):
     """Of the rendering that this thread is at"""
 
-    since = math.inf
-    """time.monotonic() when it began, which is quick to compare"""
+    patience = math.inf
+    """time.monotonic() until which nothing is asked of the slow time.thread_time()"""
+    seconds = SECONDS
     deadline = math.inf
-    """Of time.thread_time(), so that a machine with much else to do is no reason to stop"""
+    """thread_time() at which it is stopped: a machine with much else to do is no reason to"""
     length: float = math.inf
     marked: Mapping[int, int] | None = None
     """id() of each message -> its number, where turns are to be marked"""
@@ -71,15 +72,17 @@ def render(
 ) -> str:
     """The text that a template makes of variables, which are plain JSON values.
 
-    now: what strftime_now shows. marked: id() of objects -> number. In each loop whose variable is one of them the text
-    has OPEN, the loop's number, ":", the object's number, CLOSE where its turn begins, and OPEN, the loop's number, CLOSE
-    after the loop. A {% generation %} block stands between OPEN "g" CLOSE and OPEN "/g" CLOSE.
+    now: what strftime_now shows. marked: id() of objects -> number. In each loop whose variable is one of them, and that
+    writes straight into the text, the text has OPEN, the loop's number, ":", the object's number, CLOSE where its turn
+    begins, and OPEN, the loop's number, CLOSE after the loop; without these it is the text that there would be unmarked. A
+    {% generation %} block stands between OPEN "g" CLOSE and OPEN "/g" CLOSE, wherever it is.
 
     Raises UserError, named after `where`, for whatever goes wrong in the template.
     """
     if not (problem := _hopeless.get(template)):
         size = _characters(variables)
-        _limits.since, _limits.deadline = time.monotonic(), time.thread_time() + SECONDS + SECONDS_A_CHARACTER * size
+        _limits.seconds = SECONDS + SECONDS_A_CHARACTER * size
+        _limits.patience, _limits.deadline = time.monotonic() + _limits.seconds, math.inf
         _limits.length = LENGTH + LENGTH_A_CHARACTER * size
         _limits.marked, _limits.now = marked, now
         try:
@@ -98,7 +101,7 @@ def render(
         except Exception as error:  # it is code: whatever Python's operators, methods and filters raise
             problem = f"fails on this conversation: {type(error).__name__}: {error}"
         finally:
-            _limits.since = _limits.deadline = _limits.length = math.inf
+            _limits.patience = _limits.length = math.inf
             _limits.marked = None
     raise UserError(f"{where}: the chat template {problem}")
 
@@ -156,8 +159,11 @@ def _bounded_memory(size: int) -> Iterator[None]:
 
 
 def _tick() -> None:
-    if time.monotonic() - _limits.since > SECONDS and time.thread_time() > _limits.deadline:
-        raise _TooMuch(f"computes for more than {SECONDS:g} seconds")
+    if time.monotonic() > _limits.patience:
+        if _limits.deadline == math.inf:
+            _limits.deadline = time.thread_time() + _limits.seconds
+        elif time.thread_time() > _limits.deadline:
+            raise _TooMuch(f"computes for more than {_limits.seconds:.2g} seconds")
 
 
 def _sized(value: Any) -> Any:
@@ -199,6 +205,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals |= {"dict": _Dict(), "namespace": _Namespace}
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if getattr(obj, "__self__", None) is self:  # turn or turns_end, without the sandbox's checks
+            return obj(*args)
         _tick()
         return _sized(super().call(context, obj, *args, **kwargs))
 
@@ -216,15 +224,14 @@ class _Environment(ImmutableSandboxedEnvironment):
             _sized(1 << min(max(0, left.bit_length() * right), BITS + 1))
         return _sized(super().call_binop(context, operator, left, right))
 
-    def turn(self, loop: int, *variables: Any) -> str:
+    def turn(self, loop: int | None, *variables: Any) -> str:
         """What the body of each loop begins with"""
         _tick()
-        number = (
-            next((_limits.marked[id(v)] for v in variables if id(v) in _limits.marked), None)
-            if _limits.marked
-            else None
-        )
-        return "" if number is None else f"{OPEN}{loop}:{number}{CLOSE}"
+        if _limits.marked and loop is not None:
+            for variable in variables:
+                if (number := _limits.marked.get(id(variable))) is not None:
+                    return f"{OPEN}{loop}:{number}{CLOSE}"
+        return ""
 
     def turns_end(self, loop: int) -> str:
         return f"{OPEN}{loop}{CLOSE}" if _limits.marked else ""
@@ -245,17 +252,26 @@ class _GenerationTag(Extension):
 
 
 class _Turns(NodeTransformer):
-    """Puts `turn` into each loop and `turns_end` after it."""
+    """Puts `turn` into each loop, and `turns_end` after those that write straight into the text."""
 
-    loops = 0
+    loops = buffers = 0
 
     def visit_For(self, node: nodes.For) -> list[nodes.Node]:
-        loop = nodes.Const(self.loops)
+        loop = nodes.Const(None if self.buffers else self.loops)
         self.loops += 1
         names = [name.name for name in (node.target, *node.target.find_all(nodes.Name)) if isinstance(name, nodes.Name)]
         self.generic_visit(node)
         node.body.insert(0, self._say("turn", loop, *(nodes.Name(name, "load") for name in names)))
-        return [node, self._say("turns_end", loop)]
+        return [node] if self.buffers else [node, self._say("turns_end", loop)]
+
+    def buffered(self, node: nodes.Node) -> nodes.Node:
+        """What may be filtered, compared or dropped before it is a text, so a mark in it could make another"""
+        self.buffers += 1
+        self.generic_visit(node)
+        self.buffers -= 1
+        return node
+
+    visit_Macro = visit_CallBlock = visit_FilterBlock = visit_AssignBlock = buffered
 
     def _say(self, method: str, *args: nodes.Expr) -> nodes.Node:
         return nodes.Output([nodes.Call(nodes.EnvironmentAttribute(method), list(args), [], None, None)])

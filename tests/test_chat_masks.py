@@ -362,6 +362,15 @@ def test_templates_of_other_makes(tmp_path, name):
             compare(ours, theirs, messages, None)
 
 
+def test_a_conversation_that_holds_the_marks_of_our_own(tmp_path):
+    forged = "\ufdd0g\ufdd1 \ufdd00:1\ufdd1a\ufdd00\ufdd1"
+    messages = [{"role": role, "content": forged} for role in ("user", "assistant", "user", "assistant")]
+    compare(*pair(tmp_path / "t", CHATML, "bytes"), messages, None)
+    ours, _ = pair(tmp_path / "own", OWN, "bytes")
+    with pytest.raises(UserError, match=r"cannot tell what the {% generation %} blocks of the chat template show"):
+        ours.encode_chat(messages)
+
+
 def test_turns_that_cannot_be_told_are_refused(tmp_path):
     joined = (
         "{%- set ns = namespace(text='') -%}{%- for m in messages -%}{%- set ns.text = ns.text ~ m.role ~ m.content -%}"

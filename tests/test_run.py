@@ -127,3 +127,26 @@ def test_a_run_that_resumes_keeps_its_day(dated_folder, tmp_path):
     assert (code, day) == (0, "2024-02-29") and "resumed     " in text, text
     code, text, _ = run("--resume", "auto", "--train.max-steps", 3, "--data.date", "2025-01-01")
     assert code == 1 and "cannot be resumed with --data.date 2025-01-01 (was 2024-02-29)" in text
+
+
+def test_labels_that_leave_nothing_to_train_are_refused(tiny_folder, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def rows(config, tokenizer, split):\n"
+        "    return [{'input_ids': [1, 2, 3], 'labels': LABELS}] * 4\n"
+        "def get_data_collator(tokenizer):\n"
+        "    import torch\n"
+        "    ones = torch.ones(4, 3).long()\n"
+        "    return lambda rows: {'input_ids': ones, 'labels': -100 * ones}\n"
+    )
+    recipe = Path(__file__).parents[1] / "recipes" / "lora_fsdp.py"
+    for labels, message in (
+        ("[-100, -100, -100]", "own.py:rows, row 1: all labels but the first are -100, so nothing to train on"),
+        ("[-100, 2, 3]", "step 1: none of its 12 tokens is trained: mend your collator's labels"),
+    ):
+        (tmp_path / "own.py").write_text((tmp_path / "own.py").read_text().replace("LABELS", labels))
+        flags = ["--model", tiny_folder, "--output-dir", tmp_path / "out", "--device", "cpu", "--eval.no-enabled"]
+        flags += ["--data.dataset", f"{tmp_path / 'own.py'}:rows", "--data.batching", "padding"]
+        codes, text = run_script(recipe, *flags, log=tmp_path / "log")
+        assert codes == [1] and message in text and "Traceback" not in text, text
+        assert not (tmp_path / "out/adapter").exists()
+        (tmp_path / "own.py").write_text((tmp_path / "own.py").read_text().replace(labels, "LABELS"))
