@@ -3,6 +3,7 @@
 import atexit
 import ctypes
 import gc
+import io
 import math
 import os
 import re
@@ -113,7 +114,9 @@ def quiet_but_on_rank_zero() -> Iterator[None]:
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Ends the process with code 1 on a UserError, printed without a traceback, and once however many ranks make it; with
-    130 on Ctrl-C."""
+    130 on Ctrl-C. What the terminal's encoding lacks is printed as an escape."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except KeyboardInterrupt:

@@ -99,7 +99,7 @@ class LlamaConfig:
                 continue
             if type(value) not in ((int, float) if kind is float else (kind,)) or (kind in (int, float) and value <= 0):
                 raise UserError(f"the model's config has {field.name} = {value!r}, where a {kind.__name__} belongs")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # where both are: as transformers
         if not isinstance(rope, dict):
             raise UserError(f"the model's config has the RoPE settings {rope!r}, which are no object")
         rope = dict(rope)
@@ -108,6 +108,10 @@ class LlamaConfig:
             raise UserError("partial_rotary_factor is not supported: Llama rotates the whole head")
         if "type" in rope:  # the key's older name
             rope.setdefault("rope_type", rope.pop("type"))
+        if rope.get("rope_type") == "llama3":  # it may stand beside, which then counts, or go without saying
+            length = "original_max_position_embeddings"
+            inside = rope.get(length, values.get("max_position_embeddings", cls.max_position_embeddings))
+            rope[length] = inside if config.get(length) is None else config[length]
         if "factor" in rope and "rope_type" not in rope:
             raise UserError("rope_scaling has a factor but no rope_type")
         values["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass, replace
+from datetime import date
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -344,9 +345,18 @@ def _git_commit() -> str | None:
         return None
 
 
+def with_date(config: DataConfig, checkpoint: Checkpoint | None) -> DataConfig:
+    """config with the day that chat templates are told: the one given, else that of the checkpoint, else today.
+
+    Every rank must call it: for one of them it may be tomorrow already.
+    """
+    saved = checkpoint.content["flags"]["data"].get("date") if checkpoint else None
+    return replace(config, date=config.date or saved or on_rank_zero(lambda: date.today().isoformat()))
+
+
 def load_data(config: RunConfig, model: Llama) -> tuple[Any, Packed, Packed | None]:
     """The tokenizer, what to train on, and what to evaluate on. Raises UserError for what is wrong with the data."""
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    tokenizer = load_tokenizer(config.tokenizer or config.model, day=config.data.day)
     check_vocabulary(tokenizer, model.config.vocab_size)
     collator = load_collator(config.data, tokenizer)
     processes = config.data.workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -441,6 +451,8 @@ def described(packed: Packed, config: LlamaConfig, batch_size: int, world_size: 
         text += f", of which {packed.long['untrained']:,} {rows} LEFT OUT, with nothing to train"
     if packed.documents.refused:
         text += f"; {packed.documents.refused:,} bad ones SKIPPED"
+    if packed.documents.had_ends:
+        text += f"; {packed.documents.had_ends:,} had BOS or EOS in their text, and were given no second one"
     if (longest := int(packed.sizes.max())) > (limit := config.max_position_embeddings):
         text += f"; the longest, {longest}, BEYOND the {limit} the model was made for"
     return text

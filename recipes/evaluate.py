@@ -167,7 +167,7 @@ def main(config: Config) -> None:
         if output := config.output:
             on_rank_zero(lambda: check_output(output))
         config = replace(config, model=find_model(config.model))
-        tokenizer = load_tokenizer(config.tokenizer or config.model)
+        tokenizer = load_tokenizer(config.tokenizer or config.model, day=config.data.day)
         tasks = find_tasks(config) if config.tasks else None
         rows = None
         if config.has_rows:

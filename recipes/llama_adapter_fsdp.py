@@ -42,7 +42,16 @@ from minillama.optim import LossScaler, OptimConfig, learning_rate, make_optimiz
 from minillama.packing import Batch, collate
 from minillama.precision import compact_base
 from minillama.profiling import profiled
-from minillama.run import RunConfig, find_start, load_data, resolve_precision, saved_flags, start_run, summary
+from minillama.run import (
+    RunConfig,
+    find_start,
+    load_data,
+    resolve_precision,
+    saved_flags,
+    start_run,
+    summary,
+    with_date,
+)
 from minillama.train import Step, count_steps, eval_batches, evaluate, prefetched, steps, train_step
 
 
@@ -67,6 +76,7 @@ def main(config: Config) -> None:
         config = replace(config, model=find_model(config.model))
         checkpoint = find_start(config)
         config, precision = resolve_precision(config, device, checkpoint)
+        config = replace(config, data=with_date(config.data, checkpoint))
         with torch.device("meta"):
             model = Llama(read_config(config.model))
             model.requires_grad_(False)

@@ -145,7 +145,30 @@ def test_template_environment_is_that_of_transformers(tmp_path):
     tokenizer = tokenizer_with(tmp_path, template)
     messages = [{"role": "user", "content": "<b> & 'é'"}, {"role": "skip", "content": ""}]
     reference = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    assert marked(tokenizer, messages) == reference.apply_chat_template(messages, tokenize=False)
+    text = reference.apply_chat_template(messages, tokenize=False)
+    assert marked(tokenizer, messages).replace("[[", "").replace("]]", "") == text
+
+
+def test_every_named_special_token_reaches_the_template(tmp_path):
+    names = ("bos", "eos", "pad", "unk", "cls", "image", "call")
+    template = "im_start" + "".join(f"|{{{{ {name}_token }}}} {{{{ {name}_token is defined }}}}" for name in names)
+    settings = {"pad_token": "<|im_end|>", "cls_token": {"content": "<|im_start|>", "__type": "AddedToken"}}
+    settings |= {"image_token": "<|im_end|>", "extra_special_tokens": {"call_token": "<|im_start|>"}}
+    tokenizer = tokenizer_with(tmp_path, template, **settings)
+    text = PreTrainedTokenizerFast.from_pretrained(tmp_path).apply_chat_template([SYSTEM], tokenize=False)
+    assert tokenizer.chat_text([SYSTEM]) == text and "|<|im_end|> True| False|<|im_start|> True|" in text
+
+
+def test_what_a_message_lacks_is_not_none(tmp_path):
+    """Parquet and Arrow put None where other rows have a key."""
+    template = CHATML.replace("message['content']", "(message['content'] if 'tool_calls' not in message else 'called')")
+    tokenizer = tokenizer_with(tmp_path, template)
+    filled = [message | {"tool_calls": None, "name": None} for message in DIALOG]
+    assert marked(tokenizer, filled) == marked(tokenizer, DIALOG)
+    reference = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert tokenizer.encode_chat(filled)[0] == reference.apply_chat_template(filled, return_dict=False)
+    call = [DIALOG[0], {"role": "assistant", "content": None, "tool_calls": [{"x": "\ud83d\udc4d"}]}]
+    assert marked(tokenizer, call).endswith("assistant\n[[called<|im_end|>]]\n")
 
 
 def test_thoughts_that_the_template_drops(tmp_path):
@@ -172,14 +195,14 @@ def test_generation_prompt_that_opens_a_thought(tmp_path):
 
 
 def test_template_that_renders_the_past_differently_is_an_error(tmp_path):
-    counts = "{{ messages | length }}" + CHATML
-    with pytest.raises(UserError, match=r"tokenizer\.json: cannot tell which part of the text message 1 is"):
-        tokenizer_with(tmp_path, counts).encode_chat(DIALOG)
+    joins = "im_start{% set x = namespace(t='') %}{% for m in messages %}{% set x.t = x.t + m.content %}{% endfor %}"
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: cannot tell which part of the text .* is message 1"):
+        tokenizer_with(tmp_path, joins + "{{ messages | length }}{{ x.t }}").encode_chat(DIALOG)
 
 
 def test_template_errors_carry_its_message(tmp_path):
     tokenizer = tokenizer_with(tmp_path, "im_start{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(UserError, match=r"tokenizer\.json: .*roles must alternate"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: .*roles must alternate"):
         tokenizer.encode_chat(DIALOG)
     with pytest.raises(UserError, match="fails on this conversation"):
         tokenizer_with(tmp_path, "{% for %}").chat_prompt(DIALOG)

@@ -11,7 +11,7 @@ ONLY_IN = {
     "datasets": {"minillama/datasets.py", "tools"},
     "tiktoken": {"minillama/tokenizer.py"},
     "sentencepiece": {"minillama/tokenizer.py", "minillama/tokenizer_json.py", "tools"},
-    "jinja2": {"minillama/chat.py"},
+    "jinja2": {"minillama/template.py"},
     "safetensors": {"minillama/hf.py", "tools"},
     "huggingface_hub": {"minillama/hub.py", "tools"},
     "wandb": {"minillama/metrics.py"},

@@ -1,10 +1,14 @@
 """The model against transformers, in fp32."""
 
+import itertools
+import json
+
 import pytest
 import torch
 from conftest import TINY, random_model
 from transformers import LlamaConfig as HFConfig
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from minillama.errors import UserError
 from minillama.model import Llama, LlamaConfig, RMSNorm, rope_frequencies, rope_table, rotate, swiglu
@@ -105,6 +109,28 @@ def test_config_of_transformers_5_reads_the_same():
         "rope_scaling": {("type" if k == "rope_type" else k): v for k, v in LLAMA3.items()},
     }
     assert LlamaConfig.from_dict(new) == LlamaConfig.from_dict(old)
+
+
+def test_rope_settings_that_disagree_are_read_as_transformers_reads_them():
+    short = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+    linear = {"type": "linear", "factor": 4.0}
+    named = [
+        None,
+        {},
+        {"rope_type": "default"},
+        {"rope_type": "default", "rope_theta": 5e5},
+        LLAMA3 | {"rope_theta": 7e4},
+    ]
+    scaling = [None, {}, linear, linear | {"rope_type": "default"}, linear | {"rope_theta": 9e3}, LLAMA3, short]
+    for both in itertools.product(
+        named, scaling, [{}, {"rope_theta": 2e4}], [{}, {"original_max_position_embeddings": 32}]
+    ):
+        settings = {"rope_parameters": both[0], "rope_scaling": both[1]}
+        given = TINY | {key: value for key, value in settings.items() if value is not None} | both[2] | both[3]
+        given = given if both[2] else {key: value for key, value in given.items() if key != "rope_theta"}
+        theirs = HFConfig(**json.loads(json.dumps(given)))
+        frequencies = LlamaRotaryEmbedding(theirs).inv_freq
+        torch.testing.assert_close(rope_frequencies(LlamaConfig.from_dict(given)), frequencies, msg=str(given))
 
 
 @pytest.mark.parametrize(

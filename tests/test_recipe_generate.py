@@ -1,6 +1,9 @@
 """recipes/generate.py: the same answers however it is asked, and what is wrong said once."""
 
 import json
+import os
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +27,9 @@ def ask(tiny_folder, tmp_path):
         return run_script(RECIPE, *flags, world_size=world_size, log=tmp_path / "log")
 
     return call
+
+
+STOP = {257, 264, 265}  # <|end_of_text|>, <|eom_id|>, <|eot_id|>
 
 
 def expected(model, folder, question):
@@ -99,6 +105,44 @@ def test_a_chat_remembers(tiny_folder):
         messages.append({"role": "assistant", "content": tokenizer.decode(ids)})
         said += tokenizer.decode(ids) + "\n"
     assert run.stdout == said
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_half_characters_and_terminals_that_lack_some(tiny_folder, tmp_path, encoding):
+    rows = [{"prompt": "Hi \ud83d"}, {"prompt": "é🦙", "note": "日"}, {"prompt": "Hi"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, RECIPE, "--model", tiny_folder, "--device", "cpu", "--max-new-tokens", "5"]
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    run = subprocess.run([*command, "--prompts", tmp_path / "p.jsonl"], capture_output=True, env=env)
+    assert run.returncode == 0, run.stderr
+    found = [json.loads(line) for line in run.stdout.decode(encoding).splitlines()]
+    model = random_model()
+    for row, line in zip(rows, found, strict=True):
+        ids = minillama.load_tokenizer(tiny_folder).chat_prompt([{"role": "user", "content": row["prompt"]}])
+        assert line == row | {"answer": line["answer"]}
+        new = minillama.generate(model, ids, max_new_tokens=5, stop_ids=STOP)
+        assert line["answer"] == minillama.load_tokenizer(tiny_folder).decode(new)
+    run = subprocess.run([*command, "--prompt", "é"], capture_output=True, env=env)
+    assert run.returncode == 0 and b"Traceback" not in run.stderr
+    run = subprocess.run([*command, "--chat"], input=b"\xff\n", capture_output=True, env=env)
+    assert run.returncode == 0 and b"Traceback" not in run.stderr
+
+
+def test_tools_and_a_bos_of_its_own(tiny_folder, tmp_path):
+    module = runpy.run_path(str(RECIPE), run_name="generate")
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "chat_template.jinja").write_text("{{ tools | tojson }}{{ messages[0].content }}")
+    tokenizer = minillama.load_tokenizer(folder)
+    (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "add"}]}')
+    config = module["Config"](folder, prompts=tmp_path / "p.jsonl")
+    [(_, tokens)] = module["read_prompts"](config, tokenizer)
+    assert tokenizer.decode(tokens) == '[{"name": "add"}]a'
+    config = module["Config"](folder, prompt="a", template="none")
+    bos = "<|begin_of_text|>"
+    assert [tokenizer.decode(module["to_tokens"](config, tokenizer, text)) for text in ("a", bos + "a")] == [
+        bos + "a"
+    ] * 2
 
 
 def test_what_is_wrong_is_said_once(ask, tmp_path):
