@@ -12,7 +12,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from minillama.distributed import like, local, reshard
 from minillama.errors import UserError
-from minillama.files import new_folder, read_json, write_json
+from minillama.files import misfit, new_folder, read_json, write_json
 from minillama.hf import adapter_parameters, gather, open_tensors, write_tensors
 from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.lora import LoraConfig, apply_lora, row_norms
@@ -35,6 +35,15 @@ OTHER_PEFT = (
     "use_qalora",
 )
 """Settings of PEFT's that change what an adapter computes, and that we do not know."""
+SETTINGS = {
+    "peft_type": str,
+    "base_model_name_or_path": str,
+    **dict.fromkeys(("r", "adapter_len", "adapter_layers"), int),
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), float),
+    **dict.fromkeys(("target_modules", "exclude_modules"), (str, [str])),
+    **dict.fromkeys(("use_rslora", "use_dora"), bool),
+}
+"""What the settings that we read are, where they are there."""
 
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
 """Of PEFT's init_lora_weights those that start from the base as it is"""
@@ -171,7 +180,10 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"the adapter folder {folder} does not exist")
+        found = "is no folder" if folder.exists() else "does not exist"
+        raise UserError(
+            f"the adapter {folder} {found}: give the adapter/ that a run has left, or another in PEFT's format"
+        )
     if not (folder / "adapter_config.json").exists():
         inside = folder / "adapter"
         found = "is the output of a run" if (folder / "run.json").exists() else "is no adapter folder"
@@ -179,6 +191,9 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
         hint = f"give {inside}" if inside.is_dir() else "give the adapter/ that a run has left in its output folder"
         raise UserError(f"{folder} {found} (it has no adapter_config.json): {hint}")
     settings = read_json(folder / "adapter_config.json")
+    shape = {key: shape for key, shape in SETTINGS.items() if settings.get(key) is not None}
+    if problem := misfit(settings, shape, str(folder / "adapter_config.json")):
+        raise UserError(f"{problem}, where something else belongs: is it of PEFT?")
     match settings.get("peft_type"):
         case "LORA":
             return _lora_config(folder, settings)

@@ -1,9 +1,7 @@
-"""Training state on the disk: saved whole or not at all, checked before it is used, resumed on any number of processes."""
+"""Training state on the disk: saved whole or not at all, resumed on any number of processes."""
 
-import hashlib
 import json
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -25,8 +23,10 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from minillama.distributed import all_reduce, on_rank_zero, rank, reshard, say
 from minillama.errors import UserError
 from minillama.hf import MAX_FILE_BYTES, split_by_size, write_tensors
+from minillama.index import INDEX, IndexReader, write_index
 from minillama.model import Llama
 from minillama.optim import LossScaler
+from minillama.resume import MARK, Checkpoint, described, hash_of, saved_steps
 from minillama.train import Progress, Step
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from minillama.run import RunConfig, Start
 
 T = TypeVar("T")
-MARK = "checkpoint.json"
-"""Written last: what a checkpoint holds, with the size and the hash of each file, and a hash of itself."""
 
 
 @dataclass(frozen=True)
@@ -67,128 +65,6 @@ class CheckpointConfig:
         if self.every == -1:
             return False
         return step.is_last or ((step.number + 1) % self.every == 0 if self.every else step.ends_epoch)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on the disk that was found to be sound."""
-
-    folder: Path
-    content: dict[str, Any]
-    """Of checkpoint.json"""
-
-    @property
-    def progress(self) -> Progress:
-        saved = self.content["progress"]
-        return Progress(**saved | {"unlogged": tuple(saved["unlogged"])})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding one
-
-
-def find_checkpoint(resume: str, output_dir: Path) -> Checkpoint | None:
-    """What --resume asks for, read through and sound: auto: the newest of output_dir, or None if there is none yet.
-
-    Otherwise `resume` is the folder of a checkpoint, or of a run, whose newest it takes. Every rank must call it.
-    Raises UserError, on every rank, for a folder without a sound checkpoint.
-    """
-    folder = output_dir if resume == "auto" else Path(resume)
-    candidates = on_rank_zero(lambda: _candidates(folder))
-    if not candidates and resume == "auto":
-        return None
-    if not candidates:
-        raise UserError(f"--resume {resume}: there is no checkpoint; give the folder of one, or of a run, or auto")
-    problems: list[tuple[Path, str]] = []
-    for candidate in candidates:
-        content, problem = _inspect(candidate)
-        if problem is None:
-            if resume == "auto":
-                on_rank_zero(lambda: _set_aside([path for path, _ in problems]))
-            return Checkpoint(candidate, content)
-        problems.append((candidate, problem))
-        say(f"checkpoint {candidate} is damaged: {problem}")
-    raise UserError(
-        f"no checkpoint of {folder} is sound: {'; '.join(f'{path.name}: {problem}' for path, problem in problems)}; "
-        "to start anew, remove them"
-    )
-
-
-def _candidates(folder: Path) -> list[Path]:
-    """The folder itself if it is a checkpoint, else those of a run, newest first."""
-    if (folder / MARK).exists() or (folder.name.startswith("step-") and folder.is_dir()):
-        return [folder]
-    return list(reversed(saved_steps(folder).values()))
-
-
-def has_checkpoint(output_dir: Path) -> bool:
-    return bool(saved_steps(output_dir))
-
-
-def saved_steps(output_dir: Path) -> dict[int, Path]:
-    """The checkpoints of a run by step, in order. Unfinished ones have other names."""
-    folder = output_dir / "checkpoints"
-    paths = folder.glob("step-*") if folder.is_dir() else ()
-    found = {int(number): path for path in paths if (number := path.name.removeprefix("step-")).isdecimal()}
-    return dict(sorted(found.items()))
-
-
-def _set_aside(damaged: list[Path]) -> None:
-    """Gives damaged checkpoints a name under which they neither count as the newest nor make room for sound ones."""
-    for path in damaged:
-        aside = path.with_name(path.name + ".damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        say(f"renamed it to {aside.name}")
-
-
-def _inspect(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """(checkpoint.json, what is wrong): all files are read and hashed, each by one of the ranks."""
-    content: dict[str, Any] = {}
-    try:
-        content = read_mark(folder)
-        mine = sorted(content["files"])[dist.get_rank() :: dist.get_world_size()]
-        problem = next(filter(None, (damage_of(folder, name, content["files"][name]) for name in mine)), None)
-    except Damaged as error:
-        problem = str(error)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return content, next(filter(None, problems), None)
-
-
-class Damaged(Exception):
-    pass
-
-
-def read_mark(folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / MARK).read_text())
-        content = content if isinstance(content, dict) else {}
-        if content.pop("sha256", None) == _hash_of(content):
-            return content
-    except FileNotFoundError:
-        raise Damaged(f"{MARK} is missing, so it was not written to its end") from None
-    except ValueError:
-        pass
-    raise Damaged(f"{MARK} was changed after it was written")
-
-
-def _hash_of(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def damage_of(folder: Path, name: str, wanted: dict[str, Any]) -> str | None:
-    if not (folder / name).is_file():
-        return f"{name} is missing"
-    found = _described(folder / name)
-    if found["bytes"] != wanted["bytes"]:
-        return f"{name} has {found['bytes']} bytes, not the {wanted['bytes']} that were written"
-    return None if found == wanted else f"{name} was changed after it was written"
-
-
-def _described(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,7 +274,9 @@ class Checkpoints:
         failed = f"{final} cannot be written"
 
         def write() -> None:
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(path), process_group=self.group)
+            metadata = dcp.save(state, storage_writer=dcp.FileSystemWriter(path), process_group=self.group)
+            if rank() == 0:
+                write_index(path, metadata)
 
         try:
             self._together(lambda: _make_empty(path) if rank() == 0 else None, failed)
@@ -407,10 +285,10 @@ class Checkpoints:
             self._together(lambda: _check_shared(path, names) if rank() == 0 else None, failed)
             if content["format"] == "full":
                 self._together(lambda: _consolidate(path, self.alone) if rank() == 0 else None, failed)
-            described = self._together(
-                lambda: {str(file.relative_to(path)): _described(file) for file in _files_of(path)}, failed
+            files = self._together(
+                lambda: {str(file.relative_to(path)): described(file) for file in _files_of(path)}, failed
             )
-            content["files"] = {name: file for of_rank in described for name, file in of_rank.items()}
+            content["files"] = {name: file for of_rank in files for name, file in of_rank.items()}
             self._together(lambda: self._complete(path, final, content) if rank() == 0 else None, failed)
         except BaseException:
             if rank() == 0:
@@ -419,7 +297,7 @@ class Checkpoints:
 
     def _complete(self, path: Path, final: Path, content: dict[str, Any]) -> None:
         with (path / MARK).open("w") as file:
-            json.dump(content | {"sha256": _hash_of(json.loads(json.dumps(content)))}, file, indent=1)
+            json.dump(content | {"sha256": hash_of(json.loads(json.dumps(content)))}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         _remove(final)  # of a run that was resumed from before it
@@ -447,26 +325,6 @@ class Checkpoints:
             if text is not None:
                 raise UserError(f"{failed}: {text}")
         return [answer for _, answer in answers]
-
-
-class IndexReader(dcp.FileSystemReader):
-    """DCP keeps its index as a pickle, which could run anything: this one makes nothing but what an index consists of."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (self.path / ".metadata").open("rb") as file:  # type: ignore[operator]
-            return _IndexUnpickler(file).load()
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        harmless = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-        if module == "torch":
-            harmless = name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
-        if module.startswith("pathlib"):
-            harmless = name.endswith("Path")
-        if harmless or (module, name) == ("torch.serialization", "_get_layout"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which has no place in an index")
 
 
 def _check_shapes(metadata: Metadata, tensors: Mapping[str, Tensor], part: str, prefix: str) -> None:
@@ -510,7 +368,7 @@ def _consolidate(path: Path, alone: dist.ProcessGroup | None) -> None:
             write_tensors(file, {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()})
             with file.open("rb+") as written:
                 os.fsync(written.fileno())
-    for file in (*path.glob("*.distcp"), path / ".metadata"):
+    for file in (*path.glob("*.distcp"), path / ".metadata", path / INDEX):
         file.unlink()
 
 
@@ -527,9 +385,9 @@ def _files_of(path: Path) -> list[Path]:
     """Those that this rank has written, and so is to describe."""
     if rank() != 0:
         return list(path.glob(f"__{rank()}_*.distcp"))
-    return (
-        [path / ".metadata", *path.glob("__0_*.distcp")] if (path / ".metadata").exists() else list(path.rglob("*.*"))
-    )
+    if (path / INDEX).exists():
+        return [path / ".metadata", path / INDEX, *path.glob("__0_*.distcp")]
+    return list(path.rglob("*.*"))
 
 
 def _check_shared(path: Path, names: list[list[str]]) -> None:

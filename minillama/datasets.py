@@ -23,6 +23,7 @@ import numpy as np
 
 from minillama.chat import REASONING
 from minillama.errors import UserError
+from minillama.files import DEPTH, is_deep
 from minillama.loss import IGNORE
 from minillama.rows import Progress, Rows, content_hash, data_files, read_rows, shown
 
@@ -244,10 +245,10 @@ def training_sources(config: DataConfig) -> list[Source]:
         return [Source(config.dataset, config.path, "train", _columns(config))]
     try:
         listed = json.loads(config.mixture.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--data.mixture {config.mixture} cannot be read: {reason}") from None
-    if not isinstance(listed, list) or not listed:
+    if is_deep(listed) or not isinstance(listed, list) or not listed:
         raise UserError(f"--data.mixture {config.mixture}: must be a list of sources, found {shown(listed)}")
     sources = []
     for number, entry in enumerate(listed, 1):
@@ -256,7 +257,8 @@ def training_sources(config: DataConfig) -> list[Source]:
         if not isinstance(entry, dict) or "dataset" not in entry or entry.keys() - kinds.keys():
             raise UserError(f"{where}: needs 'dataset', and may have 'path', 'weight', 'columns'; found {shown(entry)}")
         for name, value in entry.items():
-            if not isinstance(value, kinds[name]) or (name == "weight" and not 0 < value < 1000):
+            fits = isinstance(value, kinds[name]) and (name != "weight" or 0 < value < 1000)
+            if not fits or (name == "columns" and not all(isinstance(column, str) for column in value.values())):
                 raise UserError(f"{where}: {shown(value)} is no {name}")
         path = entry.get("path")
         if path is not None:
@@ -392,7 +394,7 @@ def encode_chat(row: dict[str, Any], tokenizer: Any) -> Encoded:
         ]
     else:
         messages = [_checked(number, message) for number, message in enumerate(_list(row, "messages"), 1)]
-    if row.get("system") and messages[0]["role"] != "system":
+    if row.get("system") not in (None, "") and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": _text(row, "system")}, *messages]
     for number, message in enumerate(messages, 1):
         others = any(message.get(key) for key in ("tool_calls", *REASONING))
@@ -440,7 +442,10 @@ def encode_own(row: dict[str, Any], tokenizer: Any) -> Encoded:
     """What a user's own function gives: ids and labels as for llama-recipes, or a row of the formats chat and text."""
     if "input_ids" not in row:
         return encode_text(row, tokenizer) if "text" in row else encode_chat(row, tokenizer)
-    ids, labels = (np.asarray(_field(row, name)) for name in ("input_ids", "labels"))
+    try:
+        ids, labels = (np.asarray(_field(row, name)) for name in ("input_ids", "labels"))
+    except ValueError as error:  # lists of unlike lengths
+        raise UserError(f"input_ids and labels must be lists of integers ({error})") from None
     for name, values in (("input_ids", ids), ("labels", labels)):
         if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer) or not 0 < len(values) == len(ids):
             raise UserError(f"field '{name}' must be a list of integers, of one length with input_ids")
@@ -482,6 +487,8 @@ def encode_rows(
     for place, read in rows:
         try:
             row = read()
+            if is_deep(row):
+                raise UserError(f"more than {DEPTH} lists and objects inside each other: drop the row")
             if not isinstance(row, dict):
                 raise UserError(f"a row must be an object, found {shown(row)}")
             ids, mask, own_ends = encode(_renamed(row, source.columns), tokenizer)
@@ -516,7 +523,8 @@ def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
 def _from_sharegpt(number: int, turn: Any) -> dict[str, str]:
     """{"from": "human", "value": "Hi"} -> {"role": "user", "content": "Hi"}"""
     said = turn if isinstance(turn, dict) else {}
-    role = SHAREGPT_ROLES.get(said.get("from", ""))
+    sender = said.get("from")
+    role = SHAREGPT_ROLES.get(sender) if isinstance(sender, str) else None
     if role is None or not isinstance(said.get("value"), str):
         raise UserError(
             f"turn {number} needs 'from', one of {', '.join(SHAREGPT_ROLES)}, and the text 'value', found {shown(turn)}"

@@ -131,6 +131,10 @@ def user_errors() -> Iterator[None]:
         _end(f"{problem}: share it among more processes, or use what has more memory")
     except UserError as error:
         _end(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _end(f"{error.filename}: {error.strerror}")
 
 
 def _end(message: str) -> NoReturn:

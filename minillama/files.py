@@ -1,7 +1,9 @@
-"""Files written whole or not at all, and JSON."""
+"""Files written whole or not at all, and JSON, which may hold anything."""
 
 import json
+import math
 import os
+import reprlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,22 +15,70 @@ import torch.distributed as dist
 from minillama.distributed import on_rank_zero, patient_group
 from minillama.errors import UserError
 
+DEPTH = 64
+"""Lists and objects inside each other, beyond which JSON is not used: to go through it could exhaust Python's stack."""
+
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a JSON object")
+    if is_deep(content):
+        raise UserError(f"{path} cannot be read: more than {DEPTH} lists and objects inside each other")
     return content
 
 
 def cache_folder(given: Path | None = None) -> Path:
     """Where minillama keeps what it can make again: `given`, or minillama in $XDG_CACHE_HOME or ~/.cache."""
     return given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama"
+
+
+def is_deep(value: Any) -> bool:
+    """Whether lists and objects stand in each other more than DEPTH times."""
+    inside = [value]
+    for _ in range(DEPTH):
+        inside = [
+            one for v in inside if isinstance(v, (dict, list)) for one in (v.values() if isinstance(v, dict) else v)
+        ]
+        if not inside:
+            return False
+    return any(isinstance(v, (dict, list)) for v in inside)
+
+
+def misfit(value: Any, shape: Any, name: str) -> str | None:
+    """What is wrong with a value that was read from JSON, called `name`; None if it has this shape.
+
+    shape: a type, where float is any finite number, and int one of 64 bits; {key: shape}, what must be there, or
+    {...: shape}, where the keys are free; [shape], a list of such; (shape, shape), either; else the value itself.
+    """
+    if isinstance(shape, tuple):
+        problems = [misfit(value, one, name) for one in shape]
+        return None if None in problems else problems[-1]
+    if isinstance(shape, dict) and isinstance(value, dict):
+        shapes = dict.fromkeys(value, shape[...]) if ... in shape else shape
+        if missing := shapes.keys() - value.keys():
+            return f"{name} has no {min(missing)!r}"
+        inside = [(value[key], one, f"{name}[{reprlib.repr(key)}]") for key, one in shapes.items()]
+        return next(filter(None, (misfit(*one) for one in inside)), None)
+    if isinstance(shape, list) and isinstance(value, list):
+        return next(filter(None, (misfit(one, shape[0], f"{name}[{i}]") for i, one in enumerate(value))), None)
+    if shape is float:
+        fits = (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
+    elif isinstance(shape, type):
+        fits = type(value) is shape and (not isinstance(value, int) or abs(value) < 2**63)
+    else:
+        fits = type(value) is type(shape) and value == shape
+    return None if fits else f"{name} is {reprlib.repr(value)}"
+
+
+def is_plain(name: Any) -> bool:
+    """Whether a file name that was read from a file stays in its folder: it is no path, and nothing special."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 @contextmanager

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import math
+import re
+import reprlib
 import shutil
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from tqdm import tqdm
 
 from minillama.distributed import local, materialise, rank, reshard, say
 from minillama.errors import UserError
-from minillama.files import is_rank_zero, new_folder, read_json, write_json
+from minillama.files import is_plain, is_rank_zero, new_folder, read_json, write_json
 from minillama.meta import MetaWeights, Weights, is_meta_folder, read_meta_config
 from minillama.model import LLAMA3_ROPE, Llama, LlamaConfig
 from minillama.tokenizer import load_tokenizer
@@ -33,6 +36,9 @@ WRITE_BYTES = 4 * 2**20
 """Size of the pieces that are written; small enough to stay in a processor's cache while they are cast and added to."""
 MAX_FILE_BYTES = 4 * 2**30
 """Size of the files that save_pretrained writes (one tensor may be more), and so the host memory it takes on rank 0."""
+INDEX = "model.safetensors.index.json"
+MOST_LAYERS = 4096
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -65,32 +71,68 @@ def read_config(folder: str | Path) -> LlamaConfig:
         found = next((text for file, text in others.items() if (folder / file).exists()), "is no model folder")
         raise UserError(f"{folder} {found} (it has neither Hugging Face's config.json nor Meta's params.json)")
     try:
-        return LlamaConfig.from_dict(read_json(folder / "config.json"))
+        config = LlamaConfig.from_dict(read_json(folder / "config.json"))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
+    _check_layers(config, folder)
+    return config
+
+
+def _check_layers(config: LlamaConfig, folder: Path) -> None:
+    """Raises UserError if the weights, where they are there, have fewer layers: before a model of so many is built."""
+    try:
+        names = find_tensors(folder)
+    except UserError:  # who reads the weights says so
+        return
+    there = len({match[1] for name in names if (match := LAYER.match(name))})
+    if there < config.num_hidden_layers:
+        raise UserError(
+            f"the weights in {folder} do not fit their config: it has num_hidden_layers {config.num_hidden_layers}, and "
+            f"they are of {there} layers"
+        )
+    if there > MOST_LAYERS:
+        raise UserError(f"{folder} is of {there} layers: no Llama has so many, {MOST_LAYERS} is the most that is built")
 
 
 def find_tensors(folder: str | Path) -> dict[str, Path]:
-    """The file of every tensor of a Hugging Face folder: model.safetensors, or several with an index."""
+    """The file of every tensor of a Hugging Face folder: model.safetensors, or else several with an index.
+
+    As in transformers the index does not count where there is model.safetensors, and what is in the files the index names
+    is loaded, so that it must say of each tensor where it is. Raises UserError for what is missing or damaged.
+    """
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if single.exists():
+        if index.exists():
+            _note(f"note: {folder} holds model.safetensors and {INDEX}: model.safetensors is read, the index is not")
+        return dict.fromkeys(tensor_names(single), single)
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f'{index} has no "weight_map"')
-        files = {name: folder / str(file) for name, file in weight_map.items()}
+        files = {name: folder / file for name, file in read_index(index).items()}
         if missing := sorted({file.name for file in files.values() if not file.exists()}):
             raise UserError(f"{index} names files that are not there: {', '.join(missing)}")
         return files
-    single = folder / "model.safetensors"
-    if not single.exists() and any(folder.glob("pytorch_model*.bin")):
+    if any(folder.glob("pytorch_model*.bin")):
         raise UserError(
             f"{folder} holds its weights as pickles (pytorch_model.bin), which are not read: load it in transformers "
             "and save_pretrained it, which writes safetensors"
         )
-    if not single.exists():
-        raise UserError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")
-    return dict.fromkeys(tensor_names(single), single)
+    raise UserError(f"{folder} holds neither model.safetensors nor {INDEX}")
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """The name of the file of each tensor. Raises UserError unless these are files of the index's own folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f'{index} has no "weight_map"')
+    if paths := [file for file in weight_map.values() if not (is_plain(file) and file.endswith(".safetensors"))]:
+        raise UserError(
+            f"{index} names {reprlib.repr(paths[0])}: only *.safetensors in the folder itself are read, move them there"
+        )
+    return weight_map
+
+
+_note = cache(say)
+"""Says what would else be said at each reading."""
 
 
 def tensor_names(file: Path) -> list[str]:
@@ -186,7 +228,18 @@ def check_weights(model: nn.Module, folder: str | Path, *, but: Collection[str] 
     if problems:
         more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(f"the weights in {folder} do not fit their config: {'; '.join(problems[:8])}{more}")
+    if "lm_head.weight" in spare & there:
+        _check_twin(weights, folder, 0, 1)  # the rest when it is loaded
     return weights
+
+
+def _check_twin(weights: Weights, folder: str | Path, start: int, stop: int) -> None:
+    """Raises UserError unless these rows of a tied head are those of the embedding."""
+    head, embedding = (weights.rows(name, start, stop) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if not torch.equal(head, embedding):
+        raise UserError(
+            f"{folder}: lm_head.weight is not the embedding, yet config.json has tie_word_embeddings: set it to false"
+        )
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -230,12 +283,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
                 place = offset + start, offset + start + len(piece)
                 rows = weights.rows(name, *place)
                 piece.copy_(rows)
-                checked = has_twin and name == "model.embed_tokens.weight"
-                if checked and not torch.equal(rows, weights.rows("lm_head.weight", *place)):
-                    raise UserError(
-                        f"{folder}: lm_head.weight is not the embedding, yet config.json has tie_word_embeddings: set it to "
-                        "false"
-                    )
+                if has_twin and name == "model.embed_tokens.weight":
+                    _check_twin(weights, folder, *place)
                 bar.update(piece.numel() * piece.element_size())
 
         with ThreadPoolExecutor(READERS) as pool:
@@ -329,7 +378,7 @@ def save_pretrained(
             described = config_json(base, model.config, dtypes[embedding], tokenizer)
             on_disk(write_json, path / "config.json", described)
         if len(files) > 1:
-            on_disk(write_json, path / "model.safetensors.index.json", _index(files, sizes))
+            on_disk(write_json, path / INDEX, _index(files, sizes))
         for file, names in files.items():
             tensors = {name: gather(parameters[name], dtypes[name]) for name in names if name not in unchanged}
             on_disk(write_with_copies, path / file, tensors, [name for name in names if name in unchanged])
@@ -370,7 +419,7 @@ def write_hf(weights: Weights, config: dict[str, Any], folder: Path, dtype: torc
     files = split_into_files(sizes)
     write_json(folder / "config.json", config)
     if len(files) > 1:
-        write_json(folder / "model.safetensors.index.json", _index(files, sizes))
+        write_json(folder / INDEX, _index(files, sizes))
     bar = tqdm(total=sum(sizes.values()), desc="writing", unit="B", unit_scale=True, leave=False)
     for file, inside in files.items():
         # The format: 8 bytes with the length of a JSON header, the header, then all tensors' bytes as it says.

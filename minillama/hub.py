@@ -11,15 +11,13 @@ import torch.distributed as dist
 
 from minillama.distributed import on_each_node
 from minillama.errors import UserError
-from minillama.files import read_json
-from minillama.hf import TOKENIZER_FILES, read_config
+from minillama.hf import INDEX, TOKENIZER_FILES, read_config, read_index
 from minillama.meta import is_meta_folder
 
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))\b[\w.-]+\b/\b[\w.-]+\b", re.ASCII)
 """ORG/NAME, as huggingface_hub's validate_repo_id has it."""
 CACHED = re.compile(r"/models--([^/]+)--([^/]+)/snapshots/[0-9a-f]{40}$")
 """How a model's folder in huggingface_hub's cache ends."""
-INDEX = "model.safetensors.index.json"
 SMALL_FILES = (
     "config.json",
     "generation_config.json",
@@ -61,19 +59,19 @@ def model_name(folder: Path) -> str:
     return "/".join(cached.groups()) if cached else str(folder)
 
 
-def weight_files(folder: Path, repo: str) -> list[str]:
-    """Patterns of the names of the files with the weights. folder: has the small files of `repo`.
+def weight_files(folder: Path, repo: str) -> list[list[str]]:
+    """Patterns of the names of the files with the weights: the first list of which there are files counts. folder: has
+    the small files of `repo`.
 
     Raises UserError for what is not a Llama, in Hugging Face's format or Meta's.
     """
     if is_meta_folder(folder):
-        return ["consolidated.*.pth"]
+        return [["consolidated.*.pth"]]
     if not (folder / "config.json").exists():
         raise UserError(f"{repo} holds no model: neither config.json nor Meta's params.json (a GGUF file? an adapter?)")
     read_config(folder)
-    if (folder / INDEX).exists():
-        return sorted(set(map(str, read_json(folder / INDEX).get("weight_map", {}).values())))
-    return ["model.safetensors"]
+    shards = [sorted(set(read_index(folder / INDEX).values()))] if (folder / INDEX).exists() else []
+    return [["model.safetensors"], *shards]
 
 
 def check_found(repo: str, weights: list[str]) -> None:
@@ -133,7 +131,10 @@ def _find(model: Path, weights: bool) -> Path:
 
         folder = Path(snapshot_download(repo, allow_patterns=list(SMALL_FILES)))
         if weights:
-            patterns = weight_files(folder, repo)
-            snapshot_download(repo, revision=folder.name, allow_patterns=[*SMALL_FILES, *patterns])
-            check_found(repo, [file.name for pattern in patterns for file in folder.glob(pattern)])
+            found: list[str] = []
+            for patterns in weight_files(folder, repo):
+                snapshot_download(repo, revision=folder.name, allow_patterns=[*SMALL_FILES, *patterns])
+                if found := [file.name for pattern in patterns for file in folder.glob(pattern)]:
+                    break
+            check_found(repo, found)
     return folder

@@ -50,5 +50,5 @@ def find_stop_ids(tokenizer: Any, folder: Path) -> set[int]:
     ids = {tokenizer.eos_id, *(tokenizer.id_of(token) for token in END_TOKENS)}
     for file in (folder / "config.json", folder / "generation_config.json"):
         named = read_json(file).get("eos_token_id") if file.exists() else None
-        ids |= set(named) if isinstance(named, list) else {named}
-    return {token for token in ids if isinstance(token, int)}
+        ids |= {token for token in (named if isinstance(named, list) else [named]) if type(token) is int}
+    return {token for token in ids if token is not None}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minillama.attention import Seen
 from minillama.errors import UserError
-from minillama.model import Attention
+from minillama.model import LARGEST, Attention
 from minillama.surgery import M, replace_modules
 
 
@@ -25,8 +25,8 @@ class LlamaAdapterConfig:
     """The top layers to adapt; at most the model's own count."""
 
     def __post_init__(self) -> None:
-        if self.prompt_len < 1:
-            raise UserError(f"--adapter.prompt-len {self.prompt_len}: must be at least 1")
+        if not 1 <= self.prompt_len <= LARGEST:
+            raise UserError(f"--adapter.prompt-len {self.prompt_len}: must be at least 1, and at most {LARGEST}")
         if self.layers < 1:
             raise UserError(f"--adapter.layers {self.layers}: must be at least 1")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minillama.errors import UserError
 from minillama.loss import Targets, linear_cross_entropy
-from minillama.model import Head, Llama
+from minillama.model import LARGEST, Head, Llama
 from minillama.surgery import replace_modules
 
 
@@ -34,8 +34,8 @@ class LoraConfig:
     with dropout the base's product is computed twice."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"--lora.rank {self.rank}: must be at least 1")
+        if not 1 <= self.rank <= LARGEST:
+            raise UserError(f"--lora.rank {self.rank}: must be at least 1, and at most {LARGEST}")
         if not math.isfinite(self.alpha):
             raise UserError(f"--lora.alpha {self.alpha}: must be a number")
         if not 0 <= self.dropout < 1:

@@ -1,12 +1,14 @@
 """A base model with what was trained on top of it, read a few rows at a time: LoRA merged, checkpoints put in."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from mmap import ACCESS_READ, ALLOCATIONGRANULARITY, mmap
 from pathlib import Path
+from struct import error as StructError
 from struct import unpack_from
 from typing import IO, Any, cast
-from zipfile import ZIP_STORED, ZipFile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
@@ -25,11 +27,11 @@ from minillama.adapters import (
     read_adapter_config,
     write_adapter,
 )
-from minillama.checkpoint import Damaged, IndexReader, damage_of, read_mark
 from minillama.errors import UserError
-from minillama.files import read_json
+from minillama.files import misfit, read_json
 from minillama.hf import (
     SafetensorsWeights,
+    adapter_parameters,
     check_weights,
     read_config,
     tensor_names,
@@ -37,10 +39,12 @@ from minillama.hf import (
     write_model,
 )
 from minillama.hub import model_name
+from minillama.index import read_index
 from minillama.llama_adapter import LlamaAdapterConfig
 from minillama.lora import LoraConfig, merge, row_norms
 from minillama.meta import Weights
 from minillama.model import Llama, LlamaConfig
+from minillama.resume import MARK, Damaged, damage_of, read_mark, unreadable_text
 
 LENGTH_ROWS = 1024
 """Rows whose lengths are computed at a time"""
@@ -104,8 +108,6 @@ class TrainedWeights:
     """The tensors of a base, those that were trained in place of its own; each has the dtype that it has in the base."""
 
     def __init__(self, base: Weights, trained: Weights) -> None:
-        if unknown := sorted({*trained.names} - {*base.names}):
-            raise UserError(f"the checkpoint has parameters that the base does not: {', '.join(unknown[:4])}")
         self._base, self._trained, self.names = base, trained, base.names
 
     def shape(self, name: str) -> list[int]:
@@ -126,7 +128,7 @@ class ShardedWeights:
     """
 
     def __init__(self, folder: Path) -> None:
-        index = IndexReader(folder).read_metadata()
+        index = read_index(folder)
         self._folder = folder
         self._tensors = {
             name.removeprefix("model."): tensor
@@ -136,7 +138,7 @@ class ShardedWeights:
         self.names = list(self._tensors)
         self._places: dict[str, dict[int, Any]] = {name: {} for name in self.names}
         for key, place in index.storage_data.items():
-            if key.fqn.startswith("model."):
+            if key.offset and key.fqn.startswith("model."):
                 self._places[key.fqn.removeprefix("model.")][key.offset[0]] = place
 
     def shape(self, name: str) -> list[int]:
@@ -165,28 +167,37 @@ class ShardedWeights:
         place = self._places[name][first]
         start = place.offset // ALLOCATIONGRANULARITY * ALLOCATIONGRANULARITY
         length = place.offset + place.length - start
+        content = b""
         with (
             (self._folder / place.relative_path).open("rb") as file,
             mmap(file.fileno(), length, access=ACCESS_READ, offset=start) as mapped,
+            suppress(BadZipFile, KeyError, StructError, ValueError, OverflowError),
         ):
             entry = ZipFile(cast(IO[bytes], mapped)).getinfo("archive/data/0")
-            if entry.compress_type != ZIP_STORED or entry.file_size != size:
-                raise UserError(f"{self._folder / place.relative_path}: {name} is not stored as this version knows it")
-            # the entry's own header: 30 bytes, the last four the lengths of what follows before the data
-            name_length, extra_length = unpack_from("<HH", mapped, entry.header_offset + 26)
-            data = entry.header_offset + 30 + name_length + extra_length
-            return mapped[data + part.start : data + part.stop]
+            if entry.compress_type == ZIP_STORED and entry.file_size == size:
+                # the entry's own header: 30 bytes, the last four the lengths of what follows before the data
+                name_length, extra_length = unpack_from("<HH", mapped, entry.header_offset + 26)
+                data = entry.header_offset + 30 + name_length + extra_length
+                content = mapped[data + part.start : data + part.stop]
+        if len(content) != part.stop - part.start:
+            raise UserError(f"{self._folder / place.relative_path}: {name} is not stored as this version knows it")
+        return content
 
 
 def open_checkpoint(folder: Path) -> tuple[dict[str, Any], Weights]:
     """(checkpoint.json, the trained parameters) of a checkpoint that is sound. Raises UserError for any other folder."""
+    name = MARK
     try:
         content = read_mark(folder)
-        problem = next(filter(None, (damage_of(folder, name, of) for name, of in content["files"].items())), None)
+        for name in sorted(content["files"]):
+            if problem := damage_of(folder, name, content["files"][name]):
+                raise Damaged(problem)
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a sound checkpoint, give another: {name} is missing") from None
+    except OSError as error:
+        raise UserError(unreadable_text(folder, error.strerror or str(error), name)) from None
     except Damaged as error:
-        problem = str(error)
-    if problem:
-        raise UserError(f"{folder} is not a sound checkpoint: {problem}")
+        raise UserError(f"{folder} is not a sound checkpoint, give another: {error}") from None
     if content["format"] == "sharded":
         return content, ShardedWeights(folder)
     files = sorted((folder / "model").glob("*.safetensors"))
@@ -198,7 +209,11 @@ def adapter_of(content: dict[str, Any]) -> AdapterConfig | None:
     kinds: dict[str, type[LoraConfig] | type[LlamaAdapterConfig]] = {"lora": LoraConfig, "adapter": LlamaAdapterConfig}
     for group, kind in kinds.items():
         if flags := content["flags"].get(group):
-            values: dict[str, Any] = {f.name: flags[f.name] for f in fields(kind) if f.name in flags}
+            shape = {name: [str] if isinstance(value, tuple) else type(value) for name, value in asdict(kind()).items()}
+            shape = {name: one for name, one in shape.items() if name in flags}
+            if problem := misfit(flags, shape, f"{MARK}: flags[{group!r}]"):
+                raise UserError(problem)
+            values: dict[str, Any] = {name: flags[name] for name in shape}
             values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
             return kind(**values)
     return None
@@ -282,6 +297,13 @@ def export_checkpoint(
     config = read_config(base)
     with torch.device("meta"):
         weights = check_weights(Llama(config), base)
+        model = Llama(config) if adapter is None else adapt(Llama(config), adapter)
+    wanted = dict(model.named_parameters()) if adapter is None else adapter_parameters(model)
+    found = {name: trained.shape(name) for name in trained.names}
+    wrong = [name for name, shape in found.items() if name not in wanted or shape != list(wanted[name].shape)]
+    if wrong or (adapter is not None and found.keys() != wanted.keys()):
+        names = ", ".join((wrong or sorted(wanted.keys() - found.keys()))[:4])
+        raise UserError(f"the parameters in {checkpoint} are not those that its {MARK} speaks of: {names}")
     tokenizer = tokenizer or (Path(flags["tokenizer"]) if flags["tokenizer"] else None)
     if adapter is None and adapter_only:
         raise UserError(f"{checkpoint} is of a full fine-tuning and has no adapter: leave --adapter-only out")

@@ -19,7 +19,7 @@ from torch.serialization import set_default_mmap_options, skip_data
 from tqdm import tqdm
 
 from minillama.errors import UserError
-from minillama.files import read_json
+from minillama.files import misfit, read_json
 from minillama.model import LlamaConfig
 
 PIECE_BYTES = 32 * 2**20
@@ -41,6 +41,13 @@ BLOCK = {
     "input_layernorm": ("attention_norm", None),
     "post_attention_layernorm": ("ffn_norm", None),
 }
+
+PARAMS = {
+    **dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads"), int),
+    **dict.fromkeys(("norm_eps", "rope_theta", "rope_scaling_factor", "low_freq_factor", "high_freq_factor"), float),
+    "use_scaled_rope": bool,
+}
+"""What we read of params.json, where it is there"""
 
 
 class Weights(Protocol):
@@ -170,15 +177,24 @@ def _load(file: Path) -> dict[str, Tensor]:
 def read_meta_config(folder: Path) -> LlamaConfig:
     """The config that params.json and the tensors' shapes say. Raises UserError for what they leave open."""
     file = folder / "params.json"
-    params, parts = read_json(file), _parts(folder)
+    params, parts = {key: value for key, value in read_json(file).items() if value is not None}, _parts(folder)
     if missing := [name for name in ("dim", "n_layers", "n_heads", "norm_eps") if name not in params]:
         raise UserError(f"{file} lacks {', '.join(missing)}")
+    kinds = {name: kind for name, kind in PARAMS.items() if name in params}
+    problem = misfit(params, kinds, str(file))
+    problem = problem or next((f"{file}: {name} is {params[name]}" for name in kinds if params[name] < 0), None)
+    if problem or not all(params[name] for name in ("dim", "n_layers", "n_heads")):
+        raise UserError(f"{problem or f'{file} has sizes of 0'}, where something else belongs")
+    layers = len({name.split(".")[1] for name in parts[0] if name.startswith("layers.")})
+    if params["n_layers"] > layers:
+        raise UserError(f"{file} has n_layers {params['n_layers']}, and the weights are of {layers} layers")
     width, heads = params["dim"], params["n_heads"]
     first = parts[0]
     try:
         head, inner = first["output.weight"], first["layers.0.feed_forward.w1.weight"]
         query_rows = first["layers.0.attention.wq.weight"].shape[0] * len(parts)
-    except KeyError as error:
+        tied = all(_same(part["tok_embeddings.weight"], part["output.weight"]) for part in parts)
+    except (KeyError, IndexError) as error:
         where = folder / "consolidated.00.pth"
         if error.args[0] == "output.weight" and "tok_embeddings.weight" in first:
             raise UserError(
@@ -218,7 +234,7 @@ def read_meta_config(folder: Path) -> LlamaConfig:
         rms_norm_eps=params["norm_eps"],
         rope_theta=theta,
         rope_scaling=scaling,
-        tie_word_embeddings=all(_same(part["tok_embeddings.weight"], part["output.weight"]) for part in parts),
+        tie_word_embeddings=tied,
     )
 
 

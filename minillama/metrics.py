@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from minillama.distributed import all_reduce, rank
 from minillama.errors import UserError
+from minillama.files import misfit
 from minillama.model import Llama
 from minillama.packing import Batch
 from minillama.profiling import matmul_rate, peak_memory_gib, step_flops
@@ -44,6 +45,9 @@ class LogConfig:
         for name in ("tensorboard", "wandb"):
             if getattr(self, name) and find_spec(name) is None:
                 raise UserError(f'--log.{name} needs the package: pip install "minillama[{name}]"')
+
+
+LOSSES = {"loss", "eval_loss"}
 
 
 class Metrics:
@@ -217,10 +221,12 @@ def _unwritable(file: Path | str, error: OSError) -> str:
 def _reopen(file: Path, start: "Progress") -> BinaryIO:
     """metrics.jsonl, to be appended to: without what a run wrote after the checkpoint that it now goes on from."""
     kept = []
-    for text in file.read_text().splitlines() if file.exists() else ():
+    for text in file.read_text(errors="replace").splitlines() if file.exists() else ():
         try:
             line = json.loads(text)
-        except ValueError:  # cut off when the run was killed
+        except (ValueError, RecursionError):  # cut off when the run was killed
+            continue
+        if misfit(line, {"step": int}, ""):  # none of ours
             continue
         if line["step"] < start.step or (line["step"] == start.step and ("loss" in line or not start.evaluate)):
             kept.append(text + "\n")
@@ -235,14 +241,18 @@ def _reopen(file: Path, start: "Progress") -> BinaryIO:
 
 def read_metrics(file: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """The lines of metrics.jsonl: (those of steps, those of evaluations). Raises UserError for one that is cut off."""
-    lines = []
-    for number, text in enumerate(file.read_text().splitlines(), 1):
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(file.read_text(errors="replace").splitlines(), 1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        shape = {"step": int} | {name: (None, float) for name in LOSSES if isinstance(line, dict) and name in line}
+        if misfit(line, shape, ""):
             raise UserError(
-                f"{file}, line {number} is not JSON: was the run that wrote it killed? drop the line"
-            ) from None
+                f"{file}, line {number} is none of a run's: was the run that wrote it killed? drop the line"
+            )
+        lines.append(line)
     return [line for line in lines if "loss" in line], [line for line in lines if "eval_loss" in line]
 
 

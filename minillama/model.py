@@ -5,6 +5,7 @@ Needs torch alone. Knows nothing of ranks, devices, adapters or flags: those act
 Shapes: B batch, T tokens, C width (hidden_size), H query heads, K key-value heads, D head width, V vocabulary.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -21,6 +22,8 @@ from minillama.errors import UserError
 from minillama.loss import Targets, linear_cross_entropy
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+LARGEST = 2**24
+"""Of each size, so that no product of them overflows."""
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -58,6 +61,10 @@ class LlamaConfig:
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         assert self.num_key_value_heads and self.head_dim
+        sizes = {name: getattr(self, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+        sizes["num_attention_heads * head_dim"] = self.num_attention_heads * self.head_dim
+        if large := [f"{name} {size}" for name, size in sizes.items() if size > LARGEST]:
+            raise UserError(f"{', '.join(large)}: no Llama is that large, {LARGEST} is the most that is built")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
@@ -81,9 +88,9 @@ class LlamaConfig:
 
         Raises UserError, naming the field, for what this model cannot compute.
         """
-        architectures = config.get("architectures") or []
-        if "LlamaForCausalLM" not in architectures:
-            found = f'"{architectures[0]}"' if architectures else "none"
+        architectures, model_type = config.get("architectures") or [], config.get("model_type", "llama")
+        if not isinstance(architectures, list) or "LlamaForCausalLM" not in architectures or model_type != "llama":
+            found = f"{json.dumps(architectures):.80}, model_type {json.dumps(model_type):.80}"
             raise UserError(
                 f'the architecture is not supported: "architectures" must hold "LlamaForCausalLM", found {found}'
             )
@@ -97,13 +104,17 @@ class LlamaConfig:
             value = values.get(field.name)
             if kind not in (int, float, bool, str) or value is None:
                 continue
-            if type(value) not in ((int, float) if kind is float else (kind,)) or (kind in (int, float) and value <= 0):
+            kinds = (int, float) if kind is float else (kind,)
+            if type(value) not in kinds or (kind in (int, float) and not 0 < value < 2**63):
                 raise UserError(f"the model's config has {field.name} = {value!r}, where a {kind.__name__} belongs")
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # where both are: as transformers
         if not isinstance(rope, dict):
             raise UserError(f"the model's config has the RoPE settings {rope!r}, which are no object")
         rope = dict(rope)
-        values["rope_theta"] = float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
+        theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        if type(theta) not in (int, float) or not 0 < theta < 2**63:
+            raise UserError(f"the model's config has rope_theta = {theta!r:.80}, where a number belongs")
+        values["rope_theta"] = float(theta)
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise UserError("partial_rotary_factor is not supported: Llama rotates the whole head")
         if "type" in rope:  # the key's older name

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from minillama.cache import open_packed, prepare, prepare_evaluation
-from minillama.checkpoint import Checkpoint, CheckpointConfig, find_checkpoint, has_checkpoint, saved_steps
+from minillama.checkpoint import CheckpointConfig
 from minillama.datasets import DataConfig, check_vocabulary, load_collator
 from minillama.distributed import Device, FsdpConfig, all_reduce, on_each_node, on_rank_zero, say
 from minillama.errors import UserError
@@ -36,6 +36,7 @@ from minillama.optim import OptimConfig
 from minillama.packing import Packed
 from minillama.precision import choose_precision
 from minillama.profiling import MFU_FORMULA, ProfileConfig, count_parameters
+from minillama.resume import Checkpoint, find_checkpoint, has_checkpoint, saved_steps
 from minillama.tokenizer import load_tokenizer
 from minillama.train import EvalConfig, Progress, TrainConfig, count_steps
 
@@ -333,7 +334,7 @@ def saved_flags(config_class: type[Config]) -> Config | None:
         if others := (hints - shared) ^ (flags.keys() - shared):
             raise UserError(f"--config {file} is of another recipe: only one of the two has --{min(others)}")
         return build(config_class, flags, "")
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"--config {file} is not the run.json of a run ({error!r})") from None
 
 

@@ -60,6 +60,15 @@ class Tokenizer:
     ) -> None:
         self._engine = engine
         self._where = where
+        for text in names.get("special_tokens", ()):  # also those that stand in the vocabulary like any other
+            if text not in special and (id_ := engine.id_of(text)) is not None:
+                special[text] = {"id": id_}
+        if wrong := [
+            text for text, token in special.items() if not (text and type(token["id"]) is int and token["id"] >= 0)
+        ]:
+            raise UserError(
+                f"{where}: the added token {wrong[0]!r} has the id {special[wrong[0]]['id']!r}; mend the files"
+            )
         self._special = {text: token["id"] for text, token in special.items()}
         self._special_text = {id_: text for text, id_ in self._special.items()}
         self._hidden = {token["id"] for token in special.values() if token.get("special", True)}
@@ -219,7 +228,10 @@ def load_tokenizer(path: str | Path, *, day: date | None = None) -> Tokenizer:
             f"{path}: no such file or folder; give a checkpoint's folder, tokenizer.json or tokenizer.model"
         )
     day = day or date.today()
-    tokenizer = _read_tokenizer(path, day)
+    try:
+        tokenizer = _read_tokenizer(path, day)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError, OSError) as error:
+        raise UserError(f"{path}: its tokenizer's files are damaged ({error!r:.200}); download them again") from None
     tokenizer.path = path
     digest = hashlib.blake2b(digest_size=16)
     for file in [path] if path.is_file() else []:
@@ -293,7 +305,7 @@ def _from_json(path: Path, data: dict[str, Any], names: dict[str, Any], day: dat
         raise UserError(f"{path}: the normalizer {normalizer.get('type')} is not supported, only NFC")
     pattern = _pattern(path, data["pre_tokenizer"])
 
-    added = {token["content"]: token for token in data.get("added_tokens", [])} | names["added_tokens"]
+    added = {token["content"]: token for token in data.get("added_tokens", [])}
     byte_of = _byte_alphabet()
     # tiktoken merges by the rank of the result, so ranks follow the order of the merges, whatever the ids are.
     ranked = {char: vocab[char] for char in byte_of if char in vocab}
@@ -316,6 +328,12 @@ def _from_json(path: Path, data: dict[str, Any], names: dict[str, Any], day: dat
         raise UserError(
             f"{path}: ignore_merges with tokens that no merge makes is not supported: {[*unmerged.values()][:5]}"
         )
+    following = len(vocab)
+    for text, token in added.items():  # to which `tokenizers` gives ids one after the other, whatever the file says
+        if token["id"] != vocab.get(text, following):
+            raise UserError(f"{path}: the added token {text!r} has the id {token['id']!r}, the next one is {following}")
+        following = max(following, token["id"] + 1)
+    added |= names["added_tokens"]
     tokens = [bytes(byte_of[char] for char in token) for token in ranked]
     try:
         engine = _BytePair(tokens, list(ranked.values()), pattern, nfc=normalizer is not None)
@@ -410,7 +428,9 @@ class _BytePair:
         return b"".join(self.bytes_of.get(id_, b"\xff") for id_ in ids).decode(errors="replace")
 
     def id_of(self, token: str) -> int | None:
-        return next((id_ for id_, content in self.bytes_of.items() if content == token.encode()), None)
+        byte_of = _byte_alphabet()  # in which the vocabulary is written
+        content = bytes(byte_of[char] for char in token) if set(token) <= byte_of.keys() else token.encode()
+        return next((id_ for id_, one in self.bytes_of.items() if one == content), None)
 
 
 class _SentencePiece:

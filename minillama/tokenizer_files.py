@@ -17,14 +17,17 @@ Space = Literal["each", "always", "first", "never"]
 
 def read_names(folder: Path) -> dict[str, Any]:
     """What the files beside the vocabulary say: special tokens by role, added tokens, the chat template."""
+    files = {file: read_json(folder / file) for file in NAMES if (folder / file).exists()}
+    # As transformers has it: what older files say counts only where tokenizer_config.json has no added_tokens_decoder.
+    legacy = "added_tokens_decoder" not in files.get("tokenizer_config.json", {})
+    order = (*NAMES[:2], "tokenizer_config.json", "special_tokens_map.json") if legacy else NAMES
     names: dict[str, Any] = {}
-    for file in NAMES:
-        if (folder / file).exists():
-            names |= {key: value for key, value in read_json(folder / file).items() if value is not None}
+    for file in order:
+        names |= {key: value for key, value in files.get(file, {}).items() if value is not None}
     added = {
         token["content"]: {"id": int(id_), **token} for id_, token in names.get("added_tokens_decoder", {}).items()
     }
-    if (folder / "added_tokens.json").exists():
+    if legacy and (folder / "added_tokens.json").exists():
         added = {text: {"id": id_} for text, id_ in read_json(folder / "added_tokens.json").items()} | added
     roles = ("bos_token", "eos_token", "pad_token", "bos_token_id", "eos_token_id", "add_bos_token")
     found = {key: names[key] for key in (*roles, "tokenizer_class", "legacy", "add_prefix_space") if key in names}
@@ -32,9 +35,11 @@ def read_names(folder: Path) -> dict[str, Any]:
     tokens = {key: value for key, value in names.items() if key.endswith("_token")} | (
         extra if isinstance(extra, dict) else {}
     )
-    tokens = {key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()}
+    tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in tokens.items()}
+    special = (tokens.get(f"{role}_token") for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
     return found | {
         "added_tokens": added,
+        "special_tokens": [text for text in special if isinstance(text, str)],
         "templates": _templates(folder, names.get("chat_template")),
         "named_tokens": {key: text for key, text in tokens.items() if isinstance(text, str)},
     }

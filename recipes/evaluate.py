@@ -30,6 +30,7 @@ from minillama.distributed import (
 )
 from minillama.errors import UserError
 from minillama.files import write_json
+from minillama.help import filled
 from minillama.hf import read_config
 from minillama.hub import find_model
 from minillama.inference import Dtype, find_stop_ids, load_model
@@ -194,5 +195,5 @@ if __name__ == "__main__":
     sys.path = [path for path in sys.path if Path(path).resolve() != here]
     with user_errors():
         with quiet_but_on_rank_zero():
-            flags = tyro.cli(Config)
+            flags = tyro.cli(filled(Config))
         main(flags)

@@ -28,6 +28,7 @@ from minillama.distributed import (
 )
 from minillama.errors import UserError
 from minillama.generate import check_settings, stream
+from minillama.help import filled
 from minillama.hf import read_config
 from minillama.hub import find_model
 from minillama.inference import Dtype, find_stop_ids, load_model
@@ -205,5 +206,5 @@ def ask() -> str:
 if __name__ == "__main__":
     with user_errors():
         with quiet_but_on_rank_zero():
-            flags = tyro.cli(Config)
+            flags = tyro.cli(filled(Config))
         main(flags)

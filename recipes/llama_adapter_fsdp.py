@@ -31,6 +31,7 @@ from minillama.distributed import (
     user_errors,
 )
 from minillama.errors import UserError
+from minillama.help import filled
 from minillama.hf import check_weights, load_weights, read_config
 from minillama.hub import find_model, model_name
 from minillama.kernels import choose_kernels, compile_blocks
@@ -156,5 +157,5 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     with user_errors():
         with quiet_but_on_rank_zero():
-            flags = tyro.cli(Config, default=saved_flags(Config))
+            flags = tyro.cli(filled(Config), default=saved_flags(Config))
         main(flags)

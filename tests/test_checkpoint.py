@@ -1,13 +1,13 @@
 """Checkpoints: what is saved is what is loaded, whole or not at all, whatever happens to the files or the processes."""
 
+import errno
 import json
 import os
-import pickle
 import resource
 import shutil
 import signal
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -19,7 +19,8 @@ from test_packing import documents_of
 from torch.distributed.tensor import DTensor
 
 import minillama.checkpoint as checkpoint_module
-from minillama.checkpoint import MARK, Checkpoint, CheckpointConfig, Checkpoints, IndexReader, _hash_of, find_checkpoint
+import minillama.resume as resume_module
+from minillama.checkpoint import CheckpointConfig, Checkpoints
 from minillama.distributed import FsdpConfig, initialise, make_mesh, materialise, set_dtypes, shard
 from minillama.errors import UserError
 from minillama.hf import load_weights, read_config
@@ -27,10 +28,12 @@ from minillama.lora import LoraConfig, apply_lora
 from minillama.model import Llama
 from minillama.optim import LossScaler, OptimConfig, make_optimizer
 from minillama.packing import collate, pack
+from minillama.resume import MARK, Checkpoint, find_checkpoint, hash_of
 from minillama.run import RunConfig, Start
 from minillama.train import EvalConfig, Progress, Step, train_step
 
 SYNC = CheckpointConfig(async_save=False, keep=0)
+LORA = LoraConfig(dropout=0.1, targets=("q_proj", "down_proj"))
 
 
 @dataclass
@@ -61,12 +64,12 @@ class Training:
         }
 
 
-def training(folder, out, fsdp=None, kind="adamw", checkpoint=SYNC, seed=0, rank=8):
+def training(folder, out, fsdp=None, kind="adamw", checkpoint=SYNC, seed=0, rank=8, norm=True):
     fsdp = fsdp or FsdpConfig(strategy="full-shard", precision="fp32")
     with torch.device("meta"):
         model = Llama(read_config(folder)).requires_grad_(False)
-        model.model.norm.requires_grad_(True)
-    apply_lora(model, LoraConfig(rank=rank, dropout=0.1, targets=("q_proj", "down_proj")))
+        model.model.norm.requires_grad_(norm)
+    apply_lora(model, replace(LORA, rank=rank))
     set_dtypes(model, fsdp)
     shard(model, make_mesh(fsdp, "cpu"), fsdp)
     materialise(model, "cpu")
@@ -220,10 +223,10 @@ def test_when_a_checkpoint_is_due():
 # Damage
 
 
-def make_two(mesh, folder, out):
+def make_two(mesh, folder, out, **settings):
     for saved_as in ("sharded", "full"):
         checkpoint = CheckpointConfig(async_save=False, format=saved_as)
-        run = training(folder, out / saved_as, checkpoint=checkpoint)
+        run = training(folder, out / saved_as, checkpoint=checkpoint, **settings)
         with run.checkpoints() as checkpoints:
             checkpoints.save(Progress(window=2, step=1))
             run.step()
@@ -245,7 +248,8 @@ def damage(folder, random):
     elif way == "grown":
         content += b"\0"
     elif way == "swapped":
-        content = bytearray((folder.with_name("step-00000001") / name).read_bytes())
+        other = (folder.with_name("step-00000001") / name).read_bytes()
+        way, content = ("swapped", bytearray(other)) if other != content else ("grown", content + b"\0")
     elif way == "edited":
         name, file = MARK, folder / MARK
         content = bytearray(file.read_bytes().replace(b'"step": 2', b'"step": 3'))
@@ -285,12 +289,45 @@ def test_a_hundred_damaged_checkpoints_are_refused_by_name(tiny_folder, tmp_path
     }
 
 
-class Harmful:
-    def __init__(self, path):
-        self.path = path
+def find_on_a_slow_disk(mesh, out):
+    """A disk that machines share, which rank 1 does not see, or cannot read, for a while or for ever."""
+    resume_module.WAITS = (0, 0, 0)
+    real = resume_module._unseen, resume_module.described
+    said = {}
+    for name, what, failures in (
+        ("seen late", "_unseen", 2),
+        ("never seen", "_unseen", 10**9),
+        ("read late", "described", 2),
+        ("never read", "described", 10**9),
+    ):
+        left, function = failures, real[what == "described"]
 
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        def failing(file, function=function, what=what):
+            nonlocal left
+            if dist.get_rank() == 1 and left > 0 and (what == "described" or file.name == ".metadata"):
+                left -= 1
+                if what == "_unseen":
+                    return resume_module.ABSENT
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(file))
+            return function(file)
+
+        setattr(resume_module, what, failing)
+        try:
+            said[name] = found(out / "sharded").progress.step
+        except UserError as error:
+            said[name] = str(error)
+        resume_module._unseen, resume_module.described = real
+        assert dist.get_rank() == 0 or left == 0 or failures > 2, "it was not tried again"
+    return said
+
+
+def test_what_one_rank_cannot_see_or_read_is_not_damaged(tiny_folder, tmp_path):
+    run_ranks(make_two, 2, tiny_folder, tmp_path)
+    first, second = run_ranks(find_on_a_slow_disk, 2, tmp_path)
+    assert first == second and first["seen late"] == first["read late"] == 2
+    assert "step-00000002/.metadata cannot be read on rank 1 (not there)" in first["never seen"]
+    assert "cannot be read on rank 1 (Stale file handle)" in first["never read"]
+    assert not list((tmp_path / "sharded/checkpoints").glob("*.damaged"))
 
 
 def load_wrong_ones(mesh, folder, out):
@@ -324,19 +361,10 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_folder, tmp_path):
     assert "model: model.norm.weight is missing; more is not part of this run" in said[-1]
 
 
-def test_an_index_that_would_run_code_is_not_loaded(tmp_path):
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(Harmful(tmp_path / "harm")))
-    with pytest.raises(pickle.UnpicklingError, match="mkdir, which has no place in an index"):
-        IndexReader(tmp_path).read_metadata()
-    assert not (tmp_path / "harm").exists()
-    pickle.loads((tmp_path / ".metadata").read_bytes())
-    assert (tmp_path / "harm").exists()  # it would have
-
-
 def test_the_hash_of_the_mark_covers_every_number():
     content = {"progress": {"step": 2}, "files": {"a": {"bytes": 1}}, "best": [0.1, 2]}
-    assert _hash_of(json.loads(json.dumps(content))) == _hash_of(content)
-    assert _hash_of(content | {"progress": {"step": 3}}) != _hash_of(content)
+    assert hash_of(json.loads(json.dumps(content))) == hash_of(content)
+    assert hash_of(content | {"progress": {"step": 3}}) != hash_of(content)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from test_model import hf_twin
 from minillama.adapters import load_adapter, load_adapter_weights, peft_config, save_adapter, vllm_refusals
 from minillama.distributed import FsdpConfig, like, local, materialise, set_dtypes, shard
 from minillama.errors import UserError
-from minillama.hf import from_pretrained, load_weights, read_config, save_pretrained
+from minillama.hf import INDEX, from_pretrained, load_weights, read_config, save_pretrained
 from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.lora import LoraConfig, apply_lora, merge_lora
 from minillama.model import Llama
@@ -122,8 +122,55 @@ def test_bad_folders(tmp_path):
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"model.safetensors cannot be read, it may be truncated"):
         from_pretrained(folder)
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "a.safetensors"}}')
-    with pytest.raises(UserError, match=r"names files that are not there: a.safetensors"):
+    (folder / "model.safetensors").unlink()
+    for file, message in (
+        ("a.safetensors", "names files that are not there: a.safetensors"),
+        ("../a.safetensors", r"names '../a.safetensors': only \*.safetensors in the folder itself are read"),
+        ("/a.safetensors", "names '/a.safetensors': only"),
+        ("..", "names '..': only"),
+        ("config.json", "names 'config.json': only"),
+        (["a.safetensors"], "names .'a.safetensors'.: only"),
+    ):
+        (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+        with pytest.raises(UserError, match=message):
+            from_pretrained(folder)
+
+
+def test_a_single_file_counts_before_an_index(tmp_path, monkeypatch, capsys):
+    """As in transformers: the index may be of older shards, there or not."""
+    older = save_folder(random_model(1), tmp_path / "older")
+    monkeypatch.setattr("minillama.hf.MAX_FILE_BYTES", 100_000)
+    save_pretrained(from_pretrained(older), tmp_path / "both", older)
+    index = tmp_path / "both" / INDEX
+    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    assert len(shards) > 1
+    assert_same(parameters(from_pretrained(tmp_path / "both")), parameters(random_model(1)))
+    save_folder(random_model(2), tmp_path / "both")
+    capsys.readouterr()
+    for _ in range(2):
+        assert_same(parameters(from_pretrained(tmp_path / "both")), parameters(random_model(2)))
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "both")
+        assert_same(parameters(theirs), parameters(random_model(2)))
+        for file in shards:
+            (tmp_path / "both" / file).unlink(missing_ok=True)
+    said = capsys.readouterr().out
+    assert said.count("holds model.safetensors and model.safetensors.index.json: model.safetensors is read") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000, and they are of 3 layers"),
+        ({"vocab_size": 2**60}, "vocab_size 1152921504606846976: no Llama is that large"),
+        ({"num_attention_heads": 2**22, "head_dim": 64}, r"num_attention_heads \* head_dim 268435456: no Llama"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan, where a float belongs"),
+        ({"model_type": "mistral"}, "architecture is not supported"),
+    ],
+    ids=str,
+)
+def test_a_config_of_another_size_is_refused_before_a_model_is_built(tmp_path, changes, message):
+    folder = save_folder(random_model(), tmp_path, **changes)
+    with pytest.raises(UserError, match=message):
         from_pretrained(folder)
 
 
@@ -205,7 +252,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         load_adapter(random_model(num_hidden_layers=4), tmp_path / "a")
     with pytest.raises(UserError, match=r"shape \[4, 32\], not \[4, 64\]"):
         load_adapter(random_model(hidden_size=64), tmp_path / "a")
-    with pytest.raises(UserError, match=r"adapter folder .* does not exist"):
+    with pytest.raises(UserError, match=r"adapter .* does not exist"):
         load_adapter(random_model(), tmp_path / "b")
     settings = json.loads((tmp_path / "a/adapter_config.json").read_text())
     for change, named in (

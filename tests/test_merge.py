@@ -216,7 +216,7 @@ def test_a_full_checkpoint_is_the_model_that_the_run_left(train, tmp_path, small
     export_checkpoint(checkpoint, tmp_path / "again", tmp_path / "moved")
     file = next(checkpoint.glob("__1_*.distcp"))
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"is not a sound checkpoint: __1_0.distcp has \d+ bytes"):
+    with pytest.raises(UserError, match=r"is not a sound checkpoint, give another: __1_0.distcp has \d+ bytes"):
         export_checkpoint(checkpoint, tmp_path / "x", tmp_path / "moved")
     assert not list(tmp_path.glob("x*"))
 

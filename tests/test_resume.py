@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from test_packing import of_packs
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from minillama.checkpoint import find_checkpoint
 from minillama.datasets import DataConfig
 from minillama.distributed import FsdpConfig
 from minillama.errors import UserError
@@ -28,7 +27,8 @@ from minillama.lora import LoraConfig
 from minillama.metrics import _reopen
 from minillama.model import Llama
 from minillama.optim import OptimConfig
-from minillama.run import RunConfig, compare_flags, find_start, load_data, start_run
+from minillama.resume import find_checkpoint
+from minillama.run import RunConfig, compare_flags, find_start, load_data, start_run, with_date
 from minillama.train import Progress, TrainConfig, count_steps, steps
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -232,6 +232,7 @@ def resume_each(mesh, base, changes):
     """What start_run says to each of these changed flags."""
     with torch.device("meta"):
         model = Llama(read_config(base.model))
+    base = replace(base, data=with_date(base.data, find_start(base)))
     said = []
     for change in changes:
         config = replace(base, **change)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import run_ranks, run_script
 
-from minillama.checkpoint import Checkpoint
 from minillama.datasets import DataConfig
 from minillama.errors import UserError
 from minillama.lora import LoraConfig
 from minillama.optim import OptimConfig
+from minillama.resume import Checkpoint
 from minillama.run import saved_flags, with_date
 from minillama.tokenizer import load_tokenizer
 

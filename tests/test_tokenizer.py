@@ -277,8 +277,9 @@ def test_where_sentencepiece_puts_a_space(tmp_path, settings, change, expected):
 def test_sentencepiece_added_tokens_and_its_json(tmp_path):
     write_sentencepiece(tmp_path)
     unlike = Tokenizer(models.BPE(vocab={"<unk>": 0, "a": 1}, merges=[], unk_token="<unk>", byte_fallback=True))
-    write_json(tmp_path, unlike, pad_token="<pad>", added_tokens_decoder={"420": {"content": "<pad>"}})
-    (tmp_path / "added_tokens.json").write_text('{"<pad>": 420, "<mine>": 421}')
+    added = {"420": {"content": "<pad>"}, "421": {"content": "<mine>"}}
+    write_json(tmp_path, unlike, pad_token="<pad>", added_tokens_decoder=added)
+    (tmp_path / "added_tokens.json").write_text('{"<pad>": 420, "<older>": 422}')  # does not count beside the decoder
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.pad_id, tokenizer.vocab_size) == (420, 422)
     assert tokenizer.encode("<mine>") == [421]

@@ -500,6 +500,7 @@ if __name__ == "__main__":
     import tyro
 
     from minillama.distributed import user_errors
+    from minillama.help import filled
 
     with user_errors():
-        main(tyro.cli(Bench, description=__doc__))
+        main(tyro.cli(filled(Bench), description=__doc__))

@@ -26,6 +26,7 @@ from minillama.distributed import (
     shard,
     user_errors,
 )
+from minillama.help import filled
 from minillama.model import Llama, LlamaConfig
 from minillama.optim import OptimConfig, make_optimizer
 from minillama.packing import Batch
@@ -98,4 +99,4 @@ def measure(cost: Cost) -> None:
 
 if __name__ == "__main__":
     with user_errors():
-        measure(tyro.cli(Cost))
+        measure(tyro.cli(filled(Cost)))

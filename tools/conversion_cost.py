@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from minillama.adapters import peft_config, peft_name, write_adapter
 from minillama.checkpoint import CheckpointConfig, Checkpoints
 from minillama.distributed import process_group, user_errors
+from minillama.help import filled
 from minillama.hf import adapter_parameters, from_pretrained, read_config, weights_fingerprint
 from minillama.lora import LoraConfig, apply_lora
 from minillama.model import Llama
@@ -135,4 +136,4 @@ def main(cost: Cost) -> None:
 
 if __name__ == "__main__":
     with user_errors():
-        main(tyro.cli(Cost))
+        main(tyro.cli(filled(Cost)))

@@ -19,15 +19,16 @@ import numpy as np
 import torch
 import tyro
 
-from minillama.checkpoint import saved_steps
 from minillama.distributed import user_errors
 from minillama.errors import UserError
 from minillama.files import check_unused, folder_size, new_folder, size_text, write_json
+from minillama.help import filled
 from minillama.hf import check_weights, companions, copy_files, read_config, write_hf, write_model
 from minillama.hub import find_model
 from minillama.merge import export_checkpoint
 from minillama.meta import interleaved, is_meta_folder, write_meta
 from minillama.model import Llama
+from minillama.resume import saved_steps
 from minillama.tokenizer_json import added_token, bos_first, tokenizer_json
 
 LLAMA3_SPLIT = (
@@ -62,7 +63,7 @@ def convert_checkpoint(
     check_unused(target, source)
     source = find_model(source)
     if not source.exists():
-        raise UserError(f"{source}: no such file or folder")
+        raise UserError(f"{source}: no such file or folder: give a folder, a GGUF file, or ORG/NAME of the hub")
     if source.name == "checkpoints" and (steps := saved_steps(source.parent)):
         raise UserError(f"{source} holds a run's checkpoints: give one of them, the newest is {steps[max(steps)]}")
     is_run = (source / "checkpoint.json").exists()
@@ -128,7 +129,7 @@ def open_gguf(source: Path) -> Any:
         raise UserError(f"{source}: no such file")
     with source.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise UserError(f"{source} is not a GGUF file")
+            raise UserError(f"{source} is not a GGUF file: give a folder, or a file of that format")
     try:
         return gguf.GGUFReader(source)
     except (ValueError, IndexError):
@@ -388,4 +389,4 @@ def shortest(value: float) -> float:
 
 if __name__ == "__main__":
     with user_errors():
-        tyro.cli(convert_checkpoint)
+        tyro.cli(filled(convert_checkpoint))

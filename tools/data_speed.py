@@ -21,6 +21,7 @@ import tyro
 from minillama.cache import open_packed, prepare
 from minillama.datasets import DataConfig, Source, encode_rows
 from minillama.distributed import user_errors
+from minillama.help import filled
 from minillama.packing import collate
 from minillama.rows import read_rows
 from minillama.tokenizer import load_tokenizer
@@ -149,4 +150,4 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     with user_errors():
-        main(tyro.cli(Config, description=__doc__))
+        main(tyro.cli(filled(Config), description=__doc__))

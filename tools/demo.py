@@ -27,6 +27,7 @@ import minillama
 from minillama.datasets import BUNDLED
 from minillama.distributed import user_errors
 from minillama.errors import UserError
+from minillama.help import filled
 
 ROOT = Path(__file__).parents[1]
 MODEL = Path("models/SmolLM2-135M-Instruct")
@@ -177,4 +178,4 @@ def say(number: int, text: str) -> None:
 
 if __name__ == "__main__":
     with user_errors():
-        tyro.cli(demo)
+        tyro.cli(filled(demo))

@@ -22,6 +22,7 @@ import tyro
 from minillama.distributed import user_errors
 from minillama.errors import UserError
 from minillama.files import size_text
+from minillama.help import filled
 from minillama.hub import HUB_ID, SMALL_FILES, check_found, explained, weight_files
 
 FILES_AT_ONCE = 4
@@ -73,8 +74,9 @@ def download(
 
 
 def find_weights(repo: str, listed: dict[str, Any], folder: Path) -> list[str]:
-    patterns = weight_files(folder, repo)
-    names = [name for name in listed if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    kinds = weight_files(folder, repo)
+    found = [[name for name in listed if any(fnmatchcase(name, pattern) for pattern in kind)] for kind in kinds]
+    names = next(filter(None, found), [])
     check_found(repo, names)
     return names
 
@@ -145,4 +147,4 @@ def is_right(path: Path, file: Any) -> bool:
 
 if __name__ == "__main__":
     with user_errors():
-        tyro.cli(download)
+        tyro.cli(filled(download))

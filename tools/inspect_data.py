@@ -20,6 +20,7 @@ from rich.text import Text
 from minillama.cache import open_packed, prepare, refused_rows
 from minillama.datasets import FIELDS, DataConfig, training_sources
 from minillama.distributed import user_errors
+from minillama.help import filled
 from minillama.hub import find_model
 from minillama.packing import Packed
 from minillama.permutation import permuted
@@ -122,4 +123,4 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     with user_errors():
-        main(tyro.cli(Config, description=__doc__))
+        main(tyro.cli(filled(Config), description=__doc__))

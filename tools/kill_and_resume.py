@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from minillama.distributed import user_errors
+from minillama.help import filled
 
 MEASURED = {"tokens_per_s", "tflops", "mfu", "peak_memory_gib", "data_wait_s"}
 
@@ -152,4 +153,4 @@ def main(args: Kills) -> None:
 
 if __name__ == "__main__":
     with user_errors():
-        main(tyro.cli(Kills))
+        main(tyro.cli(filled(Kills)))

@@ -30,6 +30,7 @@ from minillama.distributed import (
     shard,
     user_errors,
 )
+from minillama.help import filled
 from minillama.hf import load_weights, read_config
 from minillama.lora import LoraConfig, apply_lora
 from minillama.model import Llama
@@ -121,5 +122,5 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     with user_errors():
         with quiet_but_on_rank_zero():
-            args = tyro.cli(Args)
+            args = tyro.cli(filled(Args))
         main(args)

@@ -14,6 +14,7 @@ import tyro
 
 from minillama.distributed import user_errors
 from minillama.files import check_unused, folder_size, size_text
+from minillama.help import filled
 from minillama.hub import find_model
 from minillama.merge import merge_adapter
 
@@ -51,4 +52,4 @@ def merge_lora(
 
 if __name__ == "__main__":
     with user_errors():
-        tyro.cli(merge_lora)
+        tyro.cli(filled(merge_lora))

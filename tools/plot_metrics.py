@@ -8,6 +8,7 @@ import tyro
 
 from minillama.distributed import user_errors
 from minillama.errors import UserError
+from minillama.help import filled
 from minillama.metrics import plot_loss
 
 
@@ -30,4 +31,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     with user_errors():
-        main(tyro.cli(Args))
+        main(tyro.cli(filled(Args)))

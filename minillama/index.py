@@ -1,0 +1,88 @@
+"""The index of a sharded checkpoint: in which file, and where in it, the rows of a tensor stand. JSON, which runs nothing.
+
+torch.distributed.checkpoint has an index of its own, the pickle `.metadata`. It is written, so that a checkpoint is one of
+PyTorch's too, but never read: a pickle can run anything, and may send DCP to a torch.load that can too.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from minillama.errors import UserError
+from minillama.files import read_json
+
+INDEX = "index.json"
+"""{tensor: {"dtype", "shape", "parts": [[first row, rows, file, first byte, bytes], ...]}}; a number counts as one row."""
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8)
+}
+
+
+def write_index(folder: Path, metadata: Metadata) -> None:
+    """metadata: what dcp.save returned on rank 0. The tensors are split by rows, if at all."""
+    index = {}
+    for name, tensor in metadata.state_dict_metadata.items():
+        assert isinstance(tensor, TensorStorageMetadata), name
+        parts = []
+        for chunk in tensor.chunks:
+            assert chunk.sizes[1:] == tensor.size[1:], name
+            place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+            row, rows = (chunk.offsets[0], chunk.sizes[0]) if chunk.sizes else (0, 1)
+            if rows:
+                parts.append([row, rows, place.relative_path, place.offset, place.length])
+        dtype = str(tensor.properties.dtype).removeprefix("torch.")
+        index[name] = {"dtype": dtype, "shape": list(tensor.size), "parts": sorted(parts)}
+    with (folder / INDEX).open("w") as file:
+        json.dump(index, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_index(folder: Path) -> Metadata:
+    """The index as DCP has it: tensors alone, whole, each row once, in files of this folder.
+
+    Raises UserError for any other.
+    """
+    sizes = {file.name: file.stat().st_size for file in folder.glob("*.distcp")}
+    described, places = {}, {}
+    for name, entry in read_json(folder / INDEX).items():
+        try:
+            dtype, shape = DTYPES[entry["dtype"]], torch.Size(entry["shape"])
+            chunks, end = [], 0
+            for row, rows, file, start, length in entry["parts"]:
+                if not 0 <= start < start + length <= sizes[file]:
+                    raise ValueError(f"a part that is not in {file}")
+                if row != end or rows < 1:
+                    raise ValueError(f"row {end} is missing")
+                end += rows
+                offsets = torch.Size([row, *[0] * (len(shape) - 1)][: len(shape)])
+                chunks.append(ChunkStorageMetadata(offsets, torch.Size([rows, *shape[1:]][: len(shape)])))
+                places[MetadataIndex(name, offsets)] = _StorageInfo(file, start, length)
+            if min(shape, default=0) < 0 or end != (shape[0] if shape else 1):
+                raise ValueError(f"{end} rows")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"{folder / INDEX} is none that this version wrote, at {name:.80}: {error!r:.80}") from None
+        described[name] = TensorStorageMetadata(TensorProperties(dtype), shape, chunks)
+    return Metadata(described, storage_data=places)  # type: ignore[arg-type]
+
+
+class IndexReader(dcp.FileSystemReader):
+    """DCP's reader, with our index."""
+
+    def read_metadata(self) -> Metadata:
+        metadata = read_index(Path(self.path))
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
