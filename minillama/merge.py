@@ -257,7 +257,10 @@ def check_base(base: Path, adapter: Path) -> None:
     if not named:
         return
     if Path(named).is_dir():
-        same = base.samefile(named) or weights_fingerprint(base) == weights_fingerprint(named)
+        try:
+            same = base.samefile(named) or weights_fingerprint(base) == weights_fingerprint(named)
+        except UserError:  # what has that name here is no model
+            same = False
     else:  # a folder by that name, or the hub's cache of it
         cached = f"models--{named.replace('/', '--')}"
         places = base.absolute(), base.resolve()

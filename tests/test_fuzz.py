@@ -23,6 +23,7 @@ import torch
 import transformers
 from conftest import random_model, run_ranks, save_folder
 from test_checkpoint import LORA, make_two, training
+from test_convert_checkpoint import tiny_llama, tool, write_gguf
 from test_index import forge
 from test_tokenizer import llama3_like
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -479,6 +480,24 @@ def test_files_of_runs(tmp_path, count, monkeypatch):
     fuzz(count(20, 200), "run", change, read)
 
 
+def test_gguf(tmp_path, count):
+    """Its bytes: mostly those of names and settings."""
+    source = tmp_path / "model.gguf"
+    write_gguf(source, tiny_llama(tied=False))
+    content = source.read_bytes()
+
+    def change(rng):
+        changed, places = bytearray(content), []
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            places.append(rng.randrange(rng.choice((64, 2000, 16_000, len(content)))))
+            changed[places[-1]] = rng.choice((0, 1, 2, 255, rng.randrange(256)))
+        source.write_bytes(changed[: rng.randrange(len(content))] if rng.randrange(20) == 0 else changed)
+        shutil.rmtree(tmp_path / "target", ignore_errors=True)
+        return places, [changed[place] for place in places]
+
+    fuzz(count(15, 200), "gguf", change, lambda: tool.convert_gguf(source, tmp_path / "target", torch.float32))
+
+
 ROWS = {
     "samsum": [{"dialogue": "A: hi", "summary": "They part."}],
     "alpaca": [{"instruction": "Say", "input": "it", "output": "so"}, {"instruction": "Say", "output": ""}],
@@ -610,6 +629,6 @@ def load_changed(mesh, folder, out, first, changes):
 
 def test_checkpoint(tiny_folder, tmp_path, count):
     run_ranks(save_adapters, 2, tiny_folder, tmp_path)
-    for first in range(0, count(50, 900), 50):  # each in a process of its own, that ends in time
-        run_ranks(load_changed, 1, tiny_folder, tmp_path, first, 50)
+    for first in range(0, count(25, 900), 25):  # each in a process of its own, that ends in time
+        run_ranks(load_changed, 1, tiny_folder, tmp_path, first, 25)
         shutil.rmtree(tmp_path / "new", ignore_errors=True)

@@ -143,6 +143,7 @@ another model's adapter | merge_lora stranger adapter target | stranger | --any-
 an adapter that is none | merge_lora model train.json target | train.json is no folder | give the adapter/
 no data to look at | inspect_data --model model --data.path none.json | none.json does not exist | .jsonl
 a folder of no run | plot_metrics empty | empty/metrics.jsonl does not exist | --output-dir of a run
+a folder as metrics | plot_metrics folded | folded/metrics.jsonl | Is a directory
 metrics that are cut off | plot_metrics cutoff | metrics.jsonl, line 2 | drop the line
 no name of a repository | download Llama-3.2-1B | Llama-3.2-1B is not ORG/NAME | huggingface.co
 a bench of nothing | bench --steps 0 | --steps 0 | at least 1
@@ -220,10 +221,11 @@ def world(tmp_path_factory):
         "mixed/a.json": "[]",
         "mixed/b.jsonl": "",
         "empty/.nothing": "",
+        "folded/metrics.jsonl/.nothing": "",
         "cutoff/metrics.jsonl": '{"step": 1, "loss": 2}\n{"step"',
     }
     for name, text in files.items():
-        (world / name).parent.mkdir(exist_ok=True)
+        (world / name).parent.mkdir(parents=True, exist_ok=True)
         (world / name).write_text(text)
     (world / "latin.jsonl").write_bytes('{"dialogue": "é", "summary": "b"}'.encode("latin-1"))
     code, said = attempt(

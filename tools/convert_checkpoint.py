@@ -96,19 +96,21 @@ def convert_checkpoint(
 
 def convert_gguf(source: Path, target: Path, dtype: torch.dtype) -> None:
     reader = open_gguf(source)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-
-    config = read_gguf_config(fields, tensors)
-    tokenizer, tokenizer_config = read_tokenizer(fields)
-    config |= {
-        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": end_tokens(fields),
-        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
+    try:
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        config = read_gguf_config(fields, tensors)
+        tokenizer, tokenizer_config = read_tokenizer(fields)
+        config |= {
+            "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": end_tokens(fields),
+            "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
+            "torch_dtype": str(dtype).removeprefix("torch."),
+        }
+        weights = GgufWeights(tensors, config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{source} is damaged, or of a kind that is not known: {error!r:.200}") from None
     generation_config = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    weights = GgufWeights(tensors, config)
     with new_folder(target, mark="config.json") as (folder, on_disk):
         on_disk(write_json, folder / "generation_config.json", generation_config)
         if isinstance(tokenizer, bytes):
@@ -132,7 +134,7 @@ def open_gguf(source: Path) -> Any:
             raise UserError(f"{source} is not a GGUF file: give a folder, or a file of that format")
     try:
         return gguf.GGUFReader(source)
-    except (ValueError, IndexError):
+    except (ArithmeticError, LookupError, ValueError):
         raise UserError(f"{source} is a truncated or damaged GGUF file, or of an unknown version") from None
 
 
@@ -215,6 +217,9 @@ class GgufWeights:
         }
         if not config["tie_word_embeddings"]:
             found["lm_head.weight"] = ("output.weight", [config["vocab_size"], width])
+        layers = len({name.split(".")[1] for name in tensors if name.startswith("blk.")})
+        if config["num_hidden_layers"] > layers:
+            raise UserError(f"the GGUF file says {config['num_hidden_layers']} layers, and has tensors of {layers}")
         for layer in range(config["num_hidden_layers"]):
             for theirs, ours, shape in (
                 ("attn_norm", "input_layernorm", [width]),

@@ -21,7 +21,7 @@ import tyro
 
 from minillama.distributed import user_errors
 from minillama.errors import UserError
-from minillama.files import size_text
+from minillama.files import is_plain, size_text
 from minillama.help import filled
 from minillama.hub import HUB_ID, SMALL_FILES, check_found, explained, weight_files
 
@@ -75,7 +75,8 @@ def download(
 
 def find_weights(repo: str, listed: dict[str, Any], folder: Path) -> list[str]:
     kinds = weight_files(folder, repo)
-    found = [[name for name in listed if any(fnmatchcase(name, pattern) for pattern in kind)] for kind in kinds]
+    there = [name for name in listed if is_plain(name)]
+    found = [[name for name in there if any(fnmatchcase(name, pattern) for pattern in kind)] for kind in kinds]
     names = next(filter(None, found), [])
     check_found(repo, names)
     return names
