@@ -411,50 +411,57 @@ def shard(model: Llama, mesh: DeviceMesh, config: FsdpConfig) -> Llama:
             embedding.set_unshard_in_backward(False)  # it needs only the indices
     group(ends, reshard_after_forward=False)
     group(model)
-    if mesh.size() > 1:  # one process would divide by 1, in two passes more
-        _sum_not_average(model)
+    sum_gradients(model)
     return model
 
 
-def _sum_not_average(model: nn.Module) -> None:
+def sum_gradients(model: nn.Module) -> None:
+    """Has FSDP2 sum the gradients of all processes, whoever sharded the model: by itself it averages them."""
+    # one process would divide by 1, in two passes more; and once is enough
+    if process_count() == 1 or hasattr(model, "gradients_are_summed"):
+        return
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+    model.gradients_are_summed = True  # type: ignore[assignment]
 
 
-def sum_gradients(model: nn.Module) -> int:
-    """Makes sure that a backward adds up the gradients of all processes, however the model was spread over them: by
-    `shard`, a user's own fully_shard, or DistributedDataParallel. Returns by how much the loss must be multiplied for that:
-    1, but the number of processes under DistributedDataParallel, which can only average.
+def summed_gradients(model: nn.Module) -> list[Tensor]:
+    """Of all parameters that have one, after a backward.
 
-    Raises UserError, on every rank, for a trained parameter whose gradient would stay that of some processes.
+    Raises UserError, on every rank, for one that is not summed over all processes.
     """
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if world_size == 1:
-        return 1
-    reshard(model)  # a forward without a backward may have left whole parameters
-    _sum_not_average(model)
+    processes = process_count()
     replicated = model if isinstance(model, DistributedDataParallel) else None
+    gradients = []
     for name, parameter in (replicated.module if replicated else model).named_parameters():
-        if not parameter.requires_grad:
+        gradient = parameter.grad
+        if gradient is None:
             continue
+        gradients.append(gradient)
         problem = None
-        if isinstance(parameter, DTensor):
-            if (size := parameter.device_mesh.size()) != world_size:
-                problem = f"is spread over {size} of the {world_size} processes"
-            elif sum(not placement.is_replicate() for placement in parameter.placements) > 1:
+        if isinstance(gradient, DTensor):
+            if (size := gradient.device_mesh.size()) != processes:
+                problem = f"is spread over {size} of the {processes} processes"
+            elif sum(not placement.is_replicate() for placement in gradient.placements) > 1:
                 problem = "is split along two dimensions of its mesh, and not by samples alone"
-        elif replicated is None or name in replicated.parameters_to_ignore:
-            problem = f"is a plain parameter, of which each of the {world_size} processes would train its own"
-        elif (size := dist.get_world_size(replicated.process_group)) != world_size:
-            problem = f"is shared by {size} of the {world_size} processes"
+        elif replicated and name not in replicated.parameters_to_ignore:
+            if (size := dist.get_world_size(replicated.process_group)) != processes:
+                problem = f"is shared by {size} of the {processes} processes"
+        elif processes > 1:
+            problem = f"is a plain parameter, of which each of the {processes} processes trains its own"
         if problem:
             raise UserError(
-                f"{name} {problem}: its gradient would not be the sum over all. Give the whole model to "
-                "minillama.shard, PyTorch's fully_shard or DistributedDataParallel, over all processes"
+                f"{name} {problem}: its gradient is not the sum over all. Give the whole model to minillama.shard, "
+                "PyTorch's fully_shard or DistributedDataParallel, over all processes"
             )
-    return world_size if replicated else 1
+    return gradients
+
+
+def process_count() -> int:
+    """Processes that train together: 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def reshard(model: nn.Module) -> None:

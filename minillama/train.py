@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
-from minillama.distributed import all_reduce, local, reshard, sum_gradients
+from minillama.distributed import all_reduce, local, process_count, reshard, sum_gradients, summed_gradients
 from minillama.errors import UserError
 from minillama.optim import LossScaler
 from minillama.packing import Batch, Packed, collate
@@ -173,14 +173,15 @@ def train_step(
 
     On several processes the model is what `shard` made, or a user's own fully_shard, whose gradients are from now on
     summed and not averaged, or DistributedDataParallel; without a process group this one is alone. Raises UserError, on
-    every rank, for a trained parameter whose gradient would not be summed over all processes.
+    every rank and with the weights as they were, for a parameter whose gradient is not summed over all processes.
 
     With a scaler, for fp16, the gradients are those of the loss times scaler.scale until they are summed up; a step whose
     norm is not finite is skipped. The norm is one number for all ranks, so they all skip or none does.
     """
     device = micro_batches[0].tokens.device
     scale = scaler.scale if scaler else 1.0
-    factor = sum_gradients(model)
+    sum_gradients(model)
+    factor = process_count() if isinstance(model, DistributedDataParallel) else 1  # it can only average
     trained = torch.full((), float(sum(batch.trained for batch in micro_batches)), device=device)
     _all_reduce(trained)
     trained.clamp_(min=1)
@@ -194,7 +195,7 @@ def train_step(
             (loss * (scale * factor)).backward()
         total += loss.detach()
     _all_reduce(total)
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = summed_gradients(model)
     if scaler:
         _multiply(gradients, 1 / scale)
     norm = gradient_norm(gradients)

@@ -16,7 +16,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from minillama.distributed import FsdpConfig, initialise, local, make_mesh, materialise, set_dtypes, shard
+from minillama.distributed import (
+    FsdpConfig,
+    initialise,
+    local,
+    make_mesh,
+    materialise,
+    set_dtypes,
+    shard,
+    summed_gradients,
+)
 from minillama.errors import UserError
 from minillama.hf import load_weights
 from minillama.lora import LoraConfig, apply_lora
@@ -180,15 +189,6 @@ def of_one_rank(model, mesh):
     return DistributedDataParallel(model, process_group=mesh.get_group("parts"))
 
 
-def split_twice(model, mesh):
-    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("samples", "heads"))
-    for name, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            placements = [Shard(0), Shard(1) if name.endswith("down_proj") else Replicate()]
-            module.register_parameter(own, nn.Parameter(distribute_tensor(parameter.data, mesh, placements)))
-    return model
-
-
 WAYS = {
     "unwrapped": lambda model, mesh: model,
     "DistributedDataParallel": lambda model, mesh: DistributedDataParallel(model),
@@ -198,12 +198,11 @@ WAYS = {
     "shard": lambda model, mesh: shard(model, mesh, FsdpConfig(precision="fp32")),
 }
 REFUSED = {
-    "unwrapped": r"is a plain parameter, of which each of the 2 processes would train its own",
+    "unwrapped": r"is a plain parameter, of which each of the 2 processes trains its own",
     "blocks alone": r"model\.embed_tokens\.weight is a plain parameter",
     "DistributedDataParallel but one": r"model\.layers\.1\.mlp\.up_proj\.weight is a plain parameter",
     "DistributedDataParallel of one process": r"is shared by 1 of the 2 processes",
     "fully_shard over one process": r"is spread over 1 of the 2 processes",
-    "tensor parallel": r"down_proj\.weight is split along two dimensions of its mesh",
 }
 
 
@@ -262,7 +261,7 @@ def refusals(mesh):
     def over_one(model, mesh):
         return fully_sharded(model, init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "parts"))["parts"])
 
-    ways = (WAYS["unwrapped"], blocks_alone, with_ignored, of_one_rank, over_one, split_twice)
+    ways = (WAYS["unwrapped"], blocks_alone, with_ignored, of_one_rank, over_one)
     messages = {}
     for name, spread in zip(REFUSED, ways, strict=True):
         model = spread(random_model(), mesh)
@@ -276,7 +275,14 @@ def refusals(mesh):
     frozen.model.norm.requires_grad_()
     fully_shard(frozen.model.norm)
     train_step(frozen, make_optimizer(frozen.parameters(), OptimConfig()), [batch])
-    return messages
+
+    linear = nn.Linear(4, 4, bias=False)  # as fully_shard and tensor parallelism leave it together
+    two = init_device_mesh("cpu", (1, 2), mesh_dim_names=("samples", "features"))
+    linear.weight = nn.Parameter(distribute_tensor(linear.weight.data, two, [Shard(0), Shard(1)]))
+    linear.weight.grad = torch.zeros_like(linear.weight)
+    with pytest.raises(UserError, match="weight is split along two dimensions of its mesh") as error:
+        summed_gradients(linear)
+    return messages | {"tensor parallel": str(error.value)}
 
 
 def test_a_model_whose_gradients_would_not_meet_is_refused_on_all_ranks():
