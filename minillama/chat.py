@@ -53,6 +53,7 @@ LLAMA3_HEADER_END = "<|end_header_id|>\n\n"
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """What a message's thoughts are called: the first in templates, the others too in data"""
+DEEPEST = 100
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,10 @@ class ChatTemplate:
         return "strftime_now" in self.source
 
 
-def prepared(messages: Messages) -> Messages:
-    """A copy as templates expect it: without keys whose value is None, thoughts under the names they have in templates,
-    and no half of a surrogate pair. Raises UserError for what is no list of {"role": str, "content": str}; a message with
-    "tool_calls" may have no content."""
+def prepared(messages: Messages, tools: Tools | None) -> tuple[Messages, Tools | None]:
+    """Copies as templates expect them: messages without keys whose value is None, thoughts under the names they have in
+    templates, and no half of a surrogate pair. Raises UserError for what is no list of {"role": str, "content": str}; a
+    message with "tool_calls" may have no content."""
     if not isinstance(messages, list) or not messages:
         raise UserError("messages must be a list with at least one message")
     result = []
@@ -112,15 +113,20 @@ def prepared(messages: Messages) -> Messages:
         if thoughts is not None:
             fields = {"thinking": thoughts, **fields, "reasoning_content": thoughts}
         result.append(without_surrogates(fields))
-    return result
+    return result, without_surrogates(tools)
 
 
-def without_surrogates(value: Any) -> Any:
-    """JSON can bring half characters. In every text a pair becomes its character, half a one U+FFFD."""
+def without_surrogates(value: Any, depth: int = 0) -> Any:
+    """JSON can bring half characters. In every text a pair becomes its character, half a one U+FFFD.
+
+    Raises UserError for what is nested more than DEEPEST times.
+    """
+    if depth > DEEPEST:
+        raise UserError(f"messages and tools must not be nested more than {DEEPEST} times: mend or drop the row")
     if isinstance(value, dict):
-        return {without_surrogates(key): without_surrogates(item) for key, item in value.items()}
+        return {without_surrogates(key): without_surrogates(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list):
-        return [without_surrogates(item) for item in value]
+        return [without_surrogates(item, depth + 1) for item in value]
     if not isinstance(value, str):
         return value
     try:

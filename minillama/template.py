@@ -63,6 +63,8 @@ class _Limits(threading.local):
 
 
 _limits = _Limits()
+_one_at_a_time = threading.Lock()
+"""The bound of memory is the whole process's"""
 _hopeless: dict[str, str] = {}
 """Templates that have passed a bound, and why: not tried again for each row of a data set"""
 
@@ -148,14 +150,15 @@ def _bounded_memory(size: int) -> Iterator[None]:
     except (ImportError, OSError):
         yield
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = pages * os.sysconf("SC_PAGE_SIZE") + size
-    ceiling = [given for given in (soft, hard) if given != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min([limit, *ceiling]), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    with _one_at_a_time:
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = pages * os.sysconf("SC_PAGE_SIZE") + size
+        given = [value for value in (soft, hard) if value != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_AS, (min([limit, *given]), hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _tick() -> None:

@@ -132,7 +132,7 @@ class Tokenizer:
         transformers' assistant_masks. Raises UserError for bad messages, a template that refuses them, or if it cannot
         be told which part is the assistant's.
         """
-        text, spans = trained_spans(self._template(tools), prepared(messages), tools, self._special_re)
+        text, spans = trained_spans(self._template(tools), *prepared(messages, tools), self._special_re)
         ids: list[int] = []
         mask: list[bool] = []
         for start, end, segment in self._segments(text):
@@ -151,7 +151,7 @@ class Tokenizer:
 
     def chat_text(self, messages: Messages, tools: Tools | None = None) -> str:
         """What `chat_prompt` has the ids of."""
-        return self._template(tools).render(prepared(messages), tools, prompt=True)
+        return self._template(tools).render(*prepared(messages, tools), prompt=True)
 
     @property
     def puts_space(self) -> bool:

@@ -48,7 +48,9 @@ def read_names(folder: Path) -> dict[str, Any]:
 def _templates(folder: Path, listed: Any) -> dict[str, tuple[str, Path]]:
     """The text of chat templates by name, and the file each is in. listed: "chat_template" of tokenizer_config.json."""
     where = folder / "tokenizer_config.json"
-    if not isinstance(listed, list):
+    if isinstance(listed, dict):
+        listed = [{"name": name, "template": template} for name, template in listed.items()]
+    elif not isinstance(listed, list):
         listed = [] if listed is None else [{"name": "default", "template": listed}]
     found = {}
     for entry in listed:

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -52,9 +53,9 @@ def tokenizer_with(folder: Path, template=None, **config):
     return load_tokenizer(folder)
 
 
-def marked(tokenizer, messages) -> str:
+def marked(tokenizer, messages, tools=None) -> str:
     """The conversation as text with [[ ]] around what is trained."""
-    ids, mask = tokenizer.encode_chat(messages)
+    ids, mask = tokenizer.encode_chat(messages, tools)
     assert len(ids) == len(mask)
     assert ids == tokenizer.encode(tokenizer.decode(ids))  # as if encoded in one go
     parts = []
@@ -227,6 +228,39 @@ def test_bad_messages(tmp_path, messages, message):
     for call in (tokenizer.encode_chat, tokenizer.chat_prompt):
         with pytest.raises(UserError, match=message):
             call(messages)
+
+
+def test_what_is_nested_deeply_is_a_message(tmp_path):
+    tokenizer = tokenizer_with(tmp_path, CHATML)
+    for depth in (200, 5000):
+        deep = functools.reduce(lambda inner, _: [inner], range(depth), "x")
+        for messages, tools in (([DIALOG[0] | {"more": deep}, DIALOG[1]], None), (DIALOG, [{"x": deep}])):
+            with pytest.raises(UserError, match="must not be nested more than 100 times"):
+                tokenizer.encode_chat(messages, tools)
+
+
+def test_tools_take_the_template_that_is_for_them(tmp_path):
+    plain, tools = CHATML, "{{ tools | length }}" + CHATML
+    entries = [{"name": "default", "template": plain}, {"name": "tool_use", "template": tools}]
+    schemas = [{"type": "function", "function": {"name": "\ud83d\udc4d"}}]
+    for number, given in enumerate((entries, {"default": plain, "tool_use": tools}, None)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        tokenizer = tokenizer_with(folder, plain, chat_template=given)
+        if given is None:
+            (folder / "chat_template.jinja").write_text(plain)
+            (folder / "additional_chat_templates").mkdir()
+            (folder / "additional_chat_templates" / "tool_use.jinja").write_text(tools)
+            tokenizer = load_tokenizer(folder)
+        reference = PreTrainedTokenizerFast.from_pretrained(folder)
+        for used in (None, schemas):
+            expected = reference.apply_chat_template(DIALOG, tools=used, tokenize=False)
+            assert marked(tokenizer, DIALOG, used).replace("[[", "").replace("]]", "") == expected
+    names = json.loads((tmp_path / "0" / "tokenizer_config.json").read_text())
+    for wrong in (5, [5], [{"name": "default"}], {"default": 5}):
+        (tmp_path / "0" / "tokenizer_config.json").write_text(json.dumps(names | {"chat_template": wrong}))
+        with pytest.raises(UserError, match=r'tokenizer_config\.json: "chat_template" must be text, or a list'):
+            load_tokenizer(tmp_path / "0")
 
 
 def test_no_template_is_an_error(tmp_path):
