@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from minillama.adapters import load_adapter, save_adapter
     from minillama.hf import from_pretrained, load_weights, save_pretrained
     from minillama.hub import find_model
+    from minillama.precision import fast_dtype
     from minillama.tokenizer import load_tokenizer
     from minillama.train import train_step
 
@@ -24,6 +25,7 @@ __all__ = [
     "LoraConfig",
     "apply_llama_adapter",
     "apply_lora",
+    "fast_dtype",
     "find_model",
     "from_pretrained",
     "generate",
@@ -43,6 +45,7 @@ _LATER = {
     "adapters": ("load_adapter", "save_adapter"),
     "hf": ("from_pretrained", "load_weights", "save_pretrained"),
     "hub": ("find_model",),
+    "precision": ("fast_dtype",),
     "tokenizer": ("load_tokenizer",),
     "train": ("train_step",),
 }

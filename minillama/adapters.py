@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from minillama.distributed import like, local, reshard
 from minillama.errors import UserError
@@ -23,9 +25,14 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 OTHER_PEFT = (
     "fan_in_fan_out",
     "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
     "layer_replication",
+    "monteclora_config",
     "target_parameters",
     "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
 )
 """Settings of PEFT's that change what an adapter computes, and that we do not know."""
 SETTINGS = {
@@ -37,6 +44,11 @@ SETTINGS = {
     **dict.fromkeys(("use_rslora", "use_dora"), bool),
 }
 """What the settings that we read are, where they are there."""
+
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
+"""Of PEFT's init_lora_weights those that start from the base as it is"""
+COPY_ROWS = 4096
+"""Rows of a copy of the embedding that are compared at a time"""
 
 AdapterConfig = LoraConfig | LlamaAdapterConfig
 A = TypeVar("A", LoraConfig, LlamaAdapterConfig)
@@ -198,6 +210,12 @@ def continue_adapter(flags: A, folder: str | Path) -> A:
     value; only the dropout may change.
     """
     saved = read_adapter_config(folder)
+    tied = read_json(Path(folder) / "adapter_config.json").get("ensure_weight_tying")
+    if tied and isinstance(saved, LoraConfig) and {"lm_head", "model.embed_tokens"} <= set(saved.targets):
+        raise UserError(
+            f"{folder}: ensure_weight_tying, by which the head and the embedding learn the same, is not supported in "
+            "training: merge it by tools/merge_lora.py, and start a new adapter on that"
+        )
     if not isinstance(flags, type(saved)):
         raise UserError(f"{folder} holds another kind of adapter: {saved}")
     values = asdict(saved)
@@ -222,9 +240,15 @@ def check_adapter(model: nn.Module, folder: str | Path) -> None:
     if not file.exists() and file.with_suffix(".bin").exists():
         raise UserError(f"{folder} holds adapter_model.bin, a pickle: load it in peft and save it as safetensors")
     with open_tensors(file) as tensors:
-        # With an adapted head or embedding PEFT writes their base weights too, for vocabularies that have grown.
-        copies = {name for name in tensors.keys() if name.endswith(".base_layer.weight")}  # noqa: SIM118
-        there, names = set(tensors.keys()) - copies, {peft_name(name) for name in wanted}
+        copies = copies_of_base(tensors.keys())
+        for name, copied in copies.items():
+            shape, here = tensors.get_slice(name).get_shape(), list(model.get_parameter(copied).shape)
+            if shape != here:
+                raise UserError(
+                    f"{file}: the adapter was trained on a base whose {copied} has the shape {shape}, and here it is "
+                    f"{here}: its vocabulary was changed; give the base that was saved with the new one"
+                )
+        there, names = set(tensors.keys()) - copies.keys(), {peft_name(name) for name in wanted}
         if there != names:
             raise UserError(f"{file} does not fit the model: {_difference(names - there, there - names)}")
         for name, parameter in wanted.items():
@@ -234,16 +258,50 @@ def check_adapter(model: nn.Module, folder: str | Path) -> None:
                 raise UserError(f"{file} does not fit the model: {name} has shape {shape}, not {expected}")
 
 
+def copies_of_base(names: Iterable[str]) -> dict[str, str]:
+    """The tensors of an adapter file that are the base's own embedding and head -> what they are a copy of.
+
+    PEFT writes them along with an adapted head or embedding, and where the vocabulary has grown.
+    """
+    ends = ("model.embed_tokens.weight", "lm_head.weight")
+    plain = {name: name.removeprefix(PEFT_PREFIX).replace(".base_layer.weight", ".weight") for name in names}
+    return {name: copied for name, copied in plain.items() if copied in ends}
+
+
+def check_copy(file: Path | str, name: str, copy: Tensor, base: Tensor) -> None:
+    """Raises UserError unless rows of an adapter's copy of the base's weight `name` are the base's, in either's dtype."""
+    if not torch.equal(copy.to(base.dtype), base) and not torch.equal(base.to(copy.dtype), copy):
+        raise UserError(
+            f"{file} brings a {name} along that is not the base's: it was trained too, or on another base; merge it in "
+            "peft and give the merged model, or give the base that it was trained on"
+        )
+
+
+def _check_copies(model: nn.Module, file: Path, tensors: Any) -> None:
+    for name, copied in copies_of_base(tensors.keys()).items():
+        parameter, copy = model.get_parameter(copied), tensors.get_slice(name)
+        first, mine = 0, local(parameter)
+        if isinstance(parameter, DTensor):
+            _, (first, *_) = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+        for start in range(0, len(mine), COPY_ROWS):
+            part = mine[start : start + COPY_ROWS]
+            check_copy(file, copied, copy[first + start : first + start + len(part)].to(part.device), part)
+
+
 @torch.no_grad()
 def load_adapter_weights(model: nn.Module, folder: str | Path) -> set[str]:
     """Fills the adapter parameters of a materialised model, sharded or not, from a folder in PEFT's format.
 
     DoRA's are relative to the base weights, which must be loaded before. Returns the parameters' names. Raises UserError
-    as check_adapter does, before it writes anything.
+    as check_adapter does, and if a base weight that the folder brings along is not the model's, before it writes anything.
     """
     check_adapter(model, folder)
     parameters = adapter_parameters(model)
-    with open_tensors(Path(folder) / "adapter_model.safetensors") as tensors:
+    file = Path(folder) / "adapter_model.safetensors"
+    with open_tensors(file) as tensors:
+        _check_copies(model, file, tensors)
         for name, parameter in parameters.items():
             whole = tensors.get_tensor(peft_name(name)).view(parameter.shape)
             mine = local(like(whole, parameter)).to(local(parameter).device)
@@ -279,13 +337,15 @@ def _lora_config(folder: Path, settings: dict[str, Any]) -> LoraConfig:
     ):
         if settings.get(key):
             raise UserError(f"{folder}: {key} = {settings[key]!r} is not supported")
-    if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
+    if settings.get("init_lora_weights", True) not in KEEPS_BASE:
         raise UserError(
             f"{folder}: init_lora_weights = {settings['init_lora_weights']!r} is not supported: it changes the base"
         )
     targets = settings.get("target_modules")
     regex = isinstance(targets, str) and targets != "all-linear"
-    if regex or any(settings.get(key) not in (None, []) for key in ("layers_to_transform", "exclude_modules")):
+    # ensure_weight_tying: the head has the same as the embedding, and targets name one of them
+    others = ("layers_to_transform", "exclude_modules", "ensure_weight_tying")
+    if regex or any(settings.get(key) not in (None, [], False) for key in others):
         with open_tensors(folder / "adapter_model.safetensors") as tensors:  # which layers are meant, it says plainly
             names = [name for name in tensors.keys() if ".lora_" in name]  # noqa: SIM118
         targets = sorted({name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in names})

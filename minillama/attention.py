@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minillama.blockwise import blockwise_attention
+from minillama.transfer import to_device
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -78,7 +79,7 @@ class Varlen:
     """FlashAttention over documents of unlike lengths in one call: CUDA, bf16 or fp16."""
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
-        self.bounds, self.longest = _to_device(_bounds(lengths).int(), device), max(lengths)
+        self.bounds, self.longest = to_device(_bounds(lengths).int(), device), max(lengths)
         self.kernel, self.groups_heads = _varlen()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -142,22 +143,23 @@ def document_mask(lengths: list[int], device: torch.device) -> "BlockMask":
         order = blocks.int().argsort(dim=1, descending=True, stable=True)
         return blocks.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
 
-    on_device = _to_device(document, device)
+    on_device = to_device(document, device)
 
     def mask(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (on_device[query] == on_device[key]) & (query >= key)
 
-    blocks = *listed(seen & ~whole), *listed(whole)
-    return BlockMask.from_kv_blocks(*blocks, size, mask, seq_lengths=(tokens, tokens)).to(device)
+    # BlockMask.to() would wait for each of its tensors, twice as many.
+    counts, indices, whole_counts, whole_indices = (
+        to_device(part, device) for part in (*listed(seen & ~whole), *listed(whole))
+    )
+    return BlockMask.from_kv_blocks(
+        counts, indices, whole_counts, whole_indices, size, mask, seq_lengths=(tokens, tokens)
+    )
 
 
 def _bounds(lengths: list[int]) -> Tensor:
     """Where each document starts, and where the last ends: (documents + 1,) int64."""
     return torch.tensor([0, *accumulate(lengths)])
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 BACKENDS: dict[str, Callable[[list[int], torch.device], Seen]] = {

@@ -149,8 +149,8 @@ def _probabilities(q: Tensor, keys: Tensor, scale: float, scratch: Tensor, later
 def _onednn(dtype: torch.dtype) -> Iterator[None]:
     """Lets oneDNN make the fp32 products of bf16 attention, twice to three times as fast as MKL on AMD's processors.
 
-    PyTorch asks it only where it may round what it multiplies to bf16. It does so only on processors with AMX, and there
-    all but the probabilities has been bf16 before.
+    PyTorch asks it only where it may round what it multiplies to bf16. It does so only on processors whose bf16 products
+    are the faster, by AMX or ARM's BFMMLA, and there all but the probabilities has been bf16 before.
     """
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision

@@ -29,6 +29,7 @@ import numpy as np
 from minillama.datasets import DataConfig, Documents, Source, encode_rows, training_sources, validation_source
 from minillama.distributed import rank
 from minillama.errors import UserError
+from minillama.files import cache_folder
 from minillama.packing import Packed, Part, pack, pad
 from minillama.permutation import permuted
 
@@ -36,7 +37,7 @@ DOCUMENTS = {"tokens": np.int32, "trained": np.bool_, "offsets": np.int64}
 PARTS = ("tokens", "trained", "lengths")
 """Files of a process that tokenizes"""
 PACKS = {"starts": np.int64, "sizes": np.int64, "firsts": np.int64, "lengths": np.int64}
-CODE = ("cache", "chat", "datasets", "packing", "permutation", "rows", "tokenizer")
+CODE = ("cache", "chat", "datasets", "packing", "permutation", "rows", "template", "tokenizer", "tokenizer_files")
 CHUNK_BYTES, CHUNK_ROWS = 2**18, 1000
 """What is tokenized at a time: as many rows as first reach one of the two"""
 LARGE = 2**20
@@ -95,7 +96,7 @@ def open_packed(folder: Path) -> Packed:
 def open_documents(folder: Path) -> Documents:
     """The documents above a folder of packs, memory-mapped. Raises UserError if they are damaged."""
     about, arrays = _open(folder, DOCUMENTS)
-    return Documents(**arrays, fingerprint=about["fingerprint"], refused=about["refused"])
+    return Documents(**arrays, **{name: about[name] for name in ("fingerprint", "refused", "had_ends")})
 
 
 def refused_rows(folder: Path) -> list[str]:
@@ -123,8 +124,9 @@ def _documents(sources: list[Source], config: DataConfig, tokenizer: Any, proces
     """The folder of all documents of the sources, end to end."""
     described = [[source.dataset, dict(source.columns), source.content(config, tokenizer)] for source in sources]
     name = _hash(described, config.train_on, tokenizer.fingerprint)
-    cache_dir = config.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama"
-    folder = _built(cache_dir / name, lambda part: _tokenize(part, sources, config, tokenizer, processes))
+    folder = _built(
+        cache_folder(config.cache_dir) / name, lambda part: _tokenize(part, sources, config, tokenizer, processes)
+    )
     if config.bad_rows == "error" and (problems := _lines(folder / "refused.txt")):
         raise UserError(problems[0])
     return folder
@@ -218,6 +220,7 @@ class Chunk:
     documents: int
     tokens: int
     refused: list[str]
+    had_ends: int
 
 
 def _tokenize(folder: Path, sources: list[Source], config: DataConfig, tokenizer: Any, processes: int) -> None:
@@ -245,10 +248,12 @@ def _tokenize(folder: Path, sources: list[Source], config: DataConfig, tokenizer
             else f"{names} has no rows: give a file with at least one"
         )
     lines = (" ".join(problem.splitlines()) + "\n" for problem in refused)
-    (folder / "refused.txt").write_text("".join(lines), encoding="utf-8")
+    (folder / "refused.txt").write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     fingerprint = _join(folder, [(k, chunk) for _, k, chunk in chunks])
     counts = [sum(chunk.documents for _, _, chunk in chunks if chunk.source == s) for s in range(len(sources))]
-    _describe(folder, DOCUMENTS, {"rows": counts, "refused": len(refused), "fingerprint": fingerprint})
+    had_ends = sum(chunk.had_ends for _, _, chunk in chunks)
+    about = {"rows": counts, "refused": len(refused), "had_ends": had_ends, "fingerprint": fingerprint}
+    _describe(folder, DOCUMENTS, about)
 
 
 def _shares(
@@ -306,7 +311,7 @@ def _share(job: Job, k: int) -> list[Chunk]:
                 if number > job.first_bad.value:
                     return made
                 documents, refused = encode_rows(rows, source, job.tokenizer, job.config.train_on)
-                made.append(Chunk(number, s, len(documents), len(documents.tokens), refused))
+                made.append(Chunk(number, s, len(documents), len(documents.tokens), refused, documents.had_ends))
                 if refused and job.config.bad_rows == "error":
                     with job.first_bad.get_lock():
                         job.first_bad.value = min(job.first_bad.value, number)

@@ -1,17 +1,25 @@
-"""Conversations as one text: the checkpoint's own Jinja template, and which stretches of the text are trained on."""
+"""Conversations as one text, by the checkpoint's own template, and which stretches of the text are trained on.
+
+A template does not say where in its text a turn stands (but for those with {% generation %}), and the content cannot be
+looked for: templates strip it, drop thoughts, put tool calls behind it. So the turns are found by the template's own loop
+over the messages, and what surrounds the words of a turn by rendering the conversation with other words in its place.
+"""
 
 import json
 import re
-from collections.abc import Callable
-from datetime import datetime
-from functools import lru_cache
-from itertools import takewhile
+from dataclasses import dataclass
+from datetime import date, datetime, time
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from minillama.errors import UserError
 
 Messages = list[dict[str, Any]]
+Tools = list[dict[str, Any]]
+Span = tuple[int, int]
+"""Start and end, in characters of a text"""
 
 LLAMA3_TEMPLATE = r"""
 {%- for message in messages -%}
@@ -43,110 +51,267 @@ LLAMA2_TEMPLATE = r"""
 LLAMA3_HEADER_END = "<|end_header_id|>\n\n"
 
 
-def check_messages(messages: Messages) -> None:
-    """Raises UserError unless `messages` is a non-empty list of {"role": str, "content": str}."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""What a message's thoughts are called: the first in templates, the others too in data"""
+DEEPEST = 100
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    source: str
+    where: Path
+    """The file that it is in"""
+    variables: dict[str, str]
+    """bos_token and so on"""
+    day: date
+    """What strftime_now shows: at midnight"""
+
+    def render(self, messages: Messages, tools: Tools | None, *, prompt: bool = False, marked: bool = False) -> str:
+        """The text of a conversation that `prepared` has returned; prompt: and of how the next answer begins.
+
+        marked: with the marks of template.py for messages[i], by i. Raises UserError for whatever the template does wrong.
+        """
+        from minillama import template  # jinja2 is not loaded before it is needed
+
+        values = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
+        return template.render(
+            self.source,
+            self.variables | values,
+            now=datetime.combine(self.day, time()),
+            where=self.where,
+            marked={id(message): number for number, message in enumerate(messages)} if marked else None,
+        )
+
+    @cached_property
+    def marks_generation(self) -> bool:
+        from minillama import template
+
+        return template.has_generation(self.source, self.where)
+
+    @property
+    def shows_day(self) -> bool:
+        return "strftime_now" in self.source
+
+
+def prepared(messages: Messages, tools: Tools | None) -> tuple[Messages, Tools | None]:
+    """Copies as templates expect them: messages without keys whose value is None, thoughts under the names they have in
+    templates, and no half of a surrogate pair. Raises UserError for what is no list of {"role": str, "content": str}; a
+    message with "tool_calls" may have no content."""
     if not isinstance(messages, list) or not messages:
         raise UserError("messages must be a list with at least one message")
+    result = []
     for n, message in enumerate(messages):
-        for key in ("role", "content"):
-            if not isinstance(message, dict) or not isinstance(message.get(key), str):
-                raise UserError(f"message {n} needs a {key!r} that is a string, it is {message!r:.200}")
-
-
-def render(template: str, messages: Messages, bos: str, eos: str, add_generation_prompt: bool, where: Path) -> str:
-    """The conversation as text. Raises UserError, named after `where`, with the template's message if it refuses."""
-    from jinja2 import TemplateError
-
-    try:
-        return _compile(template).render(
-            messages=messages,
-            bos_token=bos,
-            eos_token=eos,
-            add_generation_prompt=add_generation_prompt,
-            tools=None,
-            documents=None,
+        fields = (
+            {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
         )
-    except (TemplateError, TypeError) as error:
-        raise UserError(f"{where}: the chat template fails on this conversation: {error}") from error
+        for key in ("role", "content"):
+            if not isinstance(fields.get(key), str) and not (
+                key == "content" not in fields and fields.get("tool_calls")
+            ):
+                raise UserError(f"message {n} needs a {key!r} that is a string, it is {message!r:.200}")
+        thoughts = next((fields[key] for key in REASONING if key in fields), None)
+        if thoughts is not None:
+            fields = {"thinking": thoughts, **fields, "reasoning_content": thoughts}
+        result.append(without_surrogates(fields))
+    return result, without_surrogates(tools)
+
+
+def without_surrogates(value: Any, depth: int = 0) -> Any:
+    """JSON can bring half characters. In every text a pair becomes its character, half a one U+FFFD.
+
+    Raises UserError for what is nested more than DEEPEST times.
+    """
+    if depth > DEEPEST:
+        raise UserError(f"messages and tools must not be nested more than {DEEPEST} times: mend or drop the row")
+    if isinstance(value, dict):
+        return {without_surrogates(key): without_surrogates(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_surrogates(item, depth + 1) for item in value]
+    if not isinstance(value, str):
+        return value
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value
 
 
 def trained_spans(
-    render: Callable[[Messages, bool], str], messages: Messages, special: re.Pattern[str], where: Path
-) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and for each assistant message (start, end) in characters of what the model must say.
+    template: ChatTemplate, messages: Messages, tools: Tools | None, special: re.Pattern[str]
+) -> tuple[str, list[Span]]:
+    """The text of a conversation that `prepared` has returned, and the spans of what the model must say in it.
 
-    A turn starts where the generation prompt ends and ends with the first special token after the message's content.
+    Those of {% generation %} where the template has it. Else a turn of the assistant's begins where the prompt for it
+    ends, and ends with the token that ends it; where it has none, with its text. special: finds special and added tokens.
+    Raises UserError where a turn cannot be told from the rest.
     """
-    text = render(messages, False)
+    said = _Conversation(template, messages, tools)
+    if template.marks_generation:
+        return said.text, _generation_spans(said)
+    turns = said.turns()
+    surroundings = _surroundings(said, turns)
     spans = []
-    for n, message in enumerate(messages):
-        if message["role"] != "assistant":
+    for n, turn in turns.items():
+        before, after = surroundings.get(n, (None, None)) or ("", "")
+        if surroundings.get(n, "") is None:
             continue
-        upto = render(messages[: n + 1], False)
-        if n == 0:
-            # A template may put a default system message before the first message, but not before none.
-            header = render(messages[:1], True).removeprefix(upto)
-            before = upto.partition(header)[0] if header else ""
-            prompt = before + header
-        else:
-            before, prompt = render(messages[:n], False), render(messages[:n], True)
-        content = message["content"].strip()
-        known = text.startswith(prompt)
-        if not known:
-            # Some generation prompts go on after the assistant's header, say with "<think>": keep what is shared.
-            pairs = zip(prompt, text, strict=False)
-            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-            at = text.find(content, len(before)) if content else -1
-            prompt = prompt[: min(shared, at) if at >= 0 else shared]
-            known = text.startswith(before) and len(prompt) > len(before)
-        if not known or not upto.startswith(prompt):
+        start = end = None
+        if turn is not None and (before is not None or "tool_calls" in messages[n]):
+            start = _start(said, n, turn, before)
+            end = None if start is None else _end(said.text, (start, turn[1]), after, special)
+        if start is None or end is None:
             raise UserError(
-                f"{where}: cannot tell which part of the text message {n} is: the chat template renders what comes "
-                "before it differently when the conversation goes on; split the conversation at this message"
+                f"{template.where}: cannot tell which part of the text that the chat template makes is message {n}: mark "
+                "what the assistant says in the template with {% generation %} and {% endgeneration %}, or drop the row"
             )
-        start = len(prompt)
-        at = upto.find(content, start)
-        ended = special.search(upto, at + len(content) if at >= 0 else start)
-        if text.startswith(upto):
-            end = ended.end() if ended else len(upto)
-        else:
-            # Some templates drop an earlier turn's thoughts, or add a token after the last turn only.
-            found = text.find(ended.group(), start) if ended else -1
-            if ended is None or found < 0:
-                raise UserError(f"{where}: cannot tell where message {n} ends in the text that the chat template makes")
-            end = found + len(ended.group())
-        if prompt.endswith(LLAMA3_HEADER_END):
+        if said.text.endswith(LLAMA3_HEADER_END, 0, start):
             start -= len("\n\n")  # llama-recipes trains on the line break after Llama 3's assistant header
         spans.append((start, end))
-    return text, spans
+    return said.text, spans
 
 
-@lru_cache(maxsize=8)
-def _compile(template: str) -> Any:
-    """The environment is the one of transformers' apply_chat_template, so templates of the hub work unchanged."""
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+@dataclass(frozen=True)
+class _Conversation:
+    template: ChatTemplate
+    messages: Messages
+    tools: Tools | None
 
-    class Generation(Extension):
-        """{% generation %} blocks say what to train on; here the text itself tells, so they only show their body."""
+    @cached_property
+    def text(self) -> str:
+        return "".join(self._parts[::2])
 
-        tags = {"generation"}  # noqa: RUF012
+    @cached_property
+    def marks(self) -> list[tuple[int, str]]:
+        """Where in the text each mark of template.py stands, and what it says."""
+        ends = accumulate(map(len, self._parts[::2]))
+        return list(zip(ends, self._parts[1::2], strict=False))
 
-        def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    @cached_property
+    def _parts(self) -> list[str]:
+        """Text and marks by turns; the text alone where the conversation holds a mark's own characters"""
+        from minillama.template import CLOSE, OPEN
 
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
+        marked = self.template.render(self.messages, self.tools, marked=True)
+        given = json.dumps([self.template.source, self.messages, self.tools], ensure_ascii=False, default=str)
+        if OPEN in given or CLOSE in given:
+            return [self.template.render(self.messages, self.tools)]
+        return re.split(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}", marked)
 
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # jinja's own escapes HTML
+    def upto(self, count: int, *, prompt: bool = False) -> str | None:
+        """The text of the first messages, and of the prompt for an answer to them. None: the template refuses that."""
+        try:
+            return self.template.render(self.messages[:count], self.tools, prompt=prompt)
+        except UserError:
+            return None
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
+    def turns(self) -> dict[int, Span | None]:
+        """Where in the text each message of the assistant's stands, the last message with all that follows.
+
+        That is what the template's loop over the messages makes of it. Without such a loop, what it adds to the text of
+        those before it, if that goes on unchanged. None: it cannot be told.
+        """
+        found: dict[int, Span | None] = {}
+        for n, message in enumerate(self.messages):
+            if message["role"] == "assistant":
+                looped = self._turns_of_loops.get(n, [])
+                shown = [turn for turn in looped if self.text[slice(*turn)].strip()]  # some loops only look at messages
+                found[n] = shown[0] if len(shown) == 1 else self._added(n)
+                if looped and not shown and found[n] is None:
+                    found[n] = (looped[-1][0],) * 2
+        last = len(self.messages) - 1
+        if turn := found.get(last):
+            found[last] = (turn[0], len(self.text))
+        return found
+
+    @cached_property
+    def _turns_of_loops(self) -> dict[int, list[Span]]:
+        turns: dict[int, list[Span]] = {}
+        for number, (start, mark) in enumerate(self.marks):
+            loop, _, message = mark.partition(":")
+            if message:
+                end = next(at for at, other in self.marks[number + 1 :] if other.partition(":")[0] == loop)
+                turns.setdefault(int(message), []).append((start, end))
+        return turns
+
+    def _added(self, n: int) -> Span | None:
+        before, after = self.upto(n) if n else "", self.upto(n + 1)
+        if before is None or after is None or not (self.text.startswith(before) and self.text.startswith(after)):
+            return None
+        return len(before), len(after)
+
+
+def _surroundings(said: _Conversation, turns: dict[int, Span | None]) -> dict[int, tuple[str, str] | None]:
+    """What stands before and after the words in a turn of the assistant's, when it says nothing but plain words.
+
+    None: the template leaves its words out, whatever they are. What cannot be told is not in the result.
+    """
+    stem = "7190318"  # digits, which no upper or lower changes
+    while stem in said.text:
+        stem += "7"
+    words = {n: f"{stem}{n:06}" for n, message in enumerate(said.messages) if message["role"] == "assistant"}
+    plain = [{"role": "assistant", "content": words[n]} if n in words else m for n, m in enumerate(said.messages)]
+    with_calls = [m if "tool_calls" in m else p for m, p in zip(said.messages, plain, strict=True)]
+    for messages in (plain, with_calls):  # some templates want a tool's answer to follow a call
+        try:
+            other = _Conversation(said.template, messages, said.tools)
+            other.text  # noqa: B018
+            break
+        except UserError:
+            continue
+    else:
+        return {}
+    found: dict[int, tuple[str, str] | None] = {}
+    for n, turn in other.turns().items():
+        if turn is None:
+            continue
+        shown, real = other.text[slice(*turn)], turns[n]
+        if other.text.count(words[n]) == shown.count(words[n]) == 1:
+            before, _, after = shown.partition(words[n])
+            found[n] = before, after
+        elif words[n] not in other.text and messages[n] is plain[n] and real and said.text[slice(*real)] == shown:
+            found[n] = None
+    return found
+
+
+def _start(said: _Conversation, n: int, turn: Span, before: str | None) -> int | None:
+    """Where what the assistant says begins in the turn of message n: after what the model is prompted with.
+
+    before: what stands there before plain words. None: it cannot be told.
+    """
+    prompt = said.upto(max(n, 1), prompt=True)  # there may be none for no message
+    if prompt is not None and n > 0 and said.text.startswith(prompt) and turn[0] <= len(prompt) <= turn[1]:
+        return len(prompt)
+    # The template shows what came before otherwise now, or the prompt goes on after the header, say with "<think>".
+    context = said.upto(max(n, 1))
+    if prompt is not None and context is not None and prompt.startswith(context):
+        header = prompt.removeprefix(context)
+        if header and said.text.startswith(header, *turn):
+            return turn[0] + len(header)
+    return turn[0] + len(before) if before is not None and said.text.startswith(before, *turn) else None
+
+
+def _end(text: str, said: Span, after: str | None, special: re.Pattern[str]) -> int | None:
+    """Where it ends: with the token that ends the turn, and without the white space that templates put behind that.
+
+    said: from where it begins to the end of the turn. after: what stands there after plain words.
+    """
+    start, stop = said
+    if after is not None and text.endswith(after, start, stop):
+        ended = special.search(after)
+        return stop - len(after) + (ended.end() if ended else len(after))
+    *_, last = [None, *special.finditer(text, start, stop)]  # a tool call may end with another token
+    return last.end() if last and not text[last.end() : stop].strip() else None
+
+
+def _generation_spans(said: _Conversation) -> list[Span]:
+    spans, begun = [], []
+    for at, mark in said.marks:
+        if mark == "g":
+            begun.append(at)
+        elif mark == "/g":
+            spans.append((begun.pop(), at))
+    if not said.marks or said.text != said.upto(len(said.messages)):
+        raise UserError(
+            f"{said.template.where}: cannot tell what the {{% generation %}} blocks of the chat template show: drop the row"
+        )
+    return spans

@@ -94,7 +94,8 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=config.fsdp.timeout_minutes))
         cuda = device == "cuda"
         self.alone = dist.new_group([0], backend="gloo") if config.checkpoint.format == "full" else None
-        self.stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
+        self.staging = StagingOptions(cuda, False, False, cuda)
+        self.stager = DefaultStager(self.staging)
         self.writer = ThreadPoolExecutor(1)
         self.writing: Future[None] | None = None
         self.best: tuple[float, int] | None = None  # lowest evaluation loss, and the step it was found at
@@ -229,10 +230,17 @@ class Checkpoints:
         }
         state["random"] = self._random()
         if self.config.checkpoint.async_save:
-            staged = self.stager.stage(state)
-            self.writing = self.writer.submit(self._write, staged, content)  # type: ignore[arg-type]
+            self.writing = self.writer.submit(self._write, self._staged(state), content)
         else:
             self._write(state, content)
+
+    def _staged(self, state: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """A copy of the state in host memory, which training leaves as it is."""
+        try:
+            return self.stager.stage(state)  # type: ignore[return-value]
+        except KeyError:  # before torch 2.12 a stager closes itself after its first copy
+            self.stager = DefaultStager(self.staging)
+            return self.stager.stage(state)  # type: ignore[return-value]
 
     def finish(self) -> None:
         """Until the checkpoint begun before is written. Raises what went wrong with it."""

@@ -4,21 +4,24 @@ A dataset is one function from a row (a dict) to the row's token ids and, for ea
 The prompts are llama-recipes' letter for letter, so that weights and losses compare with runs made there.
 """
 
+import datetime
 import hashlib
 import json
 import mmap
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
+from minillama.chat import REASONING
 from minillama.errors import UserError
 from minillama.files import DEPTH, is_deep
 from minillama.loss import IGNORE
@@ -30,7 +33,14 @@ LONGEST_PART = 2**20
 """Characters of a text that are tokenized at once"""
 HUB = "hub:"
 
-Encoded = tuple[Sequence[int] | np.ndarray, Sequence[bool] | np.ndarray]
+
+class Encoded(NamedTuple):
+    ids: Sequence[int] | np.ndarray
+    trained: Sequence[bool] | np.ndarray
+    had_ends: bool = False
+    """Its text began with BOS, or ended with EOS"""
+
+
 Split = Literal["train", "validation"]
 
 
@@ -52,6 +62,9 @@ class DataConfig:
     a source weight times (default 1; 0.5: half of the rows, chosen at random by --seed). Paths are relative to the file."""
     columns: tuple[str, ...] = ()
     """What the fields of the format are called in the rows, such as dialogue=text summary=tldr."""
+    date: str | None = None
+    """The day that a chat template which asks for it is told, such as Llama 3.2's: 2025-01-31. None: today; a run that
+    resumes keeps its own."""
     train_on: Literal["answers", "all"] = "answers"
     """all: train on prompts, and on what users say in a chat, too."""
     batching: Literal["packing", "padding"] = "packing"
@@ -79,9 +92,17 @@ class DataConfig:
             raise UserError("--data.val-fraction and --data.val-path exclude each other: give one")
         if self.mixture and self.path:
             raise UserError("--data.mixture and --data.path exclude each other: name the path in the mixture's file")
+        try:
+            self.day  # noqa: B018
+        except ValueError:
+            raise UserError(f"--data.date {self.date}: give a day as year-month-day, such as 2025-01-31") from None
         for column in self.columns:
             if not re.fullmatch("[^=]+=[^=]+", column):
                 raise UserError(f"--data.columns {column}: give FIELD=COLUMN, such as {FIELDS['samsum'][0]}=text")
+
+    @property
+    def day(self) -> datetime.date | None:
+        return datetime.date.fromisoformat(self.date) if self.date else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +119,8 @@ class Documents:
     """The same for the same tokens, wherever they were read from"""
     refused: int = 0
     """Rows that could not be used, left out by --data.bad-rows skip"""
+    had_ends: int = 0
+    """Rows whose text began with BOS, or ended with EOS, and so was given no second one"""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -373,24 +396,46 @@ def encode_chat(row: dict[str, Any], tokenizer: Any) -> Encoded:
         messages = [_checked(number, message) for number, message in enumerate(_list(row, "messages"), 1)]
     if row.get("system") not in (None, "") and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": _text(row, "system")}, *messages]
-    ids, mask = tokenizer.encode_chat(messages)
+    for number, message in enumerate(messages, 1):
+        others = any(message.get(key) for key in ("tool_calls", *REASONING))
+        if message["role"] == "assistant" and not others and not message["content"].strip():
+            raise UserError(f"message {number}, the assistant's, is empty, so nothing to train on: drop the row")
+    tools = tools_of(row)
+    ids, mask = tokenizer.encode_chat(messages, tools) if tools else tokenizer.encode_chat(messages)
     if not any(mask):
-        raise UserError("no message has the role 'assistant', so nothing to train on: drop the row")
-    return ids, mask
+        said = any(message["role"] == "assistant" for message in messages)
+        why = "the chat template trains nothing of it" if said else "no message has the role 'assistant'"
+        raise UserError(f"{why}, so nothing to train on: drop the row")
+    return Encoded(ids, mask)
 
 
 def encode_text(row: dict[str, Any], tokenizer: Any) -> Encoded:
     text = _answer(row, "text")
     # Lists of Python's integers take ten times the room of an array: a book goes in parts, cut at ends of lines.
-    parts = [np.array([tokenizer.bos_id] if tokenizer.bos_id is not None else [], np.int32)]
+    parts: list[np.ndarray] = []
     start = 0
     while start < len(text):
         end = text.rfind("\n", start, start + LONGEST_PART) + 1 if len(text) - start > LONGEST_PART else len(text)
         end = end or start + LONGEST_PART
-        parts.append(np.array(tokenizer.encode(text[start:end]), np.int32))
+        parts.append(np.array(_part(tokenizer, text[start:end], start > 0), np.int32))
         start = end
-    ids = np.concatenate([*parts, np.array([tokenizer.eos_id], np.int32)])
-    return ids, np.ones(len(ids), np.bool_)
+    begun = len(parts[0]) and parts[0][0] == tokenizer.bos_id
+    ended = len(parts[-1]) and parts[-1][-1] == tokenizer.eos_id and sum(map(len, parts)) > begun
+    if tokenizer.bos_id is not None and not begun:
+        parts.insert(0, np.array([tokenizer.bos_id], np.int32))
+    if not ended:
+        parts.append(np.array([tokenizer.eos_id], np.int32))
+    ids = np.concatenate(parts)
+    return Encoded(ids, np.ones(len(ids), np.bool_), bool(begun or ended))
+
+
+def _part(tokenizer: Any, text: str, goes_on: bool) -> list[int]:
+    """Ids of a part of a text, that which goes on without the space that sentencepiece begins a text with."""
+    if not (goes_on and getattr(tokenizer, "puts_space", False)):
+        return tokenizer.encode(text)
+    line_end = tokenizer.encode("\n")
+    ids = tokenizer.encode("\n" + text)
+    return ids[len(line_end) :] if ids[: len(line_end)] == line_end else tokenizer.encode(text)
 
 
 def encode_own(row: dict[str, Any], tokenizer: Any) -> Encoded:
@@ -409,7 +454,9 @@ def encode_own(row: dict[str, Any], tokenizer: Any) -> Encoded:
         raise UserError(
             f"input_ids must be from 0 to {tokenizer.vocab_size - 1}, and each of the labels {IGNORE} or the id itself"
         )
-    return ids, trained
+    if not trained[1:].any():  # nothing stands before the first, to predict it from
+        raise UserError(f"all labels but the first are {IGNORE}, so nothing to train on: give labels, or drop the row")
+    return Encoded(ids, trained)
 
 
 ENCODERS: dict[str, Callable[[dict[str, Any], Any], Encoded]] = {
@@ -423,7 +470,7 @@ FIELDS = {
     "samsum": ("dialogue", "summary"),
     "alpaca": ("instruction", "input", "output"),
     "grammar": ("input", "target"),
-    "chat": ("messages", "conversations", "system", "prompt", "response"),
+    "chat": ("messages", "conversations", "system", "prompt", "response", "tools"),
     "text": ("text",),
 }
 
@@ -436,6 +483,7 @@ def encode_rows(
 ) -> tuple[Documents, list[str]]:
     """The documents that rows, as `read_rows` gives them, become, and for each that cannot be used its place and why."""
     encode, tokens, trained, offsets, refused = ENCODERS.get(source.dataset, encode_own), [], [], [0], []
+    had_ends = 0
     for place, read in rows:
         try:
             row = read()
@@ -443,7 +491,7 @@ def encode_rows(
                 raise UserError(f"more than {DEPTH} lists and objects inside each other: drop the row")
             if not isinstance(row, dict):
                 raise UserError(f"a row must be an object, found {shown(row)}")
-            ids, mask = encode(_renamed(row, source.columns), tokenizer)
+            ids, mask, own_ends = encode(_renamed(row, source.columns), tokenizer)
         except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, UTF-8 cannot
             refused.append(f"{place}: text that is not Unicode ({error}): mend or drop the row")
         except UserError as error:
@@ -452,9 +500,13 @@ def encode_rows(
             tokens.append(np.asarray(ids, np.int32))
             trained.append(np.ones(len(ids), np.bool_) if train_on == "all" else np.asarray(mask, np.bool_))
             offsets.append(offsets[-1] + len(ids))
+            had_ends += own_ends
     empty = np.empty(0, np.int32)
     return Documents(
-        np.concatenate([empty, *tokens]), np.concatenate([empty.astype(np.bool_), *trained]), np.array(offsets)
+        np.concatenate([empty, *tokens]),
+        np.concatenate([empty.astype(np.bool_), *trained]),
+        np.array(offsets),
+        had_ends=had_ends,
     ), refused
 
 
@@ -492,15 +544,28 @@ SHAREGPT_ROLES = {
 
 def _checked(number: int, message: Any) -> dict[str, Any]:
     fields = message if isinstance(message, dict) else {}
-    if not all(isinstance(fields.get(name), str) for name in ("role", "content")):
+    calls = fields.get("tool_calls") and fields.get("content") is None  # with which there may be no text
+    if not isinstance(fields.get("role"), str) or not (isinstance(fields.get("content"), str) or calls):
         raise UserError(f"message {number} needs the texts 'role' and 'content', found {shown(message)}")
-    return message
+    return {"content": None, **message}
+
+
+def tools_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The functions that a conversation may call, as JSON schemas; as text in what comes from Parquet or Arrow."""
+    tools = row.get("tools")
+    with suppress(ValueError, RecursionError):
+        tools = json.loads(tools) if isinstance(tools, str) and tools else tools
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise UserError(f"field 'tools' must be a list of JSON schemas, or that as JSON, found {shown(tools)}")
+    return tools or None
 
 
 def _prompt_answer(prompt: str, answer: str, tokenizer: Any) -> Encoded:
     before = tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)  # some checkpoints have no BOS
     after = tokenizer.encode(answer, eos=True)
-    return before + after, [False] * len(before) + [True] * len(after)
+    ended = after[-2:] == [tokenizer.eos_id] * 2
+    after = after[:-1] if ended else after
+    return Encoded(before + after, [False] * len(before) + [True] * len(after), ended)
 
 
 def _field(row: dict[str, Any], name: str) -> Any:

@@ -3,16 +3,18 @@
 import atexit
 import ctypes
 import gc
+import io
 import math
 import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
@@ -21,19 +23,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    SelectiveCheckpointContext,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from minillama.errors import UserError
 from minillama.model import Llama
+from minillama.recompute import keep_some
 from minillama.rendezvous import fresh_store
 
 T = TypeVar("T")
 Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "mixed", "bf16", "fp16", "fp32"]
+
+DTYPES = {"mixed": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""What each precision computes in."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,14 @@ class FsdpConfig:
     of the model is frozen and it fits in half of the device's memory, else full-shard."""
     shard_size: int = 0
     """Processes that hold one copy together under hybrid-shard; 0: those of one machine."""
-    precision: Literal["mixed", "bf16", "fp16", "fp32"] = "mixed"
+    precision: Precision = "auto"
     """mixed: compute in bf16, trained parameters, their gradients and sums over processes fp32, a frozen base bf16.
-    bf16: trained parameters bf16 too. fp16: as mixed with fp16 for bf16, and a loss scale. fp32: everything fp32."""
+    bf16: trained parameters bf16 too. fp16: as mixed with fp16 for bf16, and a loss scale. fp32: everything fp32. auto:
+    what the hardware multiplies fast. That is mixed on GPUs with bf16, else fp16 on those with fp16, and on a CPU mixed if
+    it is measured to be faster in bf16, else fp32."""
     recompute: Literal["none", "full", "selective"] = "none"
     """full: keep only each block's input and run the block again in the backward (less memory, a third more work).
-    selective: keep also the results of attention and of every other matrix product."""
+    selective: keep also the results of attention and of every other large matrix product, mostly v, o and up."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory, and run the optimizer there."""
     timeout_minutes: float = 30.0
@@ -70,8 +75,9 @@ class FsdpConfig:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        half = {"mixed": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}
-        return half.get(self.precision, torch.float32)
+        if self.precision == "auto":
+            raise ValueError("precision is still auto: minillama.precision.choose_precision decides")
+        return DTYPES[self.precision]
 
     @property
     def trained_dtype(self) -> torch.dtype:
@@ -89,6 +95,12 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def warn(text: str) -> None:
+    """Prints a warning once, on rank 0, to stderr: what a program answers on stdout stays as it is."""
+    if rank() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def quiet_but_on_rank_zero() -> Iterator[None]:
     """Nothing is printed on other ranks: what all would say, say about wrong flags, is said once."""
@@ -102,7 +114,9 @@ def quiet_but_on_rank_zero() -> Iterator[None]:
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Ends the process with code 1 on a UserError, printed without a traceback, and once however many ranks make it; with
-    130 on Ctrl-C."""
+    130 on Ctrl-C. What the terminal's encoding lacks is printed as an escape."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except KeyboardInterrupt:
@@ -264,16 +278,21 @@ def all_reduce(
 ) -> list[float]:
     """Each of a few numbers summed (or maximised) over all ranks, exactly (fp64)."""
     numbers = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(numbers, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+    if dist.is_initialized():
+        dist.all_reduce(numbers, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
     return numbers.tolist()
 
 
-def set_dtypes(model: Llama, config: FsdpConfig) -> None:
-    """Gives trained and frozen parameters the dtypes of config.precision. On the meta device, before sharding."""
-    for module in model.modules():
+def set_dtypes(model: Llama, config: FsdpConfig, stored: Mapping[str, torch.dtype] | None = None) -> None:
+    """Gives trained and frozen parameters the dtypes of config.precision. On the meta device, before sharding.
+
+    stored: frozen parameters by name that are kept in another dtype, which FSDP casts when it gathers them.
+    """
+    for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            dtype = config.trained_dtype if parameter.requires_grad else config.compute_dtype
-            if parameter.dtype != dtype:
+            frozen = (stored or {}).get(f"{path}.{name}", config.compute_dtype)
+            dtype = config.trained_dtype if parameter.requires_grad else frozen
+            if parameter.is_floating_point() and parameter.dtype != dtype:  # not what a quantized base is packed in
                 module.register_parameter(name, nn.Parameter(parameter.to(dtype), parameter.requires_grad))
     model.tie_weights()
 
@@ -282,20 +301,44 @@ def choose_strategy(model: nn.Module, config: FsdpConfig, device: str) -> FsdpCo
     """config with "auto" resolved for a model whose dtypes are set.
 
     A replicated frozen base is never gathered and has no gradient to exchange: nothing is faster where it fits, with
-    what is trained (beside the weight its gradient, two moments and half a copy to compute with), in half the memory.
+    what is trained, in half the memory.
     """
     if config.strategy != "auto":
         return config
-    if device == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _local_world_size()
-    least = -all_reduce([-float(memory)], "max")[0]  # of any rank: all must choose the same
+    frozen, trained = parameter_bytes(model)
+    replicate = frozen > trained and frozen + STATE * trained <= least_memory(device) / 2 and not config.cpu_offload
+    return replace(config, strategy="no-shard" if replicate else "full-shard")
+
+
+STATE = 4.5
+"""Bytes of training a parameter over its own: with its gradient, two moments and half a copy to compute with."""
+
+
+def parameter_bytes(model: nn.Module) -> tuple[int, int]:
+    """Of the frozen parameters, and of those that train."""
     size = {True: 0, False: 0}
     for parameter in model.parameters():
         size[parameter.requires_grad] += parameter.numel() * parameter.element_size()
-    replicate = size[False] > size[True] and size[False] + 4.5 * size[True] <= least / 2 and not config.cpu_offload
-    return replace(config, strategy="no-shard" if replicate else "full-shard")
+    return size[False], size[True]
+
+
+def least_memory(device: str) -> float:
+    """Bytes that a process may count on: its GPU's, or its part of the host's; the least of any rank, so that all choose
+    the same. Every rank must call it."""
+    if device == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = host_memory() // _local_world_size()
+    return -all_reduce([-float(memory)], "max")[0]
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine, or of the container that this process runs in."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # versions 2 and 1
+        with suppress(OSError, ValueError):  # not there; "max"
+            limits.append(int(Path(file).read_text()))
+    return min(limits)
 
 
 def make_mesh(config: FsdpConfig, device: str) -> DeviceMesh:
@@ -357,7 +400,7 @@ def shard(model: Llama, mesh: DeviceMesh, config: FsdpConfig) -> Llama:
         if config.recompute == "full":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         elif config.recompute == "selective":
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=_keep_some)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=keep_some(block))
         group(block, reshard_after_forward=reshard_after_forward)
     ends = [trunk.norm, head]
     if model.config.tie_word_embeddings:
@@ -368,36 +411,57 @@ def shard(model: Llama, mesh: DeviceMesh, config: FsdpConfig) -> Llama:
             embedding.set_unshard_in_backward(False)  # it needs only the indices
     group(ends, reshard_after_forward=False)
     group(model)
-    for module in model.modules():
-        if isinstance(module, FSDPModule) and mesh.size() > 1:  # one process would divide by 1, in two passes more
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+    sum_gradients(model)
     return model
 
 
-MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-ATTENTION = (
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_efficient_attention",
-    "aten::_scaled_dot_product_cudnn_attention",
-    "minillama::blockwise_attention",
-    "torch_attn::_varlen_attn",
-    "flex_attention",
-)
+def sum_gradients(model: nn.Module) -> None:
+    """Has FSDP2 sum the gradients of all processes, whoever sharded the model: by itself it averages them."""
+    # one process would divide by 1, in two passes more; and once is enough
+    if process_count() == 1 or hasattr(model, "gradients_are_summed"):
+        return
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+    model.gradients_are_summed = True  # type: ignore[assignment]
 
 
-def _keep_some() -> tuple[Any, Any]:
-    """What --fsdp.recompute selective keeps of one run of a block."""
-    seen = {False: 0, True: 0}  # matrix products, in the forward and when it runs again
+def summed_gradients(model: nn.Module) -> list[Tensor]:
+    """Of all parameters that have one, after a backward.
 
-    def policy(ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op in MATMULS:
-            seen[ctx.is_recompute] += 1
-        keep = op.name() in ATTENTION or (op in MATMULS and seen[ctx.is_recompute] % 2)
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    Raises UserError, on every rank, for one that is not summed over all processes.
+    """
+    processes = process_count()
+    replicated = model if isinstance(model, DistributedDataParallel) else None
+    gradients = []
+    for name, parameter in (replicated.module if replicated else model).named_parameters():
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        gradients.append(gradient)
+        problem = None
+        if isinstance(gradient, DTensor):
+            if (size := gradient.device_mesh.size()) != processes:
+                problem = f"is spread over {size} of the {processes} processes"
+            elif sum(not placement.is_replicate() for placement in gradient.placements) > 1:
+                problem = "is split along two dimensions of its mesh, and not by samples alone"
+        elif replicated and name not in replicated.parameters_to_ignore:
+            if (size := dist.get_world_size(replicated.process_group)) != processes:
+                problem = f"is shared by {size} of the {processes} processes"
+        elif processes > 1:
+            problem = f"is a plain parameter, of which each of the {processes} processes trains its own"
+        if problem:
+            raise UserError(
+                f"{name} {problem}: its gradient is not the sum over all. Give the whole model to minillama.shard, "
+                "PyTorch's fully_shard or DistributedDataParallel, over all processes"
+            )
+    return gradients
 
-    return create_selective_checkpoint_contexts(policy)
+
+def process_count() -> int:
+    """Processes that train together: 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def reshard(model: nn.Module) -> None:
@@ -415,29 +479,42 @@ def materialise(model: Llama, device: torch.device | str) -> None:
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int, loaded: Collection[str] = ()) -> None:
-    """Fills every parameter not in `loaded` through its module's reset_parameters().
+    """Fills every parameter and buffer not in `loaded` through its module's reset_parameters().
 
     The numbers depend on seed and name alone, not on the number of ranks or the device: each module's parameters are
     drawn whole on the host, one module at a time, and each rank keeps its part. (Random functions on DTensors draw the
-    same numbers in every shard on CPU.)
+    same numbers in every shard on CPU.) Raises UserError for a module that does not fill what it owns.
     """
-    missing = dict(model.named_parameters()).keys() - loaded  # without the second name of a tied head
+    # without the second name of a tied head
+    missing = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}.difference(loaded)
     for path, module in model.named_modules():
-        own = {n: p for n, p in module.named_parameters(recurse=False) if f"{path}.{n}" in missing}
+        kept = {name: t for name, t in (module._parameters | module._buffers).items() if t is not None}
+        own = {name: t for name, t in kept.items() if (f"{path}.{name}" if path else name) in missing}
         if not own:
             continue
-        kept = dict(module._parameters)
-        for name, parameter in module.named_parameters(recurse=False):
+        who = f"{path or 'the model'} ({type(module).__name__})"
+        if not hasattr(module, "reset_parameters"):
+            raise UserError(f"{who} owns {', '.join(own)}, but has no reset_parameters() that fills it: give it one")
+        for name, tensor in kept.items():
             # What is loaded stays on the meta device, where drawing costs nothing.
-            place = "cpu" if name in own else "meta"
-            module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=place))
+            blank = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu" if name in own else "meta")
+            if blank.is_floating_point():
+                blank.fill_(torch.nan)
+            if isinstance(tensor, nn.Parameter):
+                module._parameters[name] = nn.Parameter(blank, tensor.requires_grad)
+            else:
+                module._buffers[name] = blank
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(zlib.crc32(f"{seed} {path}".encode()))
             module.reset_parameters()
-        drawn = dict(module._parameters)
-        module._parameters.update(kept)
-        for name, parameter in own.items():
-            local(parameter).copy_(local(like(drawn[name], parameter)))
+        for name, tensor in kept.items():
+            tensors = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
+            drawn, tensors[name] = tensors[name], tensor
+            if name not in own:
+                continue
+            if drawn is None or drawn.isnan().any():
+                raise UserError(f"{who}: its reset_parameters() does not fill {name}, or not with numbers")
+            local(tensor).copy_(local(like(drawn, tensor)))
 
 
 def like(whole: Tensor, parameter: Tensor) -> Tensor:

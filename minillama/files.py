@@ -33,6 +33,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def cache_folder(given: Path | None = None) -> Path:
+    """Where minillama keeps what it can make again: `given`, or minillama in $XDG_CACHE_HOME or ~/.cache."""
+    return given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama"
+
+
 def is_deep(value: Any) -> bool:
     """Whether lists and objects stand in each other more than DEPTH times."""
     inside = [value]

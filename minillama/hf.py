@@ -49,6 +49,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
 )
 
 
@@ -521,6 +522,7 @@ def copy_files(sources: dict[str, Path], folder: Path, made: Mapping[str, dict[s
     """made: JSON files to write beside the copies."""
     for file, source in sources.items():
         if source.exists():
+            (folder / file).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, folder / file)
     for file, content in (made or {}).items():
         write_json(folder / file, content)

@@ -9,7 +9,9 @@ from minillama.adapters import adapt, check_adapter, load_adapter_weights, read_
 from minillama.distributed import FsdpConfig, make_mesh, materialise, set_dtypes, shard
 from minillama.files import read_json
 from minillama.hf import check_weights, load_weights, read_config
+from minillama.kernels import KernelsConfig, choose_kernels
 from minillama.model import Llama
+from minillama.precision import choose_precision, compact_base
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 
@@ -17,23 +19,24 @@ END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 
 
 def load_model(folder: Path, device: str, *, adapter: Path | None = None, dtype: Dtype = "auto") -> Llama:
-    """A base folder, and an adapter folder for it, as a frozen model that computes in dtype (auto: bf16 on CUDA, else fp32).
+    """A base folder, and an adapter folder for it, as a frozen model that computes in dtype.
 
-    Every rank must call it; on several each holds a part. Raises UserError, before it reads any weight, for a folder
-    that is none, and an adapter of another model.
+    dtype: auto takes what the hardware multiplies fast, as --fsdp.precision auto does. Every rank must call it; on several
+    each holds a part. Raises UserError, before it reads any weight, for a folder that is none, and an adapter of another
+    model.
     """
     with torch.device("meta"):
         model = Llama(read_config(folder)).requires_grad_(False)
-    check_weights(model, folder)
+    weights = check_weights(model, folder)
     if adapter:
         adapt(model, read_adapter_config(adapter))
         check_adapter(model, adapter)
         model.requires_grad_(False)
-    precision = dtype if dtype != "auto" else "bf16" if device == "cuda" else "fp32"
-    fsdp = FsdpConfig(strategy="full-shard", precision=precision)
+    fsdp, _ = choose_precision(FsdpConfig(strategy="full-shard", precision=dtype), device, flag="--dtype")
     set_dtypes(model, fsdp)
     mesh = make_mesh(fsdp, device)
-    if mesh.size() > 1:
+    choose_kernels(model, KernelsConfig(), fsdp.compute_dtype, device)
+    if compact_base(model, weights, fsdp, mesh) or mesh.size() > 1:
         shard(model, mesh, fsdp)
     materialise(model, device)
     load_weights(model, folder)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillama.errors import UserError
-from minillama.loss import linear_cross_entropy
+from minillama.loss import Targets, linear_cross_entropy
 from minillama.model import LARGEST, Head, Llama
 from minillama.surgery import replace_modules
 
@@ -136,7 +136,7 @@ class LoraLinear(nn.Module):
 class LoraHead(LoraLinear):
     """The output head with LoRA; given labels it returns the loss, as Head does."""
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | Targets | None = None) -> Tensor:
         if labels is None:
             return super().forward(x)
         low = self.lora_A(self.dropout(x).to(self.lora_A.weight.dtype))
@@ -202,8 +202,10 @@ def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float, *, change: Tensor 
 def apply_lora(model: Llama, config: LoraConfig) -> Llama:
     """Adapts the targets of a model, best built on the meta device, before sharding. Freezes nothing.
 
-    Raises UserError, naming it, for a target that matches no layer.
+    Raises UserError, naming it, for a target that matches no layer, and for a model that has a LoRA already.
     """
+    if any(isinstance(module, LoraLinear | LoraEmbedding) for module in model.modules()):
+        raise UserError("the model has a LoRA already: apply it once, with all --lora.targets, or merge_lora before")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
 
     def matches(name: str, target: str) -> bool:

@@ -1,9 +1,13 @@
 """Cross entropy fused with the output projection: the logits of a batch, its largest tensor, never exist at once."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from minillama.autograd import first_derivative_only
+from minillama.transfer import to_device
 
 IGNORE = -100
 """The label of a position that is not trained; PyTorch's default ignore_index."""
@@ -13,9 +17,9 @@ CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 
 CHUNK_ROWS = {"cpu": 256, "cuda": 4096}
 """At most. CPU: what was fastest, measured at vocabularies of 49,152 and 128,256; four times as many where the weight
-trains, whose gradient each chunk adds to. That gradient is made in the weight's dtype, which may be fp16."""
+trains, whose gradient each chunk adds to."""
 
-SLICE_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
+SLICE_BYTES = {"cpu": 2 * 2**20, "cuda": 512 * 2**20}
 """Size of the fp32 logits held at a time: on a CPU few enough to stay in its cache from one operation to the next."""
 
 
@@ -26,20 +30,35 @@ def chunk_rows(vocabulary: int, device: str, weight_trains: bool = False) -> int
     return max(1, rows // 128 * 128 or rows)
 
 
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """The labels of a batch, found and on the device before the step. FSDP2 and DDP move tensors, not what is in this."""
+
+    rows: Tensor
+    """(N,) int64: places in the flattened batch that have a label"""
+    ids: Tensor
+    """(N,) int64: the labels there"""
+
+
+def find_targets(labels: Tensor, device: torch.device | str) -> Targets:
+    """Those of labels (B, T), for a model on `device`. Waits for the device unless the labels are on the host."""
+    flat = labels.flatten()
+    rows = flat.ne(IGNORE).nonzero().flatten()
+    return Targets(*(to_device(part, device) if part.is_cpu else part for part in (rows, flat[rows])))
+
+
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, low: Tensor | None = None, up: Tensor | None = None
+    hidden: Tensor, weight: Tensor, labels: Tensor | Targets, low: Tensor | None = None, up: Tensor | None = None
 ) -> Tensor:
     """Sum over all labels but -100 of -log softmax(hidden @ weight.T)[label], in nats: () fp32.
 
-    hidden (B, T, C) and weight (V, C) of one dtype, labels (B, T) int64, best on the host. Positions without a label
-    never meet the weight. Zero labels give a zero that still has a graph: such a batch takes part in every collective.
+    hidden (B, T, C) and weight (V, C) of one dtype, labels (B, T) int64, or find_targets of them. Positions without a
+    label never meet the weight. Zero labels give a zero that still has a graph: such a batch takes part in every collective.
     With low (B, T, R) and up (V, R) low @ up.T, in fp32, is added to the logits: LoRA on the head.
     """
-    rows = labels.flatten().ne(IGNORE).nonzero().flatten()
-    targets = labels.flatten()[rows].to(hidden.device, non_blocking=True)
-    rows = rows.to(hidden.device, non_blocking=True)
-    x, low = (None if part is None else part.flatten(0, 1)[rows] for part in (hidden, low))
-    return _LinearCrossEntropy.apply(x, weight, targets, low, up, torch.is_grad_enabled())
+    targets = labels if isinstance(labels, Targets) else find_targets(labels, hidden.device)
+    x, low = (None if part is None else part.flatten(0, 1)[targets.rows] for part in (hidden, low))
+    return _LinearCrossEntropy.apply(x, weight, targets.ids, low, up, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -92,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_x is not None:
                 torch.mm(product, weight, out=grad_x[start : start + chunk])
             if weight_needs_grad:
-                of_chunk = product.T @ x_chunk
+                of_chunk = _summed_products(product, x_chunk)
                 grad_weight = of_chunk if grad_weight is None else grad_weight.float().add_(of_chunk)
         if weight_needs_grad and grad_weight is None:
             grad_weight = torch.zeros_like(weight)
@@ -100,6 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         # In fp32 (as a CPU multiplies by a scalar anyway): grad_loss, 1 / trained tokens, would be rounded alike for the
         # whole gradient. Cast only now: a sum over all rows, not yet divided by their number, can be beyond fp16.
@@ -108,3 +128,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return grad_x, grad_weight, None, grad_low, grad_up, None
+
+
+def _summed_products(error: Tensor, x: Tensor) -> Tensor:
+    """error^T x, summed over the rows of a chunk. In fp16, which ends at 65,504, of x / 64, and the result is fp32: no loss
+    scale, which comes later, could bring back what has overflowed here."""
+    if x.dtype != torch.float16:
+        return error.T @ x
+    return (error.T @ (x / 64)).float().mul_(64)

@@ -20,6 +20,8 @@ from minillama.adapters import (
     adapt,
     as_peft,
     check_adapter,
+    check_copy,
+    copies_of_base,
     peft_config,
     peft_name,
     read_adapter_config,
@@ -59,6 +61,10 @@ class MergedWeights:
         adapters = (name for name in trained.names if ".lora_" in name)
         self._adapted = {name.removeprefix(prefix).partition(".lora_")[0] for name in adapters}
         self.config, self.names = config, list(base.names)
+        self._copies: dict[str, list[str]] = {}
+        for name, copied in copies_of_base(trained.names).items() if peft else ():
+            source = copied if copied in base.names else "model.embed_tokens.weight"
+            self._copies.setdefault(source, []).append(name)
         ends = self._adapted & {"lm_head", "model.embed_tokens"}
         if config.tie_word_embeddings and ends:  # what one of the two learned is not the other's
             self.config = replace(config, tie_word_embeddings=False)
@@ -74,6 +80,8 @@ class MergedWeights:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """(stop - start, ...), fp32 where something was added."""
         weight, module = self._base.rows(self._source(name), start, stop), name.removesuffix(".weight")
+        for copy in self._copies.get(name, []):
+            check_copy("the adapter", name, self._trained.rows(copy, start, stop), weight)
         if module not in self._adapted or not name.endswith(".weight"):
             return weight
         if module.endswith("embed_tokens"):

@@ -87,7 +87,9 @@ class MetaWeights:
         for number, part in enumerate(self._parts):
             where = folder / f"consolidated.{number:02}.pth"
             if missing := [theirs for theirs, _ in self._names.values() if theirs not in part]:
-                raise UserError(f"{where} lacks {', '.join(missing[:4])}, which params.json speaks of")
+                raise UserError(
+                    f"{where} lacks {', '.join(missing[:4])}, which every Llama of {params['n_layers']} layers has"
+                )
             if unknown := sorted(part.keys() - known):
                 raise UserError(f"{where} has tensors that no Llama has: {', '.join(unknown[:4])}")
             if uneven := [
@@ -193,7 +195,13 @@ def read_meta_config(folder: Path) -> LlamaConfig:
         query_rows = first["layers.0.attention.wq.weight"].shape[0] * len(parts)
         tied = all(_same(part["tok_embeddings.weight"], part["output.weight"]) for part in parts)
     except (KeyError, IndexError) as error:
-        raise UserError(f"{folder / 'consolidated.00.pth'} lacks {error}, which params.json speaks of") from None
+        where = folder / "consolidated.00.pth"
+        if error.args[0] == "output.weight" and "tok_embeddings.weight" in first:
+            raise UserError(
+                f"{where} lacks output.weight, the head, which Meta's own files have even where it is tied to the "
+                "embedding: if it is, as in Llama 3.2's 1B and 3B, add it, equal to tok_embeddings.weight"
+            ) from None
+        raise UserError(f"{where} lacks {error}, which every Llama has: copy the file again") from None
     if query_rows < width and width % query_rows == 0:
         raise UserError(
             f"{folder} holds {len(parts)} consolidated files with 1/{width // query_rows} of the weights that params.json "

@@ -2,13 +2,14 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -57,6 +58,7 @@ class Metrics:
         self.model, self.device = model, device
         self.rate = matmul_rate(device, config.fsdp.compute_dtype)
         self.tokens = start.tokens - int(start.unlogged[2])  # of all lines so far
+        self.trained = start.step > 0  # whether any token has been
         self.evaluated: dict[int, float] = {}  # step -> loss
         self.file = _reopen(output_dir / "metrics.jsonl", start) if rank() == 0 else None
         self.bar = tqdm(total=steps, initial=start.step, desc="training", unit="step", disable=rank() != 0)
@@ -120,6 +122,10 @@ class Metrics:
         loss_sum, grad_norm = float(self.loss_sum), norm.item()  # waits for the device
         flops = step_flops(self.model, *self.counts)
         tokens, trained, flops, rate, loss_sum = all_reduce([*self.counts[:2], flops, self.rate, loss_sum])
+        self.trained = self.trained or trained > 0
+        if not self.trained:  # only a user's own collator can do that
+            self.close()
+            raise UserError(f"step {number}: none of its {tokens:.0f} tokens is trained: mend your collator's labels")
         mean_loss = loss_sum / max(1, trained)
         self.tokens += int(tokens)
         memory, waited, seconds = all_reduce([peak_memory_gib(self.device), self.waited, seconds], "max")
@@ -183,8 +189,14 @@ class Metrics:
         if self.file is None:
             return
         line = {key: value if math.isfinite(value) else None for key, value in line.items()}  # JSON has no NaN
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        end, rest = self.file.tell(), (json.dumps(line) + "\n").encode()
+        try:
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.file.name, end)  # not half a line
+            raise UserError(_unwritable(self.file.name, error)) from None
         values = {key: value for key, value in line.items() if key != "step" and value is not None}
         if self.tensorboard is not None:
             for key, value in values.items():
@@ -202,7 +214,11 @@ class Metrics:
             self.wandb.finish()
 
 
-def _reopen(file: Path, start: "Progress") -> TextIO:
+def _unwritable(file: Path | str, error: OSError) -> str:
+    return f"{file} cannot be written ({error.strerror}): make room on its disk, and go on with --resume auto"
+
+
+def _reopen(file: Path, start: "Progress") -> BinaryIO:
     """metrics.jsonl, to be appended to: without what a run wrote after the checkpoint that it now goes on from."""
     kept = []
     for text in file.read_text(errors="replace").splitlines() if file.exists() else ():
@@ -215,9 +231,12 @@ def _reopen(file: Path, start: "Progress") -> TextIO:
         if line["step"] < start.step or (line["step"] == start.step and ("loss" in line or not start.evaluate)):
             kept.append(text + "\n")
     new = file.with_name(file.name + ".new")
-    new.write_text("".join(kept))
-    new.replace(file)
-    return file.open("a")
+    try:
+        new.write_text("".join(kept))
+        new.replace(file)
+        return file.open("ab", buffering=0)
+    except OSError as error:
+        raise UserError(_unwritable(file, error)) from None
 
 
 def read_metrics(file: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
@@ -252,5 +271,11 @@ def plot_loss(metrics_file: Path, image: Path) -> bool:
     axes.set(xlabel="optimizer step", ylabel="loss (nats a trained token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(image, dpi=120)
+    try:
+        figure.savefig(image, dpi=120)
+    except OSError as error:
+        image.unlink(missing_ok=True)  # half of it
+        raise UserError(
+            f"{image} cannot be written ({error.strerror}): make room on its disk, and draw it by tools/plot_metrics.py"
+        ) from None
     return True

@@ -7,7 +7,9 @@ Shapes: B batch, T tokens, C width (hidden_size), H query heads, K key-value hea
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any, get_args
 
 import torch
@@ -15,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillama.attention import BACKENDS, KvCache, Seen, document_lengths
+from minillama.autograd import first_derivative_only
 from minillama.errors import UserError
-from minillama.loss import linear_cross_entropy
+from minillama.loss import Targets, linear_cross_entropy
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 LARGEST = 2**24
@@ -104,7 +107,7 @@ class LlamaConfig:
             kinds = (int, float) if kind is float else (kind,)
             if type(value) not in kinds or (kind in (int, float) and not 0 < value < 2**63):
                 raise UserError(f"the model's config has {field.name} = {value!r}, where a {kind.__name__} belongs")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # where both are: as transformers
         if not isinstance(rope, dict):
             raise UserError(f"the model's config has the RoPE settings {rope!r}, which are no object")
         rope = dict(rope)
@@ -116,6 +119,10 @@ class LlamaConfig:
             raise UserError("partial_rotary_factor is not supported: Llama rotates the whole head")
         if "type" in rope:  # the key's older name
             rope.setdefault("rope_type", rope.pop("type"))
+        if rope.get("rope_type") == "llama3":  # it may stand beside, which then counts, or go without saying
+            length = "original_max_position_embeddings"
+            inside = rope.get(length, values.get("max_position_embeddings", cls.max_position_embeddings))
+            rope[length] = inside if config.get(length) is None else config[length]
         if "factor" in rope and "rope_type" not in rope:
             raise UserError("rope_scaling has a factor but no rope_type")
         values["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
@@ -183,6 +190,7 @@ class _RMSNorm(torch.autograd.Function):
         return wide.mul_(scale).mul_(weight).to(x.dtype)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         normed = x.to(torch.float32, copy=True).mul_(scale)
@@ -207,6 +215,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
@@ -279,7 +288,7 @@ class Trunk(nn.Module):
 class Head(nn.Linear):
     """The output projection; given labels it returns the loss, so that the logits of a batch never exist at once."""
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | Targets | None = None) -> Tensor:
         return F.linear(x, self.weight) if labels is None else linear_cross_entropy(x, self.weight, labels)
 
 
@@ -306,7 +315,8 @@ class Llama(nn.Module):
         *,
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
-        labels: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+        labels: Tensor | Targets | None = None,
         keep: Tensor | None = None,
         cache: KvCache | None = None,
     ) -> Tensor:
@@ -314,11 +324,16 @@ class Llama(nn.Module):
 
         positions: (B, T) place of each token in its document; by default 0 to T - 1 in every row.
         document_ids: (B, T) integers; a token attends to the earlier tokens of its row with the same id. A document's
-            tokens stand side by side. Best left on the host: on a device, finding the documents waits for it.
+            tokens stand side by side.
+        lengths: instead, how long the documents are, row after row; each row ends with the end of one.
         labels: (B, T) the token to be predicted AT each position (already shifted), or -100 for none. The result is
-            then the cross entropy summed over all labels, in nats, fp32 (). Best left on the host, as above.
+            then the cross entropy summed over all labels, in nats, fp32 ().
         keep: (B, T) bool; the result is the logits of these places only, row after row: (N, V).
         cache: the tokens follow those of the calls before with it; the result is the last token's logits, (B, 1, V).
+
+        On a GPU, to find documents and labels waits for it, twice; FSDP2 moves tensors of the host there first. With
+        lengths, and labels made ready by `find_targets`, as `collate` makes both, nothing waits.
+        Raises UserError for lengths that are not those of the rows.
         """
         if cache is not None:
             rope = rope_table(self.config, cache.positions(tokens.shape[1]))
@@ -326,9 +341,20 @@ class Llama(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         rows, length = tokens.shape
-        lengths = [length] * rows if document_ids is None else document_lengths(document_ids)
-        seen = self.attention(lengths, tokens.device)
+        if lengths is not None:
+            _check_lengths(lengths, rows, length)
+        else:
+            lengths = [length] * rows if document_ids is None else document_lengths(document_ids)
+        seen = self.attention(list(lengths), tokens.device)
         x = self.model(tokens, rope_table(self.config, positions), seen)
         if keep is not None:
             return self.lm_head(x[keep])
         return self.lm_head(x) if labels is None else self.lm_head(x, labels)
+
+
+def _check_lengths(lengths: Sequence[int], rows: int, length: int) -> None:
+    ends = list(accumulate(lengths))
+    if ends[-1:] != [rows * length] or not set(ends).issuperset(range(length, rows * length, length)):
+        raise UserError(
+            f"lengths: those of documents that fill {rows} rows of {length} tokens, row after row, are needed"
+        )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from minillama.distributed import local
 from minillama.errors import UserError
 
-PART = {"cpu": 2**19, "cuda": 2**22}
+PART = {"cpu": 2**18, "cuda": 2**22}
 """Elements that CompensatedAdamW updates at a time: few enough for small fp32 copies, that on a CPU stay in its cache, and
 enough to keep a GPU busy."""
 

@@ -6,16 +6,19 @@ Packing puts many documents into a pack. Padding makes each document a pack of i
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minillama.attention import document_lengths
 from minillama.datasets import Documents
 from minillama.errors import UserError
-from minillama.loss import IGNORE
+from minillama.loss import IGNORE, Targets, find_targets
 from minillama.permutation import permuted
+from minillama.transfer import to_device
 
 BUCKET = 64
 """Padded documents of like length that follow each other in an epoch."""
@@ -240,6 +243,16 @@ class Batch:
     squares: int
     """Sum of the squares of the documents' lengths: what their attention costs"""
 
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Of the documents and the runs of padding, row after row"""
+        return document_lengths(self.document_ids)
+
+    @cached_property
+    def targets(self) -> Targets:
+        """The labels, on the device"""
+        return find_targets(self.labels, self.tokens.device)
+
 
 def collate(packed: Packed, packs: np.ndarray | list[int], pad_id: int, device: torch.device | str) -> Batch:
     """Lays packs side by side, padded to the longest. No packs: a batch of one padding token and no label."""
@@ -292,16 +305,14 @@ def _collated(packed: Packed, pieces: list[int], device: torch.device | str) -> 
 
 
 def _batch(tokens, positions, labels, document_ids, squares: int, device: torch.device | str) -> Batch:
-    def on_device(array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
-
-    return Batch(
-        on_device(tokens),
-        on_device(positions),
+    batch = Batch(
+        to_device(torch.from_numpy(tokens), device),
+        to_device(torch.from_numpy(positions), device),
         torch.from_numpy(labels),
         torch.from_numpy(document_ids),
         count=int((document_ids >= 0).sum()),
         trained=int((labels != IGNORE).sum()),
         squares=squares,
     )
+    _ = batch.lengths, batch.targets  # here, in the thread that makes batches ahead, not in the step
+    return batch

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass, replace
+from datetime import date
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -33,12 +34,14 @@ from minillama.metrics import LogConfig
 from minillama.model import Llama, LlamaConfig
 from minillama.optim import OptimConfig
 from minillama.packing import Packed
+from minillama.precision import choose_precision
 from minillama.profiling import MFU_FORMULA, ProfileConfig, count_parameters
 from minillama.resume import Checkpoint, find_checkpoint, has_checkpoint, saved_steps
 from minillama.tokenizer import load_tokenizer
 from minillama.train import EvalConfig, Progress, TrainConfig, count_steps
 
 Config = TypeVar("Config")
+C = TypeVar("C", bound="RunConfig")
 
 
 @dataclass(frozen=True)
@@ -97,24 +100,43 @@ class Start:
     """Of the base model and of the training data: what a run that resumes must find again"""
 
 
-def start_run(config: RunConfig, train: Packed) -> Start:
-    """Finds the checkpoint to resume from, makes the output folder and writes run.json: the resolved flags and what
-    they run on. Every rank must call it.
+def find_start(config: RunConfig) -> Checkpoint | None:
+    """The checkpoint to resume from, read through and sound; None to start from the base model. Every rank must call it.
 
-    Raises UserError if the folder cannot be written or holds a run that is not to be resumed, and for a checkpoint that
-    is damaged, or of a run that this one could not continue.
+    Raises UserError for --resume DIR without a sound one.
+    """
+    resume = config.resume
+    if _restarted(config.output_dir) and on_rank_zero(lambda: has_checkpoint(config.output_dir)):
+        resume = "auto"
+    return None if resume == "none" else find_checkpoint(resume, config.output_dir)
+
+
+def _restarted(output_dir: Path) -> bool:
+    """Whether torchrun --max-restarts started this process: the run goes on, whatever it started from."""
+    # Only the node whose worker died counts up.
+    [restarts] = all_reduce([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))], "max")
+    return restarts > 0 and on_rank_zero(lambda: _is_of_this_launch(output_dir))
+
+
+def resolve_precision(config: C, device: str, checkpoint: Checkpoint | None) -> tuple[C, str]:
+    """config with --fsdp.precision auto resolved, as run.json and checkpoints remember it, and the precision in words."""
+    saved = checkpoint.content["flags"]["fsdp"]["precision"] if checkpoint else None
+    fsdp, precision = choose_precision(config.fsdp, device, saved=saved, cache_dir=config.data.cache_dir)
+    return replace(config, fsdp=fsdp), precision
+
+
+def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -> Start:
+    """Makes the output folder and writes run.json: the resolved flags and what they run on. Every rank must call it.
+
+    Raises UserError if the folder cannot be written or holds a run that is not to be resumed, and for a checkpoint of a
+    run that this one could not continue.
     """
     output_dir, resume = config.output_dir, config.resume
-    # torchrun --max-restarts: the run goes on, whatever it started from. Only the node whose worker died counts up.
-    [restarts] = all_reduce([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))], "max")
-    restarted = restarts > 0 and on_rank_zero(lambda: _is_of_this_launch(output_dir))
-    if restarted and on_rank_zero(lambda: has_checkpoint(output_dir)):
-        resume = "auto"
+    restarted = _restarted(output_dir)
     fingerprints = {
         "model": on_rank_zero(lambda: weights_fingerprint(config.model)),
         "data": train.fingerprint,
     }
-    checkpoint = None if resume == "none" else find_checkpoint(resume, output_dir)
     efficiency = _efficiency(train, config.train.batch_size, dist.get_world_size(), config.train.accumulate)
     lines = []
     if checkpoint is None:
@@ -324,9 +346,18 @@ def _git_commit() -> str | None:
         return None
 
 
+def with_date(config: DataConfig, checkpoint: Checkpoint | None) -> DataConfig:
+    """config with the day that chat templates are told: the one given, else that of the checkpoint, else today.
+
+    Every rank must call it: for one of them it may be tomorrow already.
+    """
+    saved = checkpoint.content["flags"]["data"].get("date") if checkpoint else None
+    return replace(config, date=config.date or saved or on_rank_zero(lambda: date.today().isoformat()))
+
+
 def load_data(config: RunConfig, model: Llama) -> tuple[Any, Packed, Packed | None]:
     """The tokenizer, what to train on, and what to evaluate on. Raises UserError for what is wrong with the data."""
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    tokenizer = load_tokenizer(config.tokenizer or config.model, day=config.data.day)
     check_vocabulary(tokenizer, model.config.vocab_size)
     collator = load_collator(config.data, tokenizer)
     processes = config.data.workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -363,14 +394,15 @@ def summary(
     config: RunConfig,
     fsdp: FsdpConfig,
     mesh: DeviceMesh,
+    precision: str,
     attention: str,
     model: Llama,
     train: Packed,
     validation: Packed | None,
     window: int,
 ) -> str:
-    """What a run is about to do, in a few lines. fsdp: config.fsdp with its strategy resolved; attention: which, and why;
-    window: packs a step."""
+    """What a run is about to do, in a few lines. fsdp: config.fsdp with its strategy resolved; precision, attention: which,
+    and why; window: packs a step."""
     total, trained = count_parameters(model)
     spread = fsdp.strategy + (f" of {mesh.size(1)}" if fsdp.strategy == "hybrid-shard" else "")
     if fsdp.strategy != config.fsdp.strategy:
@@ -378,7 +410,8 @@ def summary(
     lines = [
         f"model       {total:,} parameters, {trained:,} of them trained ({trained / total:.3%})",
         f"processes   {mesh.size()} on {mesh.device_type}, {spread}{', offloaded' if fsdp.cpu_offload else ''}, "
-        f"precision {fsdp.precision}, recompute {fsdp.recompute}",
+        f"recompute {fsdp.recompute}",
+        f"precision   {precision}",
         f"attention   {attention}{'; blocks compiled' if config.kernels.compile else ''}",
     ]
     for name, packed in (("training", train), ("validation", validation)):
@@ -419,6 +452,8 @@ def described(packed: Packed, config: LlamaConfig, batch_size: int, world_size: 
         text += f", of which {packed.long['untrained']:,} {rows} LEFT OUT, with nothing to train"
     if packed.documents.refused:
         text += f"; {packed.documents.refused:,} bad ones SKIPPED"
+    if packed.documents.had_ends:
+        text += f"; {packed.documents.had_ends:,} had BOS or EOS in their text, and were given no second one"
     if (longest := int(packed.sizes.max())) > (limit := config.max_position_embeddings):
         text += f"; the longest, {longest}, BEYOND the {limit} the model was made for"
     return text

@@ -9,13 +9,25 @@ import hashlib
 import json
 import re
 import unicodedata
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from itertools import takewhile
+from datetime import date
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from minillama.chat import LLAMA2_TEMPLATE, LLAMA3_TEMPLATE, check_messages, render, trained_spans
+from minillama.chat import (
+    LLAMA2_TEMPLATE,
+    LLAMA3_TEMPLATE,
+    ChatTemplate,
+    Messages,
+    Tools,
+    prepared,
+    trained_spans,
+    without_surrogates,
+)
 from minillama.errors import UserError
+from minillama.tokenizer_files import FILES, NAMES, TEMPLATES, Space, begins_with_special, read_json, read_names, space
 from minillama.tokenizer_json import is_tiktoken
 
 LLAMA3_PATTERN = (
@@ -27,12 +39,6 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 # so it stays whole (possessive: no backtracking through a long run that has no digit behind it).
 DIGITS_GPT2_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s++(?=\p{N})|\s+(?!\S)|\s+"
 
-# Whatever may decide ids:
-FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model", "added_tokens.json", "chat_template.jinja")
-NAMES = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
-
-SPECIAL = [f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-
 # tiktoken's regex engine keeps one stack entry for each character of white space and gives up at a million.
 LONGEST_SPACE = 100_000
 
@@ -43,13 +49,15 @@ class Tokenizer:
     `bos_id` is None where the checkpoint has no BOS; `adds_bos`: whether a text begins with it where nothing else is said,
     as in transformers; `pad_id` is `eos_id` where it names no padding token; `vocab_size` is the highest id + 1, which may
     be less than the rows of the model's embedding. `path` is where it was loaded from; `fingerprint` is the same for files
-    with the same content.
+    with the same content, if their chat template shows the day: on the same day.
     """
 
     path: Path
     fingerprint: str
 
-    def __init__(self, engine: Any, special: dict[str, dict[str, Any]], names: dict[str, Any], where: Path) -> None:
+    def __init__(
+        self, engine: Any, special: dict[str, dict[str, Any]], names: dict[str, Any], where: Path, day: date
+    ) -> None:
         self._engine = engine
         self._where = where
         for text in names.get("special_tokens", ()):  # also those that stand in the vocabulary like any other
@@ -74,11 +82,15 @@ class Tokenizer:
         self.eos_id: int = eos_id
         pad_id = self._named_id(names.get("pad_token"), None)
         self.pad_id: int = eos_id if pad_id is None else pad_id
-        self._template: str | None = names.get("chat_template")
-        if self._template is None and {"<|start_header_id|>", "<|eot_id|>"} <= self._special.keys():
-            self._template = LLAMA3_TEMPLATE
-        elif self._template is None and isinstance(engine, _SentencePiece):
-            self._template = LLAMA2_TEMPLATE
+        sources: dict[str, tuple[str, Path]] = names["templates"]
+        if not sources and {"<|start_header_id|>", "<|eot_id|>"} <= self._special.keys():
+            sources = {"default": (LLAMA3_TEMPLATE, where)}
+        elif not sources and isinstance(engine, _SentencePiece):
+            sources = {"default": (LLAMA2_TEMPLATE, where)}
+        named = names["named_tokens"] | {"eos_token": self._text_of(eos_id)}
+        if self.bos_id is not None:
+            named["bos_token"] = self._text_of(self.bos_id)
+        self._templates = {name: ChatTemplate(*source, named, day) for name, source in sources.items()}
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`. Special and added tokens that are spelled out in it become their id, as in transformers.
@@ -90,7 +102,7 @@ class Tokenizer:
             if self.bos_id is None:
                 raise UserError(f"{self._where}: this tokenizer has no BOS token; encode with bos=False")
             ids.append(self.bos_id)
-        for _, _, segment in self._segments(_without_surrogates(text)):
+        for _, _, segment in self._segments(without_surrogates(text)):
             ids += segment
         return [*ids, self.eos_id] if eos else ids
 
@@ -101,76 +113,90 @@ class Tokenizer:
         for id_ in ids if special else [id_ for id_ in ids if id_ not in self._hidden]:
             known = 0 <= id_ <= self._engine.highest_id
             if id_ in self._special_text or not known:
-                out += [self._engine.decode(run), self._special_text.get(id_, "\ufffd")]
+                out += [self._engine.decode(run, not out), self._special_text.get(id_, "\ufffd")]
                 run = []
             else:
                 run.append(id_)
-        return "".join([*out, self._engine.decode(run)])
+        return "".join([*out, self._engine.decode(run, not out)])
 
     def id_of(self, token: str) -> int | None:
         """Id of a special or added token by its text, None if there is none of that name."""
         return self._special.get(token)
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
+    def encode_chat(self, messages: Messages, tools: Tools | None = None) -> tuple[list[int], list[bool]]:
         """Ids of a conversation in the checkpoint's chat format, and for each id whether it is trained on.
 
-        `messages` are `{"role": str, "content": str}`. Trained are the assistant's answers with the token that ends
-        each turn, and with the line break after the header in Llama 3's format (as llama-recipes did). Raises
-        UserError for bad messages, a template that refuses them, or if it cannot be told which part an answer is.
+        `messages` are `{"role": str, "content": str}`, and what else the template knows, such as "tool_calls"; `tools`
+        are JSON schemas. Trained are the assistant's turns with the token that ends each, and with the line break after
+        the header in Llama 3's format (as llama-recipes did); or what the template marks with {% generation %}, as
+        transformers' assistant_masks. Raises UserError for bad messages, a template that refuses them, or if it cannot
+        be told which part is the assistant's.
         """
-        check_messages(messages)
-        # The spans count characters of the text as rendered, so surrogates go before the rendering.
-        messages = [message | {"content": _without_surrogates(message["content"])} for message in messages]
-        text, spans = trained_spans(self._render, messages, self._special_re, self._where)
+        text, spans = trained_spans(self._template(tools), *prepared(messages, tools), self._special_re)
         ids: list[int] = []
         mask: list[bool] = []
         for start, end, segment in self._segments(text):
             trained = [False] * len(segment)
             for a, b in spans:
                 if a < end and b > start:
-                    first = self._tokens_before(text[start:end], a - start, segment)
-                    last = self._tokens_before(text[start:end], b - start, segment)
+                    first, last = self._tokens_of(text[start:end], a - start, b - start, segment, start == 0)
                     trained[first:last] = [True] * (last - first)
             ids += segment
             mask += trained
         return ids, mask
 
-    def chat_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+    def chat_prompt(self, messages: Messages, tools: Tools | None = None) -> list[int]:
         """Ids of a conversation up to where the assistant's next answer begins. Raises like `encode_chat`."""
-        return self.encode(self.chat_text(messages))
+        return self.encode(self.chat_text(messages, tools))
 
-    def chat_text(self, messages: list[dict[str, Any]]) -> str:
+    def chat_text(self, messages: Messages, tools: Tools | None = None) -> str:
         """What `chat_prompt` has the ids of."""
-        check_messages(messages)
-        return self._render(messages, True)
+        return self._template(tools).render(*prepared(messages, tools), prompt=True)
 
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        if self._template is None:
+    @property
+    def puts_space(self) -> bool:
+        """Whether a text may begin with a space that is not in it, as sentencepiece's do."""
+        return isinstance(self._engine, _SentencePiece)
+
+    @property
+    def shows_day(self) -> bool:
+        """Whether ids of conversations depend on the day that `load_tokenizer` was given."""
+        return any(template.shows_day for template in self._templates.values())
+
+    def _template(self, tools: Tools | None) -> ChatTemplate:
+        found = self._templates.get("tool_use") if tools is not None else None
+        if (found := found or self._templates.get("default")) is None:
             raise UserError(
                 f"{self._where}: the tokenizer files carry no chat template; put the instruct checkpoint's "
                 "chat_template.jinja beside them"
             )
-        bos = "" if self.bos_id is None else self._text_of(self.bos_id)
-        return render(self._template, messages, bos, self._text_of(self.eos_id), add_generation_prompt, self._where)
+        return found
 
     def _segments(self, text: str) -> Iterator[tuple[int, int, list[int]]]:
         """(start, end, ids): the special tokens in `text` and the stretches between them; offsets in characters."""
         start = 0
         for match in self._special_re.finditer(text):
             if match.start() > start:
-                yield start, match.start(), self._engine.encode(text[start : match.start()])
+                yield start, match.start(), self._engine.encode(text[start : match.start()], start == 0)
             name = match.group()  # may have white space around it (lstrip, rstrip)
             yield match.start(), match.end(), [self._special[name if name in self._special else name.strip()]]
             start = match.end()
         if start < len(text):
-            yield start, len(text), self._engine.encode(text[start:])
+            yield start, len(text), self._engine.encode(text[start:], start == 0)
 
-    def _tokens_before(self, text: str, offset: int, ids: list[int]) -> int:
-        """How many of `ids`, the tokens of `text`, end at or before the character `offset`."""
-        if offset <= 0 or offset >= len(text):
-            return 0 if offset <= 0 else len(ids)
-        pairs = zip(self._engine.encode(text[:offset]), ids, strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    def _tokens_of(self, text: str, start: int, end: int, ids: list[int], first: bool) -> tuple[int, int]:
+        """The range of `ids`, the tokens of a segment, that have a part in the characters from start to end."""
+        if start <= 0 and end >= len(text):
+            return 0, len(ids)
+        ends = list(accumulate(self._engine.sizes(ids)))
+        if ends[-1] != self._engine.size(text, first):
+            raise UserError(
+                f"{self._where}: cannot tell which tokens are the assistant's, as the tokenizer changes the text: drop the "
+                "row"
+            )
+        before = 0 if start <= 0 else bisect_right(ends, self._engine.size(text[:start], first))
+        upto = len(ids) if end >= len(text) else bisect_left(ends, self._engine.size(text[:end], first)) + 1
+        return before, upto
 
     def _named_id(self, token: Any, id_: Any) -> int | None:
         token = token.get("content") if isinstance(token, dict) else token
@@ -190,43 +216,46 @@ class Tokenizer:
         return self._special_text[id_] if id_ in self._special_text else self._engine.decode([id_])
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, *, day: date | None = None) -> Tokenizer:
     """Reads the tokenizer of a checkpoint: its folder, or the tokenizer.json or tokenizer.model in it.
 
-    Raises UserError if there is none, or one that cannot be read into the same ids as transformers gives.
+    day: what a chat template that asks for the date is told; None: today. Raises UserError if there is none, or one that
+    cannot be read into the same ids as transformers gives.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(
             f"{path}: no such file or folder; give a checkpoint's folder, tokenizer.json or tokenizer.model"
         )
+    day = day or date.today()
     try:
-        tokenizer = _read_tokenizer(path)
+        tokenizer = _read_tokenizer(path, day)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError, OSError) as error:
         raise UserError(f"{path}: its tokenizer's files are damaged ({error!r:.200}); download them again") from None
     tokenizer.path = path
     digest = hashlib.blake2b(digest_size=16)
     for file in [path] if path.is_file() else []:
         digest.update(file.read_bytes())
-    for name in FILES + NAMES:
+    for name in FILES + NAMES + tuple(TEMPLATES.values()):
         file = (path if path.is_dir() else path.parent) / name
         digest.update(f"{name} {file.stat().st_size}".encode() + file.read_bytes() if file.is_file() else b"")
+    digest.update(day.isoformat().encode() if tokenizer.shows_day else b"")
     tokenizer.fingerprint = digest.hexdigest()
     return tokenizer
 
 
-def _read_tokenizer(path: Path) -> Tokenizer:
+def _read_tokenizer(path: Path, day: date) -> Tokenizer:
     folder = path if path.is_dir() else path.parent
-    names = _names(folder)
+    names = read_names(folder)
     json_file = folder / "tokenizer.json" if path.is_dir() or path.suffix != ".json" else path
     if (path.is_dir() or path == json_file) and json_file.exists():
-        data = _read_json(json_file)
+        data = read_json(json_file)
         if "model" not in data:
             raise UserError(f"{json_file}: holds no tokenizer; give a checkpoint's folder or the tokenizer.json in it")
-        names["add_bos_token"] = _begins_with_special(data.get("post_processor") or {})
+        names["add_bos_token"] = begins_with_special(data.get("post_processor") or {})
         if data.get("model", {}).get("type") == "BPE" and '"ByteLevel"' in json.dumps(data.get("pre_tokenizer")):
             try:
-                return _from_json(json_file, data, names)
+                return _from_json(json_file, data, names, day)
             except (KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{json_file}: damaged ({error!r}); download it again") from None
     candidates = [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]  # the latter in Meta's HF repos
@@ -241,11 +270,11 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"{folder}: no tokenizer.json or tokenizer.model; copy them from the original checkpoint")
     content = model.read_bytes()
     if is_tiktoken(content):
-        return _from_tiktoken(model, content, names)
-    return _from_sentencepiece(model, content, names)
+        return _from_tiktoken(model, content, names, day)
+    return _from_sentencepiece(model, content, names, day)
 
 
-def _from_tiktoken(path: Path, content: bytes, names: dict[str, Any]) -> Tokenizer:
+def _from_tiktoken(path: Path, content: bytes, names: dict[str, Any], day: date) -> Tokenizer:
     try:
         pairs = [line.split() for line in content.splitlines() if line]
         tokens = {int(rank): base64.b64decode(token, validate=True) for token, rank in pairs}
@@ -263,10 +292,10 @@ def _from_tiktoken(path: Path, content: bytes, names: dict[str, Any]) -> Tokeniz
     added = {text: {"id": len(tokens) + n} for n, text in enumerate(special)}
     defaults = {"bos_token": special[0], "eos_token": special[1], "pad_token": special[4]}
     engine = _BytePair([tokens[rank] for rank in range(len(tokens))], None, LLAMA3_PATTERN)
-    return Tokenizer(engine, added, defaults | names, path)
+    return Tokenizer(engine, added, defaults | names, path, day)
 
 
-def _from_json(path: Path, data: dict[str, Any], names: dict[str, Any]) -> Tokenizer:
+def _from_json(path: Path, data: dict[str, Any], names: dict[str, Any], day: date) -> Tokenizer:
     model, vocab = data["model"], data["model"]["vocab"]
     for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
@@ -277,12 +306,6 @@ def _from_json(path: Path, data: dict[str, Any], names: dict[str, Any]) -> Token
     pattern = _pattern(path, data["pre_tokenizer"])
 
     added = {token["content"]: token for token in data.get("added_tokens", [])}
-    following = len(vocab)
-    for text, token in added.items():  # to which `tokenizers` gives ids one after the other, whatever the file says
-        if token["id"] != vocab.get(text, following):
-            raise UserError(f"{path}: the added token {text!r} has the id {token['id']!r}, the next one is {following}")
-        following = max(following, token["id"] + 1)
-    added |= names["added_tokens"]
     byte_of = _byte_alphabet()
     # tiktoken merges by the rank of the result, so ranks follow the order of the merges, whatever the ids are.
     ranked = {char: vocab[char] for char in byte_of if char in vocab}
@@ -305,13 +328,19 @@ def _from_json(path: Path, data: dict[str, Any], names: dict[str, Any]) -> Token
         raise UserError(
             f"{path}: ignore_merges with tokens that no merge makes is not supported: {[*unmerged.values()][:5]}"
         )
+    following = len(vocab)
+    for text, token in added.items():  # to which `tokenizers` gives ids one after the other, whatever the file says
+        if token["id"] != vocab.get(text, following):
+            raise UserError(f"{path}: the added token {text!r} has the id {token['id']!r}, the next one is {following}")
+        following = max(following, token["id"] + 1)
+    added |= names["added_tokens"]
     tokens = [bytes(byte_of[char] for char in token) for token in ranked]
     try:
         engine = _BytePair(tokens, list(ranked.values()), pattern, nfc=normalizer is not None)
     except ValueError as error:
         raise UserError(f"{path}: tiktoken does not take the pre-tokenizer's expression: {error}") from None
     engine.bytes_of.update((id_, token.encode()) for id_, token in unmerged.items())
-    return Tokenizer(engine, added, names, path)
+    return Tokenizer(engine, added, names, path, day)
 
 
 def _pattern(path: Path, pre_tokenizer: dict[str, Any]) -> str:
@@ -334,7 +363,7 @@ def _pattern(path: Path, pre_tokenizer: dict[str, Any]) -> str:
     raise UserError(f"{path}: the pre-tokenizer {' + '.join(kinds)} with these settings is not supported")
 
 
-def _from_sentencepiece(path: Path, content: bytes, names: dict[str, Any]) -> Tokenizer:
+def _from_sentencepiece(path: Path, content: bytes, names: dict[str, Any], day: date) -> Tokenizer:
     import sentencepiece
 
     try:
@@ -344,11 +373,11 @@ def _from_sentencepiece(path: Path, content: bytes, names: dict[str, Any]) -> To
     size = model.get_piece_size()
     special = {model.id_to_piece(n): {"id": n} for n in range(size) if model.is_control(n) or model.is_unknown(n)}
     json_file = path.with_name("tokenizer.json")
-    listed = _read_json(json_file).get("added_tokens", []) if json_file.exists() else []
-    special |= {token["content"]: token for token in listed} | names["added_tokens"]
+    data = read_json(json_file) if json_file.exists() else {}
+    special |= {token["content"]: token for token in data.get("added_tokens", [])} | names["added_tokens"]
     own = {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id()}
     own = {key: id_ for key, id_ in own.items() if id_ >= 0}
-    return Tokenizer(_SentencePiece(model), special, own | names, path)
+    return Tokenizer(_SentencePiece(content, space(names, data)), special, own | names, path, day)
 
 
 class _BytePair:
@@ -368,7 +397,7 @@ class _BytePair:
         ranks = {token: rank for rank, token in enumerate([*tokens, *(bytes([byte]) for byte in self._missing)])}
         self._encoding = tiktoken.Encoding("minillama", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, first: bool = True) -> list[int]:
         text = unicodedata.normalize("NFC", text) if self._nfc else text
         ranks: list[int] = []
         for part in _cut_long_space(text):
@@ -387,7 +416,15 @@ class _BytePair:
         )
         return [rank for piece in pieces if piece for rank in self._encoding._encode_single_piece(piece)]
 
-    def decode(self, ids: list[int]) -> str:
+    def size(self, text: str, first: bool) -> int:
+        """In bytes, of which each token has some: see `sizes`"""
+        text = unicodedata.normalize("NFC", text) if self._nfc else text
+        return len(text.encode().translate(None, self._missing))
+
+    def sizes(self, ids: list[int]) -> list[int]:
+        return [len(self.bytes_of[id_]) for id_ in ids]
+
+    def decode(self, ids: list[int], first: bool = True) -> str:
         return b"".join(self.bytes_of.get(id_, b"\xff") for id_ in ids).decode(errors="replace")
 
     def id_of(self, token: str) -> int | None:
@@ -397,65 +434,42 @@ class _BytePair:
 
 
 class _SentencePiece:
-    """Every stretch between special tokens is encoded on its own, so each one gets the model's dummy prefix."""
+    """Every stretch between special tokens is encoded on its own, and a space put before it as `space` says.
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.highest_id = model.get_piece_size() - 1
+    each: as the model does, before every stretch. always, first, never: as transformers' Metaspace does, but where there
+    is a space already, before every stretch, or only one that begins the text, or none.
+    """
 
-    def encode(self, text: str) -> list[int]:
-        return self._model.encode(text)
+    def __init__(self, content: bytes, space: Space) -> None:
+        from sentencepiece import SentencePieceProcessor
 
-    def decode(self, ids: list[int]) -> str:
-        return self._model.decode(ids)
+        self._space = space
+        if space != "each":
+            # A protobuf's field is what comes last: normalizer_spec with add_dummy_prefix, remove_extra_whitespaces = false
+            content += b"\x1a\x04\x18\x00\x20\x00"
+        self._model = SentencePieceProcessor(model_proto=content)
+        self.highest_id = self._model.get_piece_size() - 1
+
+    def _spaced(self, text: str, first: bool) -> str:
+        spaced = self._space == "always" or (self._space == "first" and first)
+        return f" {text}" if spaced and not text.startswith((" ", "▁")) else text
+
+    def encode(self, text: str, first: bool = True) -> list[int]:
+        return self._model.encode(self._spaced(text, first))
+
+    def size(self, text: str, first: bool) -> int:
+        return len(self._model.normalize(self._spaced(text, first)).encode())
+
+    def sizes(self, ids: list[int]) -> list[int]:
+        return [1 if self._model.is_byte(id_) else len(self._model.id_to_piece(id_).encode()) for id_ in ids]
+
+    def decode(self, ids: list[int], first: bool = True) -> str:
+        text = self._model.decode(ids)  # each: without the model's space
+        return text.removeprefix(" ") if self._space == "always" or (self._space == "first" and first) else text
 
     def id_of(self, token: str) -> int | None:
         id_ = self._model.piece_to_id(token)
         return None if id_ == self._model.unk_id() else id_
-
-
-def _names(folder: Path) -> dict[str, Any]:
-    """What the files beside the vocabulary say: special tokens by role, added tokens, the chat template."""
-    found = {file: _read_json(folder / file) for file in NAMES if (folder / file).exists()}
-    # As transformers has it: what older files say counts only where tokenizer_config.json has no added_tokens_decoder.
-    legacy = "added_tokens_decoder" not in found.get("tokenizer_config.json", {})
-    order = (*NAMES[:2], "tokenizer_config.json", "special_tokens_map.json") if legacy else NAMES
-    names: dict[str, Any] = {}
-    for file in order:
-        names |= {key: value for key, value in found.get(file, {}).items() if value is not None}
-    added = {
-        token["content"]: {"id": int(id_), **token} for id_, token in names.get("added_tokens_decoder", {}).items()
-    }
-    if legacy and (folder / "added_tokens.json").exists():
-        added = {text: {"id": id_} for text, id_ in _read_json(folder / "added_tokens.json").items()} | added
-    template = names.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    roles = ("bos_token", "eos_token", "pad_token", "bos_token_id", "eos_token_id", "add_bos_token")
-    texts = (text.get("content") if isinstance(text, dict) else text for text in map(names.get, SPECIAL))
-    return {key: names[key] for key in roles if key in names} | {
-        "added_tokens": added,
-        "chat_template": template,
-        "special_tokens": [text for text in texts if isinstance(text, str)],
-    }
-
-
-def _begins_with_special(post_processor: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json puts a special token before each text."""
-    steps = post_processor.get("processors", [post_processor])
-    return any("SpecialToken" in step["single"][0] for step in steps if step.get("type") == "TemplateProcessing")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object; download it again")
-    return content
 
 
 def _special_regex(special: dict[str, dict[str, Any]]) -> re.Pattern[str]:
@@ -467,15 +481,6 @@ def _special_regex(special: dict[str, dict[str, Any]]) -> re.Pattern[str]:
         left, right = (r"\s*" if special[text].get(side) else "" for side in ("lstrip", "rstrip"))
         alternatives.append(left + re.escape(text) + right)
     return re.compile("|".join(alternatives) or r"(?!)")
-
-
-def _without_surrogates(text: str) -> str:
-    """JSON can bring half characters. A pair becomes its character, half a one U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def _cut_long_space(text: str) -> Iterator[str]:

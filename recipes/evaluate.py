@@ -72,8 +72,8 @@ class Config:
     batch_size: int = 8
     """Packs (padding: rows) and questions that each process takes at a time."""
     dtype: Dtype = "auto"
-    """What the model computes in. auto: bf16 on CUDA, fp32 on a CPU. A training run's own evaluation is in bf16 unless
-    its --fsdp.precision says otherwise."""
+    """What the model computes in. auto: what the hardware multiplies fast, as --fsdp.precision auto does: so a training's
+    own evaluation computes on this machine."""
     output: Path | None = None
     """A JSON file to write the numbers to."""
     seed: int = 42
@@ -168,7 +168,7 @@ def main(config: Config) -> None:
         if output := config.output:
             on_rank_zero(lambda: check_output(output))
         config = replace(config, model=find_model(config.model))
-        tokenizer = load_tokenizer(config.tokenizer or config.model)
+        tokenizer = load_tokenizer(config.tokenizer or config.model, day=config.data.day)
         tasks = find_tasks(config) if config.tasks else None
         rows = None
         if config.has_rows:

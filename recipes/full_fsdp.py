@@ -37,8 +37,18 @@ from minillama.metrics import Metrics, plot_loss
 from minillama.model import Llama
 from minillama.optim import LossScaler, OptimConfig, learning_rate, make_optimizer
 from minillama.packing import Batch, collate
+from minillama.precision import compact_base
 from minillama.profiling import profiled
-from minillama.run import RunConfig, load_data, saved_flags, start_run, summary
+from minillama.run import (
+    RunConfig,
+    find_start,
+    load_data,
+    resolve_precision,
+    saved_flags,
+    start_run,
+    summary,
+    with_date,
+)
 from minillama.train import Step, count_steps, eval_batches, evaluate, prefetched, steps, train_step
 
 
@@ -61,18 +71,22 @@ def freeze_first(model: Llama, count: int) -> None:
 def main(config: Config) -> None:
     with process_group(config.device, config.fsdp.timeout_minutes) as device:
         config = replace(config, model=find_model(config.model))
+        checkpoint = find_start(config)
+        config, precision = resolve_precision(config, device, checkpoint)
+        config = replace(config, data=with_date(config.data, checkpoint))
         with torch.device("meta"):
             model = Llama(read_config(config.model))
-        check_weights(model, config.model)
+        weights = check_weights(model, config.model)
         freeze_first(model, config.train.freeze_layers)
         set_dtypes(model, config.fsdp)
         fsdp = choose_strategy(model, config.fsdp, device)
         mesh = make_mesh(fsdp, device)
-        attention = choose_kernels(model, config.kernels, fsdp.compute_dtype, device)
+        precision += compact_base(model, weights, fsdp, mesh)
+        attention = choose_kernels(model, config.kernels, fsdp.compute_dtype, device, config.data.cache_dir)
 
         tokenizer, train, validation = load_data(config, model)
-        start = start_run(config, train)
-        say(summary(config, fsdp, mesh, attention, model, train, validation, start.progress.window))
+        start = start_run(config, train, checkpoint)
+        say(summary(config, fsdp, mesh, precision, attention, model, train, validation, start.progress.window))
         if config.train.freeze_layers:
             head = " with the tied head" if model.config.tie_word_embeddings else ""
             say(f"frozen      the first {config.train.freeze_layers} blocks, and the embedding{head}")

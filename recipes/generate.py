@@ -5,6 +5,7 @@ python recipes/generate.py --model Llama-3.2-1B-Instruct --adapter out/alpaca/ad
 torchrun --nproc_per_node 4 recipes/generate.py --model Llama-3.1-70B-Instruct --prompts questions.jsonl
 """
 
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 import tyro
 
+from minillama.datasets import tools_of
 from minillama.distributed import (
     Device,
     on_rank_zero,
@@ -47,8 +49,8 @@ class Config:
     prompt: str | None = None
     """What to ask; the answer is printed as it comes."""
     prompts: Path | None = None
-    """A .jsonl, .json, .csv or .parquet file of rows with a `prompt`, or a chat's `messages`; a line of JSON is printed
-    for each, with its `answer` and what else the row has."""
+    """A .jsonl, .json, .csv or .parquet file of rows with a `prompt`, or a chat's `messages` and perhaps `tools`; a line
+    of JSON is printed for each, with its `answer` and what else the row has."""
     chat: bool = False
     """Ask again and again, each time with what was said before; an empty line ends it."""
     system: str | None = None
@@ -67,7 +69,7 @@ class Config:
     batch_size: int = 8
     """Prompts of a file that are answered together."""
     dtype: Dtype = "auto"
-    """What the model computes in. auto: bf16 on CUDA, fp32 on a CPU."""
+    """What the model computes in. auto: what the hardware multiplies fast, as --fsdp.precision auto does."""
     device: Device = "auto"
 
     def __post_init__(self) -> None:
@@ -91,19 +93,27 @@ def read_prompts(config: Config, tokenizer: Any) -> Iterator[tuple[dict[str, Any
             if not isinstance(asked, str | list) or not asked:
                 raise UserError("a row needs the text 'prompt' or the list 'messages'")
             others = {name: value for name, value in row.items() if name != field}
-            yield {"prompt": asked} | others, to_tokens(config, tokenizer, asked)
+            yield {"prompt": asked} | others, to_tokens(config, tokenizer, asked, tools_of(row))
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
 
 
-def to_tokens(config: Config, tokenizer: Any, asked: str | list[dict[str, Any]]) -> list[int]:
+def to_tokens(
+    config: Config,
+    tokenizer: Any,
+    asked: str | list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
+) -> list[int]:
     if isinstance(asked, str):
         if config.template == "none":
-            return tokenizer.encode(asked, bos=tokenizer.bos_id is not None)
+            tokens = tokenizer.encode(asked)
+            begun = tokenizer.bos_id is None or tokens[:1] == [tokenizer.bos_id]
+            return tokens if begun else [tokenizer.bos_id, *tokens]
         asked = [{"role": "user", "content": asked}]
-    if config.system is not None and asked[0].get("role") != "system":
+    first = asked[0] if isinstance(asked[0], dict) else {}
+    if config.system is not None and first.get("role") != "system":
         asked = [{"role": "system", "content": config.system}, *asked]
-    return tokenizer.chat_prompt(asked)
+    return tokenizer.chat_prompt(asked, tools)
 
 
 def main(config: Config) -> None:
@@ -159,6 +169,8 @@ def main(config: Config) -> None:
         elif config.chat:
             messages: list[dict[str, Any]] = []
             patient = patient_group()
+            if isinstance(sys.stdin, io.TextIOWrapper):
+                sys.stdin.reconfigure(errors="replace")
             while asked := on_rank_zero(ask, patient):
                 messages.append({"role": "user", "content": asked})
                 messages.append({"role": "assistant", "content": answer(messages)})
@@ -171,7 +183,17 @@ def main(config: Config) -> None:
                     for column, token in zip(columns, tokens, strict=True):
                         column += [] if token is None else [token]
                 for (line, _), column in zip(batch, columns, strict=True):
-                    say(json.dumps(line | {"answer": tokenizer.decode(column)}, ensure_ascii=False, default=str))
+                    say(as_json(line | {"answer": tokenizer.decode(column)}))
+
+
+def as_json(line: dict[str, Any]) -> str:
+    """With escapes for everything but ASCII where the terminal could not show it, or it is half a character."""
+    text = json.dumps(line, ensure_ascii=False, default=str)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        return json.dumps(line, default=str)
+    return text
 
 
 def ask() -> str:

@@ -71,7 +71,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Children fork from a server that has already imported torch: seconds saved at each start.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["minillama", "torch.distributed.tensor", "torch.distributed.fsdp"])
+_context.set_forkserver_preload(
+    [
+        *("minillama", "minillama.run", "minillama.checkpoint", "minillama.adapters", "minillama.merge"),
+        *("torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo", "tyro", "matplotlib.figure"),
+    ]
+)
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

@@ -77,6 +77,14 @@ def test_math_is_an_operator_that_pytorch_can_check():
     opcheck(torch.ops.minillama.blockwise_attention_backward.default, inputs)
 
 
+def test_math_has_no_second_derivative_and_says_so():
+    q, k, v = (torch.randn(10, h, 8, requires_grad=True) for h in (4, 2, 2))
+    out = torch.ops.minillama.blockwise_attention(q, k, v, torch.tensor([0, 3, 10]))
+    (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="blockwise_attention_backward"):
+        first.sum().backward()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("kv_heads", [1, 3])
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -52,9 +53,9 @@ def tokenizer_with(folder: Path, template=None, **config):
     return load_tokenizer(folder)
 
 
-def marked(tokenizer, messages) -> str:
+def marked(tokenizer, messages, tools=None) -> str:
     """The conversation as text with [[ ]] around what is trained."""
-    ids, mask = tokenizer.encode_chat(messages)
+    ids, mask = tokenizer.encode_chat(messages, tools)
     assert len(ids) == len(mask)
     assert ids == tokenizer.encode(tokenizer.decode(ids))  # as if encoded in one go
     parts = []
@@ -145,7 +146,30 @@ def test_template_environment_is_that_of_transformers(tmp_path):
     tokenizer = tokenizer_with(tmp_path, template)
     messages = [{"role": "user", "content": "<b> & 'é'"}, {"role": "skip", "content": ""}]
     reference = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    assert marked(tokenizer, messages) == reference.apply_chat_template(messages, tokenize=False)
+    text = reference.apply_chat_template(messages, tokenize=False)
+    assert marked(tokenizer, messages).replace("[[", "").replace("]]", "") == text
+
+
+def test_every_named_special_token_reaches_the_template(tmp_path):
+    names = ("bos", "eos", "pad", "unk", "cls", "image", "call")
+    template = "im_start" + "".join(f"|{{{{ {name}_token }}}} {{{{ {name}_token is defined }}}}" for name in names)
+    settings = {"pad_token": "<|im_end|>", "cls_token": {"content": "<|im_start|>", "__type": "AddedToken"}}
+    settings |= {"image_token": "<|im_end|>", "extra_special_tokens": {"call_token": "<|im_start|>"}}
+    tokenizer = tokenizer_with(tmp_path, template, **settings)
+    text = PreTrainedTokenizerFast.from_pretrained(tmp_path).apply_chat_template([SYSTEM], tokenize=False)
+    assert tokenizer.chat_text([SYSTEM]) == text and "|<|im_end|> True| False|<|im_start|> True|" in text
+
+
+def test_what_a_message_lacks_is_not_none(tmp_path):
+    """Parquet and Arrow put None where other rows have a key."""
+    template = CHATML.replace("message['content']", "(message['content'] if 'tool_calls' not in message else 'called')")
+    tokenizer = tokenizer_with(tmp_path, template)
+    filled = [message | {"tool_calls": None, "name": None} for message in DIALOG]
+    assert marked(tokenizer, filled) == marked(tokenizer, DIALOG)
+    reference = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert tokenizer.encode_chat(filled)[0] == reference.apply_chat_template(filled, return_dict=False)
+    call = [DIALOG[0], {"role": "assistant", "content": None, "tool_calls": [{"x": "\ud83d\udc4d"}]}]
+    assert marked(tokenizer, call).endswith("assistant\n[[called<|im_end|>]]\n")
 
 
 def test_thoughts_that_the_template_drops(tmp_path):
@@ -172,14 +196,14 @@ def test_generation_prompt_that_opens_a_thought(tmp_path):
 
 
 def test_template_that_renders_the_past_differently_is_an_error(tmp_path):
-    counts = "{{ messages | length }}" + CHATML
-    with pytest.raises(UserError, match=r"tokenizer\.json: cannot tell which part of the text message 1 is"):
-        tokenizer_with(tmp_path, counts).encode_chat(DIALOG)
+    joins = "im_start{% set x = namespace(t='') %}{% for m in messages %}{% set x.t = x.t + m.content %}{% endfor %}"
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: cannot tell which part of the text .* is message 1"):
+        tokenizer_with(tmp_path, joins + "{{ messages | length }}{{ x.t }}").encode_chat(DIALOG)
 
 
 def test_template_errors_carry_its_message(tmp_path):
     tokenizer = tokenizer_with(tmp_path, "im_start{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(UserError, match=r"tokenizer\.json: .*roles must alternate"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: .*roles must alternate"):
         tokenizer.encode_chat(DIALOG)
     with pytest.raises(UserError, match="fails on this conversation"):
         tokenizer_with(tmp_path, "{% for %}").chat_prompt(DIALOG)
@@ -204,6 +228,39 @@ def test_bad_messages(tmp_path, messages, message):
     for call in (tokenizer.encode_chat, tokenizer.chat_prompt):
         with pytest.raises(UserError, match=message):
             call(messages)
+
+
+def test_what_is_nested_deeply_is_a_message(tmp_path):
+    tokenizer = tokenizer_with(tmp_path, CHATML)
+    for depth in (200, 5000):
+        deep = functools.reduce(lambda inner, _: [inner], range(depth), "x")
+        for messages, tools in (([DIALOG[0] | {"more": deep}, DIALOG[1]], None), (DIALOG, [{"x": deep}])):
+            with pytest.raises(UserError, match="must not be nested more than 100 times"):
+                tokenizer.encode_chat(messages, tools)
+
+
+def test_tools_take_the_template_that_is_for_them(tmp_path):
+    plain, tools = CHATML, "{{ tools | length }}" + CHATML
+    entries = [{"name": "default", "template": plain}, {"name": "tool_use", "template": tools}]
+    schemas = [{"type": "function", "function": {"name": "\ud83d\udc4d"}}]
+    for number, given in enumerate((entries, {"default": plain, "tool_use": tools}, None)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        tokenizer = tokenizer_with(folder, plain, chat_template=given)
+        if given is None:
+            (folder / "chat_template.jinja").write_text(plain)
+            (folder / "additional_chat_templates").mkdir()
+            (folder / "additional_chat_templates" / "tool_use.jinja").write_text(tools)
+            tokenizer = load_tokenizer(folder)
+        reference = PreTrainedTokenizerFast.from_pretrained(folder)
+        for used in (None, schemas):
+            expected = reference.apply_chat_template(DIALOG, tools=used, tokenize=False)
+            assert marked(tokenizer, DIALOG, used).replace("[[", "").replace("]]", "") == expected
+    names = json.loads((tmp_path / "0" / "tokenizer_config.json").read_text())
+    for wrong in (5, [5], [{"name": "default"}], {"default": 5}):
+        (tmp_path / "0" / "tokenizer_config.json").write_text(json.dumps(names | {"chat_template": wrong}))
+        with pytest.raises(UserError, match=r'tokenizer_config\.json: "chat_template" must be text, or a list'):
+            load_tokenizer(tmp_path / "0")
 
 
 def test_no_template_is_an_error(tmp_path):

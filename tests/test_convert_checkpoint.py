@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import random_model, save_folder
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from minillama.errors import UserError
 from minillama.hf import from_pretrained, save_pretrained
@@ -453,7 +453,8 @@ def test_weights_that_are_not_those_of_the_config_are_refused(tmp_path):
         UserError, match=r"01.pth has another shape than consolidated.00.pth of layers.1.feed_forward.w1"
     ):
         tool.convert_checkpoint(tmp_path / "short", tmp_path / "out")
-    tensors, missing = load_file(source / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    content = (source / "model.safetensors").read_bytes()  # load_file would map the file that is written over below
+    tensors, missing = load(content), "model.layers.1.mlp.up_proj.weight"
     for changed, message in (
         ({name: tensor for name, tensor in tensors.items() if name != missing}, f"{missing} is missing"),
         (tensors | {"model.layers.3.mlp.up_proj.weight": torch.ones(2)}, "layers.3.mlp.up_proj.weight is not part"),

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_chat import tokenizer_with, write_sentencepiece
 
 from minillama.cache import open_packed, prepare
 from minillama.datasets import DataConfig, check_vocabulary, load_collator
 from minillama.errors import UserError
+from minillama.model import LlamaConfig
 from minillama.packing import collate
 from minillama.rows import read_rows
+from minillama.run import described
+from minillama.tokenizer import load_tokenizer
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -130,6 +134,33 @@ def test_chat(tmp_path):
     assert np.flatnonzero(document[1]).tolist() == [18, 19, 37, 38, 39]
 
 
+def test_chat_with_tools(tmp_path):
+    template = "im_start{{ tools | tojson if tools }}{% for m in messages %}<|im_start|>{{ m.role }}:"
+    template += "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}<|im_end|>{% endfor %}"
+    template += "{{ '<|im_start|>assistant:' if add_generation_prompt }}"
+    tokenizer = tokenizer_with(tmp_path, template)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    answer = {"role": "assistant", "content": "3", "tool_calls": None}
+    messages = [
+        {"role": "user", "content": "1 + 2", "tool_calls": None},
+        call,
+        {"role": "tool", "content": "3"},
+        answer,
+    ]
+    schemas = [{"name": "add"}]
+    rows = [{"messages": messages, "tools": tools} for tools in (schemas, json.dumps(schemas), None)]
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    documents = load(path, "chat", tokenizer)
+    read = [tokenizer.decode(tokens.tolist()) for tokens, _ in documents]
+    text = (
+        '<|im_start|>user:1 + 2<|im_end|><|im_start|>assistant:[{"name": "add"}]<|im_end|><|im_start|>tool:3<|im_end|>'
+        "<|im_start|>assistant:3<|im_end|>"
+    )
+    assert read == ['im_start[{"name": "add"}]' + text] * 2 + ["im_start" + text]
+    for tokens, trained in documents:
+        assert tokenizer.decode(tokens[trained].tolist()) == '[{"name": "add"}]<|im_end|>3<|im_end|>'
+
+
 SAID = [("system", "s"), ("user", "q"), ("assistant", "a"), ("tool", "t"), ("assistant", "b")]
 CHATS = {
     "messages": [{"role": role, "content": text} for role, text in SAID],
@@ -185,6 +216,35 @@ def test_text_trains_every_token(tmp_path, monkeypatch):
     (document,) = load(write(tmp_path / "long.txt", text), "text", Parts())
     assert document[0].tolist() == [256, *text.encode(), 257]
     assert asked == ["a line\n", "another\n", "x" * 10, "x" * 10, "xxxxx\nend"]
+
+
+def test_no_second_bos_or_eos(tmp_path):
+    tokenizer = tokenizer_with(tmp_path)
+    bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
+    texts = ["a", bos + "a", "a" + eos, bos + "a" + eos, bos + bos + "a", eos]
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    documents = load(path, "text", tokenizer)
+    read = [tokenizer.decode(tokens.tolist()) for tokens, _ in documents]
+    assert read == [bos + "a" + eos] * 4 + [bos + bos + "a" + eos, bos + eos]
+    assert documents.had_ends == 5 and documents.trained.all()
+    rows = [{"input": "a", "target": target} for target in ("b", "b" + eos, "b" + eos + eos)]
+    path = write(tmp_path / "b.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    documents = load(path, "grammar", tokenizer)
+    read = [tokenizer.decode(tokens[trained].tolist()) for tokens, trained in documents]
+    assert read == ["b" + eos, "b" + eos, "b" + eos + eos] and documents.had_ends == 2
+    assert "; 2 had BOS or EOS in their text" in described(
+        open_packed(prepare(DataConfig("grammar", path), tokenizer, 0, validation=False)[0]), LlamaConfig(), 1, 1
+    )
+
+
+def test_the_parts_of_a_long_text_have_no_spaces_between_them(tmp_path, monkeypatch):
+    write_sentencepiece(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    path = write(tmp_path / "a.txt", "Who made\nBerlin?\n Romans\n" * 3)
+    (whole,) = load(path, "text", tokenizer)
+    monkeypatch.setattr("minillama.datasets.LONGEST_PART", 20)
+    (parts,) = load(path, "text", tokenizer, cache_dir=tmp_path / "other")
+    assert parts[0].tolist() == whole[0].tolist()
 
 
 def test_columns(tmp_path):
@@ -277,6 +337,8 @@ BAD_OWN = [
     ('{"input_ids": [1, 258], "labels": [1, -100]}', "input_ids must be from 0 to 257"),
     ('{"input_ids": [-1], "labels": [-100]}', "input_ids must be from 0 to 257"),
     ('{"input_ids": [1, 2], "labels": [2, -100]}', "each of the labels -100 or the id itself"),
+    ('{"input_ids": [1, 2], "labels": [-100, -100]}', "all labels but the first are -100, so nothing to train on"),
+    ('{"input_ids": [1, 2], "labels": [1, -100]}', "all labels but the first are -100, so nothing to train on"),
 ]
 
 
@@ -447,6 +509,10 @@ BAD = [
     ("a.jsonl", '{"prompt": "a"}', "chat", ["'response' is missing"]),
     ("a.jsonl", '{"messages": "hi"}', "chat", ["line 1:", "'messages' must be a list", 'found "hi"']),
     ("a.jsonl", '{"messages": []}', "chat", ["line 1:", "'messages' must be a list", "found []"]),
+    ("a.jsonl", '{"messages": [{"role": "assistant", "content": " \\n"}]}', "chat", ["line 1: message 1,", "is empty"]),
+    ("a.jsonl", '{"conversations": [{"from": "gpt", "value": ""}]}', "chat", ["line 1: message 1,", "is empty"]),
+    ("a.jsonl", '{"messages": [{"role": "user", "content": "a"}], "tools": 5}', "chat", ["'tools' must be a list"]),
+    ("a.jsonl", '{"messages": [{"role": "user", "content": "a"}], "tools": "[5"}', "chat", ["'tools' must be a list"]),
     ("a.jsonl", '{"messages": ["hi"]}', "chat", ["line 1: message 1 needs", 'found "hi"']),
     (
         "a.jsonl",

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from conftest import random_model, run_ranks, save_folder
 from safetensors.torch import load_file
 from test_packing import documents_of
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,6 +32,7 @@ from minillama.lora import LoraConfig, apply_lora
 from minillama.model import Llama
 from minillama.optim import OptimConfig, make_optimizer
 from minillama.packing import collate, pack
+from minillama.surgery import replace_modules
 from minillama.train import EvalConfig, TrainConfig, eval_batches, evaluate, steps, train_step
 
 LORA = LoraConfig(rank=4, dropout=0.0, targets=("q_proj", "v_proj", "down_proj"))
@@ -162,7 +164,7 @@ def test_exactly_the_trainable_parameters_get_gradients(tiny_folder):
 
 def state_after_loading(mesh, folder):
     """Filled from NaN: what initialise or load_weights leave out shows."""
-    fsdp = FsdpConfig()
+    fsdp = FsdpConfig(precision="mixed")
     with torch.device("meta"):
         model = Llama(read_config(folder)).requires_grad_(False)
     apply_lora(model, LORA)
@@ -239,7 +241,7 @@ def test_each_rank_holds_its_share_and_frees_what_it_gathered(tiny_folder, strat
 
 def replicated_base(mesh, folder):
     """Under no-shard the frozen base is neither copied nor wrapped."""
-    fsdp = FsdpConfig(strategy="no-shard")
+    fsdp = FsdpConfig(strategy="no-shard", precision="mixed")
     model = sharded(make_mesh(fsdp, "cpu"), folder, fsdp)
     pointers = {n: p.data_ptr() for n, p in model.named_parameters() if not p.requires_grad}
     assert not any(isinstance(model.get_parameter(n), DTensor) for n in pointers)
@@ -337,8 +339,8 @@ def test_recompute_runs_each_block_exactly_twice(tiny_folder, world_size, attent
     (runs, same, selective), *_ = run_ranks(block_runs, world_size, tiny_folder, attention, "selective")
     assert runs == [2] * 3 and selective["attention"] == 3 and same == forward
     # An adapted block has 13 products. Nothing needs the last one's result, so it does not run again; of the other 12
-    # every other one is kept.
-    assert full["mm"] - none["mm"] == 3 * 12 and selective["mm"] - none["mm"] == 3 * 6
+    # those of v, o and up are kept.
+    assert full["mm"] - none["mm"] == 3 * 12 and selective["mm"] - none["mm"] == 3 * 9
 
 
 def random_base(mesh, folder):
@@ -360,13 +362,103 @@ def test_without_weights_everything_is_drawn_alike(tiny_folder):
         assert torch.equal(value, first[name]) and torch.equal(value, second[name])
 
 
+class Owning(nn.Module):
+    """A projection with all that a fork's module may own: a parameter, buffers that are saved and not, packed integers."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = linear.weight
+        self.scale = nn.Parameter(torch.empty(linear.out_features, device="meta"))
+        packed = torch.empty(linear.out_features, 3, dtype=torch.uint8, device="meta")
+        self.packed = nn.Parameter(packed, requires_grad=False)
+        self.register_buffer("drawn", torch.empty(5, device="meta"))
+        self.register_buffer("table", torch.empty(4, device="meta"), persistent=False)
+        self.register_buffer("count", torch.empty((), dtype=torch.int64, device="meta"))
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight)
+        nn.init.normal_(self.scale)
+        nn.init.normal_(self.drawn)
+        self.packed.random_(0, 255)
+        self.table = torch.arange(4.0)  # instead of the one it has
+        self.count.fill_(7)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight) * self.scale
+
+
+class Fork(Llama):
+    """A model that owns something itself, which no base has."""
+
+    def add(self):
+        self.temperature = nn.Parameter(torch.empty(6, device="meta"))
+        self.register_buffer("seen", torch.empty(2, 2, device="meta"))
+
+    def reset_parameters(self):
+        nn.init.normal_(self.temperature)
+        nn.init.constant_(self.seen, 3.0)
+
+
+def fork(folder, fsdp):
+    with torch.device("meta"):
+        model = Fork(read_config(folder)).requires_grad_(False)
+    model.add()
+    replace_modules(model, lambda name, _: name.endswith("up_proj"), Owning)
+    set_dtypes(model, fsdp)
+    return model
+
+
+def everything(mesh, folder, strategy):
+    """What a fork's parameters and buffers are after loading and initialising, from NaN and 255."""
+    fsdp = FsdpConfig(strategy=strategy or "full-shard", precision="mixed")
+    model = fork(folder, fsdp)
+    if strategy:
+        shard(model, make_mesh(fsdp, "cpu"), fsdp)
+    materialise(model, "cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        local(tensor).data.fill_(torch.nan if tensor.is_floating_point() else 255)
+    initialise(model, 7, load_weights(model, folder))
+    return whole(model) | dict(model.named_buffers())
+
+
+def test_all_that_any_module_owns_is_filled_alike_sharded_or_not(tiny_folder):
+    (expected,) = run_ranks(everything, 1, tiny_folder, None)
+    base = {n: p for n, p in random_model().named_parameters()}
+    assert len(expected) == len(base) + 3 * 5 + 2
+    for name, value in expected.items():
+        assert value.isfinite().all(), name
+        if name in base:
+            assert torch.equal(value, base[name].bfloat16())
+    one = {name.rpartition(".")[2]: value for name, value in expected.items() if "layers.0.mlp.up_proj" in name}
+    assert torch.equal(one["table"], torch.arange(4.0)) and one["count"] == 7
+    assert one["packed"].dtype == torch.uint8 and 0 < one["packed"].float().mean() < 255
+    assert torch.equal(expected["seen"], torch.full((2, 2), 3.0)) and expected["temperature"].dtype == torch.float32
+    drawn = [value for name, value in expected.items() if name.endswith(("drawn", "temperature"))]
+    assert len({value[0].item() for value in drawn}) == 4
+    for strategy in ("full-shard", "no-shard"):
+        for found in run_ranks(everything, 2, tiny_folder, strategy):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_a_module_that_does_not_fill_what_it_owns_is_named(tiny_folder):
+    model = fork(tiny_folder, FP32).to_empty(device="cpu")
+    model.model.norm.register_buffer("shift", torch.zeros(2))
+    with pytest.raises(UserError, match=r"model\.norm \(RMSNorm\): its reset_parameters\(\) does not fill shift"):
+        initialise(model, 7)
+    model = fork(tiny_folder, FP32).to_empty(device="cpu")
+    model.model.register_parameter("bias", nn.Parameter(torch.zeros(2)))
+    with pytest.raises(UserError, match=r"model \(Trunk\) owns bias, but has no reset_parameters\(\)"):
+        initialise(model, 7)
+
+
 def save_after_evaluation(mesh, folder, out):
     """Without resharding after the forward, which leaves bf16 copies where the fp32 masters should be looked for."""
     with torch.device("meta"):
         model = Llama(read_config(folder)).requires_grad_(False)
     apply_lora(model, LORA)
-    set_dtypes(model, FsdpConfig())
-    shard(model, mesh, FsdpConfig(strategy="shard-grad-op"))
+    set_dtypes(model, FsdpConfig(precision="mixed"))
+    shard(model, mesh, FsdpConfig(strategy="shard-grad-op", precision="mixed"))
     materialise(model, "cpu")
     initialise(model, 7, load_weights(model, folder))
     before = whole(model)

@@ -185,7 +185,16 @@ def write_rows(file):
 def test_base_and_adapted_side_by_side_on_one_process_and_on_two(folder, adapter, tasks, scores, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl")
     flags = ["--model", folder, "--adapter", adapter, "--compare", "--tasks", *NAMES, "--include-path", tasks]
-    flags += ["--data.path", tmp_path / "rows.jsonl", "--data.context-length", 200, "--batch-size", 2]
+    flags += [
+        "--data.path",
+        tmp_path / "rows.jsonl",
+        "--data.context-length",
+        200,
+        "--batch-size",
+        2,
+        "--dtype",
+        "fp32",
+    ]
     found = []
     for world_size in (1, 2):
         output = tmp_path / f"{world_size}" / "scores.json"

@@ -260,6 +260,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save = .* is not supported"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern = .* is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not supported"),
+        ({"use_qalora": True}, "use_qalora = True is not supported"),
     ):
         (tmp_path / "a/adapter_config.json").write_text(json.dumps(settings | change))
         with pytest.raises(UserError, match=named):
@@ -377,8 +378,8 @@ def full_model(mesh, folder):
     """A sharded model as full fine-tuning has it: fp32 masters, not those of the file."""
     with torch.device("meta"):
         model = Llama(read_config(folder))
-    set_dtypes(model, FsdpConfig())
-    shard(model, mesh, FsdpConfig(strategy="full-shard"))
+    set_dtypes(model, FsdpConfig(precision="mixed"))
+    shard(model, mesh, FsdpConfig(strategy="full-shard", precision="mixed"))
     materialise(model, "cpu")
     load_weights(model, folder)
     with torch.no_grad():

@@ -1,6 +1,9 @@
 """tools/inspect_data.py: what it says of a set, against numbers counted by hand."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from conftest import run_script
@@ -26,6 +29,19 @@ def test_it_shows_samples_lengths_packing_and_refused_rows(tiny_folder, tmp_path
     assert f"{len(shown)} documents, {sum(56 + k for k in shown)} tokens" in text
     assert f"{len(shown)} packs of 62, {sum(56 + k for k in shown) / 62 / len(shown):.2%} full" in text
     assert sum(int(line.split()[-1]) for line in text.split("validation")[0].splitlines() if "█" in line) == len(shown)
+
+
+def test_a_terminal_that_lacks_characters(tiny_folder, tmp_path):
+    rows = [{"input": "é🦙", "target": "日\u2028"}, {"input": "a", "target": "b<|end_of_text|>"}, {"\ud83d": 1}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, TOOL, "--model", tiny_folder, "--data.dataset", "grammar"]
+    command += ["--data.path", tmp_path / "rows.jsonl", "--data.cache-dir", tmp_path / "cache"]
+    command += ["--data.val-path", tmp_path / "rows.jsonl"]
+    run = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert run.returncode == 0, run.stderr
+    text = run.stdout.decode("ascii")
+    assert "\\xe9\\U0001f999" in text and "\\u27e6\\u65e5\\u2028<|end_of_text|>\\u27e7" in text
+    assert "1 had BOS or EOS in their text" in text and "line 3: field 'input' is missing" in text
 
 
 def test_what_is_wrong_is_said_once(tiny_folder, tmp_path):

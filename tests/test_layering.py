@@ -11,7 +11,7 @@ ONLY_IN = {
     "datasets": {"minillama/datasets.py", "tools"},
     "tiktoken": {"minillama/tokenizer.py"},
     "sentencepiece": {"minillama/tokenizer.py", "minillama/tokenizer_json.py", "tools"},
-    "jinja2": {"minillama/chat.py"},
+    "jinja2": {"minillama/template.py"},
     "safetensors": {"minillama/hf.py", "tools"},
     "huggingface_hub": {"minillama/hub.py", "tools"},
     "wandb": {"minillama/metrics.py"},
@@ -59,12 +59,14 @@ def test_the_model_needs_torch_alone():
     allowed = {
         "torch",
         "minillama.attention",
+        "minillama.autograd",
         "minillama.blockwise",
         "minillama.errors",
         "minillama.loss",
+        "minillama.transfer",
         *sys.stdlib_module_names,
     }
-    for name in ("model", "attention", "blockwise", "loss", "errors"):
+    for name in ("model", "attention", "autograd", "blockwise", "loss", "errors", "transfer"):
         names = imports(ROOT / f"minillama/{name}.py")
         assert all(n in allowed or n.partition(".")[0] in allowed for n in names), name
 

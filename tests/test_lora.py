@@ -54,6 +54,15 @@ def peft_twin(model, config: LoraConfig, **changes):
     return twin, theirs
 
 
+def test_a_model_is_adapted_once():
+    model = adapted(LoraConfig(rank=2))
+    with pytest.raises(UserError, match="has a LoRA already"):
+        apply_lora(model, LoraConfig(rank=2, targets=("all-linear",)))
+    names = set(trainable(model))
+    assert len(names) == 3 * 2 * 2 and not any("lora_A.lora" in name or "lora_B.lora" in name for name in names)
+    assert len(trainable(apply_lora(merge_lora(model), LoraConfig(rank=2)))) == 3 * 2 * 2
+
+
 EVERYWHERE = ("all-linear", "lm_head", "embed_tokens")
 
 

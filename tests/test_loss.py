@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from minillama import loss as loss_module
-from minillama.loss import linear_cross_entropy
+from minillama.loss import find_targets, linear_cross_entropy
 
 
 def batch(seed=0):
@@ -79,6 +79,44 @@ def test_bf16_sums_in_fp32():
     torch.testing.assert_close(
         loss.double(), F.cross_entropy(logits, labels.flatten(), reduction="sum"), rtol=1e-5, atol=0
     )
+
+
+def test_a_large_sum_within_a_chunk_does_not_overflow_fp16():
+    """1024 rows of |error * x| near 88: an overflow here would be there at any loss scale."""
+    x = torch.full((1, 2048, 2), 100.0, dtype=torch.float16)
+    weight = torch.zeros(8, 2, dtype=torch.float16, requires_grad=True)
+    (linear_cross_entropy(x, weight, torch.zeros(1, 2048, dtype=torch.int64)) / 2048).backward()
+    expected = torch.tensor([[-87.5] * 2] + [[12.5] * 2] * 7)
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=1e-3, atol=0)
+
+
+def test_fp16_gradients_of_small_activations_keep_their_bits():
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 256, 16).mul(0.02).half(), torch.randn(40, 16).half().requires_grad_()
+    labels = torch.randint(0, 40, (1, 256))
+    exact = weight.detach().double().requires_grad_()
+    F.cross_entropy((x.double() @ exact.T)[0], labels[0]).backward()
+    (linear_cross_entropy(x, weight, labels) / 256 * 2**10).backward()
+    assert (weight.grad.double() / 2**10 - exact.grad).norm() / exact.grad.norm() < 1e-3
+
+
+def test_labels_made_ready_are_the_labels():
+    hidden, weight, labels = batch()
+    targets = find_targets(labels, "cpu")
+    assert torch.equal(labels.flatten()[targets.rows], targets.ids) and (targets.ids >= 0).all()
+    assert len(targets.rows) == (labels != -100).sum()
+    expected = linear_cross_entropy(hidden, weight, labels)
+    assert torch.equal(linear_cross_entropy(hidden, weight, targets), expected)
+
+
+def test_a_second_derivative_is_an_error_not_a_wrong_number():
+    hidden, weight, labels = batch()
+    low, up = torch.randn(2, 37, 3), torch.randn(50, 3)
+    for inputs in ((hidden, weight), (hidden, weight, low, up)):
+        tensors = [tensor.requires_grad_() for tensor in inputs]
+        loss = linear_cross_entropy(*tensors[:2], labels, *tensors[2:])
+        with pytest.raises(RuntimeError, match="LinearCrossEntropyBackward has no second derivative"):
+            torch.autograd.grad(loss, tensors, create_graph=True)
 
 
 def test_a_large_sum_over_rows_does_not_overflow_fp16():

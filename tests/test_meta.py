@@ -188,10 +188,11 @@ def test_bad_folders(tmp_path, capsys):
         params = json.loads((path / "params.json").read_text()) | changes
         (path / "params.json").write_text(json.dumps({k: v for k, v in params.items() if v is not None}))
 
-    def without(path, name):
-        tensors = torch.load(path / "consolidated.01.pth", weights_only=True)
+    def without(path, name, number=1):
+        file = path / f"consolidated.0{number}.pth"
+        tensors = torch.load(file, weights_only=True)
         del tensors[name]
-        torch.save(tensors, path / "consolidated.01.pth")
+        torch.save(tensors, file)
 
     def cut(path):
         content = (path / "consolidated.00.pth").read_bytes()
@@ -213,6 +214,11 @@ def test_bad_folders(tmp_path, capsys):
             "lacks",
             lambda p: without(p, "layers.1.attention.wo.weight"),
             "consolidated.01.pth lacks layers.1.attention.wo",
+        ),
+        (
+            "head",
+            lambda p: [without(p, "output.weight", n) for n in (0, 1)],
+            "lacks output.weight, the head, which Meta's own files have even",
         ),
         ("layers", lambda p: edit(p, n_layers=2), "tensors that no Llama has: layers.2.attention"),
         ("dim", lambda p: edit(p, dim=None), "params.json lacks dim"),

@@ -1,6 +1,7 @@
 """What a run writes, and the arithmetic in it."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minillama.errors import UserError
 from minillama.lora import LoraConfig, apply_lora
-from minillama.metrics import LogConfig, plot_loss, read_metrics
+from minillama.metrics import LogConfig, Metrics, _reopen, plot_loss, read_metrics
 from minillama.packing import collate, pack
 from minillama.profiling import count_parameters, matmul_rate, step_flops
-from minillama.train import batch_loss
+from minillama.train import Progress, batch_loss
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "frozen below"])
@@ -67,3 +68,24 @@ def test_a_logger_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr("minillama.metrics.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "minillama\[wandb\]"'):
         LogConfig(wandb=True)
+
+
+def test_a_full_disk_is_one_message_and_no_half_line(tmp_path):
+    metrics, before = object.__new__(Metrics), resource.getrlimit(resource.RLIMIT_FSIZE)
+    metrics.file = _reopen(tmp_path / "metrics.jsonl", Progress(window=1))
+    metrics.tensorboard = metrics.wandb = None
+    metrics._write({"step": 1, "loss": 2.0})
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, before[1]))
+        with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written \(.*\): make room on its disk"):
+            metrics._write({"step": 2, "loss": 1.0})
+        with pytest.raises(UserError, match=r"loss\.png cannot be written \(.*\): make room on its disk"):
+            plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    metrics.file.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole and not (tmp_path / "loss.png").exists()
+    (tmp_path / "metrics.jsonl.new").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written \(Is a directory\)"):
+        _reopen(tmp_path / "metrics.jsonl", Progress(window=1))

@@ -1,10 +1,14 @@
 """The model against transformers, in fp32."""
 
+import itertools
+import json
+
 import pytest
 import torch
 from conftest import TINY, random_model
 from transformers import LlamaConfig as HFConfig
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from minillama.errors import UserError
 from minillama.model import Llama, LlamaConfig, RMSNorm, rope_frequencies, rope_table, rotate, swiglu
@@ -107,6 +111,28 @@ def test_config_of_transformers_5_reads_the_same():
     assert LlamaConfig.from_dict(new) == LlamaConfig.from_dict(old)
 
 
+def test_rope_settings_that_disagree_are_read_as_transformers_reads_them():
+    short = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+    linear = {"type": "linear", "factor": 4.0}
+    named = [
+        None,
+        {},
+        {"rope_type": "default"},
+        {"rope_type": "default", "rope_theta": 5e5},
+        LLAMA3 | {"rope_theta": 7e4},
+    ]
+    scaling = [None, {}, linear, linear | {"rope_type": "default"}, linear | {"rope_theta": 9e3}, LLAMA3, short]
+    for both in itertools.product(
+        named, scaling, [{}, {"rope_theta": 2e4}], [{}, {"original_max_position_embeddings": 32}]
+    ):
+        settings = {"rope_parameters": both[0], "rope_scaling": both[1]}
+        given = TINY | {key: value for key, value in settings.items() if value is not None} | both[2] | both[3]
+        given = given if both[2] else {key: value for key, value in given.items() if key != "rope_theta"}
+        theirs = HFConfig(**json.loads(json.dumps(given)))
+        frequencies = LlamaRotaryEmbedding(theirs).inv_freq
+        torch.testing.assert_close(rope_frequencies(LlamaConfig.from_dict(given)), frequencies, msg=str(given))
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -151,3 +177,23 @@ def test_norm_and_feed_forward_beside_their_formulas_in_float64(dtype):
         torch.testing.assert_close(found.double(), expected, **near)
     for found, expected in zip((x, norm.weight, gate, up), exact, strict=True):
         torch.testing.assert_close(found.grad.double(), expected.grad, **near)
+
+
+@pytest.mark.parametrize("function", [lambda x: RMSNorm(8, 1e-5)(x), lambda x: swiglu(x, 2 * x)])
+def test_a_second_derivative_is_an_error_not_a_wrong_number(function):
+    x = torch.randn(3, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(function(x).sum(), x, create_graph=True)
+
+
+def test_lengths_are_document_ids_that_need_no_reading():
+    model, tokens = random_model(), torch.randint(0, 512, (2, 20))
+    ids = torch.tensor([[0] * 7 + [1] * 13, [1] * 20])
+    with torch.no_grad():
+        expected = model(tokens, document_ids=ids)
+        assert torch.equal(model(tokens, lengths=[7, 13, 20]), expected)
+        assert torch.equal(model(tokens, lengths=(7, 13, 20)), expected)
+        assert not torch.equal(model(tokens), expected)
+        for wrong in ([], [20], [7, 13], [7, 13, 21], [7, 20, 13], [40]):
+            with pytest.raises(UserError, match="lengths: those of documents that fill 2 rows of 20 tokens"):
+                model(tokens, lengths=wrong)

@@ -1,10 +1,13 @@
 """Packing, padding, order and batches: nothing lost, nothing twice, labels where they belong."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from conftest import random_model
 
+from minillama.attention import document_lengths
 from minillama.datasets import Documents
 from minillama.errors import UserError
 from minillama.packing import Part, collate, pack, pad
@@ -76,6 +79,14 @@ def test_batch_of_packs_by_hand():
     assert both.tokens.shape == (2, 5) and both.count == 9
     padding = both.document_ids == -1
     assert padding.sum() == 1 and (both.tokens[padding] == 99).all() and (both.labels[padding] == -100).all()
+    for made in (batch, both):  # ready for the step
+        assert {"lengths", "targets"} <= vars(made).keys()
+        assert made.lengths == document_lengths(made.document_ids)
+        assert made.targets.rows.tolist() == (made.labels.flatten() != -100).nonzero().flatten().tolist()
+        assert made.targets.ids.tolist() == [label for row in made.labels.tolist() for label in row if label != -100]
+    assert both.lengths in ([3, 2, 4, 1], [2, 3, 4, 1], [4, 1, 3, 2], [4, 1, 2, 3])
+    fewer = replace(both, labels=torch.full_like(both.labels, -100), document_ids=torch.zeros_like(both.document_ids))
+    assert fewer.lengths == [5, 5] and fewer.targets.ids.tolist() == []  # found again
 
 
 def test_no_packs_is_a_batch_without_labels():

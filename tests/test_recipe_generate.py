@@ -1,6 +1,9 @@
 """recipes/generate.py: the same answers however it is asked, and what is wrong said once."""
 
 import json
+import os
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +23,13 @@ QUESTIONS = ["Hi", "What is it?", "ab"]
 @pytest.fixture
 def ask(tiny_folder, tmp_path):
     def call(*flags, world_size=1):
-        flags = ("--model", tiny_folder, "--device", "cpu", "--max-new-tokens", 12, *flags)
+        flags = ("--model", tiny_folder, "--device", "cpu", "--max-new-tokens", 12, "--dtype", "fp32", *flags)
         return run_script(RECIPE, *flags, world_size=world_size, log=tmp_path / "log")
 
     return call
+
+
+STOP = {257, 264, 265}  # <|end_of_text|>, <|eom_id|>, <|eot_id|>
 
 
 def expected(model, folder, question):
@@ -43,7 +49,7 @@ def test_a_file_of_prompts(ask, tiny_folder, tmp_path, world_size):
     found = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     assert [row["prompt"] for row in found] == [*QUESTIONS, rows[3]["messages"]]
     assert [row.get("id") for row in found] == [0, 1, 2, None] and found[3].keys() == {"prompt", "answer"}
-    assert "warning" not in text
+    assert "positions" not in text
     model = random_model()
     assert [row["answer"] for row in found] == [expected(model, tiny_folder, q) for q in [*QUESTIONS, "Hi"]]
 
@@ -70,11 +76,23 @@ def test_a_text_to_go_on_with(ask, tiny_folder):
 def test_more_than_the_model_was_made_for_is_said_once(ask, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     codes, text = ask("--prompts", tmp_path / "p.jsonl", "--batch-size", 1, "--max-new-tokens", 250)
-    assert codes == [0] and text.count("warning: ") == 1 and "more than the 256 positions" in text
+    assert codes == [0] and text.count("more than the 256 positions") == 1
 
 
 def test_a_chat_remembers(tiny_folder):
-    command = [sys.executable, RECIPE, "--model", tiny_folder, "--device", "cpu", "--max-new-tokens", "5", "--chat"]
+    command = [
+        sys.executable,
+        RECIPE,
+        "--model",
+        tiny_folder,
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "5",
+        "--dtype",
+        "fp32",
+        "--chat",
+    ]
     command += ["--system", "Be brief."]
     run = subprocess.run(command, input="Hi\nWhy?\n\nnever asked\n", capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -87,6 +105,44 @@ def test_a_chat_remembers(tiny_folder):
         messages.append({"role": "assistant", "content": tokenizer.decode(ids)})
         said += tokenizer.decode(ids) + "\n"
     assert run.stdout == said
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_half_characters_and_terminals_that_lack_some(tiny_folder, tmp_path, encoding):
+    rows = [{"prompt": "Hi \ud83d"}, {"prompt": "é🦙", "note": "日"}, {"prompt": "Hi"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, RECIPE, "--model", tiny_folder, "--device", "cpu", "--max-new-tokens", "5"]
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    run = subprocess.run([*command, "--prompts", tmp_path / "p.jsonl"], capture_output=True, env=env)
+    assert run.returncode == 0, run.stderr
+    found = [json.loads(line) for line in run.stdout.decode(encoding).splitlines()]
+    model = random_model()
+    for row, line in zip(rows, found, strict=True):
+        ids = minillama.load_tokenizer(tiny_folder).chat_prompt([{"role": "user", "content": row["prompt"]}])
+        assert line == row | {"answer": line["answer"]}
+        new = minillama.generate(model, ids, max_new_tokens=5, stop_ids=STOP)
+        assert line["answer"] == minillama.load_tokenizer(tiny_folder).decode(new)
+    run = subprocess.run([*command, "--prompt", "é"], capture_output=True, env=env)
+    assert run.returncode == 0 and b"Traceback" not in run.stderr
+    run = subprocess.run([*command, "--chat"], input=b"\xff\n", capture_output=True, env=env)
+    assert run.returncode == 0 and b"Traceback" not in run.stderr
+
+
+def test_tools_and_a_bos_of_its_own(tiny_folder, tmp_path):
+    module = runpy.run_path(str(RECIPE), run_name="generate")
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "chat_template.jinja").write_text("{{ tools | tojson }}{{ messages[0].content }}")
+    tokenizer = minillama.load_tokenizer(folder)
+    (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "add"}]}')
+    config = module["Config"](folder, prompts=tmp_path / "p.jsonl")
+    [(_, tokens)] = module["read_prompts"](config, tokenizer)
+    assert tokenizer.decode(tokens) == '[{"name": "add"}]a'
+    config = module["Config"](folder, prompt="a", template="none")
+    bos = "<|begin_of_text|>"
+    assert [tokenizer.decode(module["to_tokens"](config, tokenizer, text)) for text in ("a", bos + "a")] == [
+        bos + "a"
+    ] * 2
 
 
 def test_what_is_wrong_is_said_once(ask, tmp_path):

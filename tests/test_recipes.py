@@ -189,7 +189,7 @@ def test_every_precision_trains(run, recipe, precision):
     flags = ("--fsdp.precision", precision, "--fsdp.recompute", "selective", "--data.batching", "padding")
     codes, text, out = run(*flags, "--train.max-steps", 2, "--optim.warmup-steps", 1, recipe=recipe)
     assert codes == [0], text
-    assert f"precision {precision}, recompute selective" in text
+    assert f"recompute selective\nprecision   {precision}\n" in text
     assert all(m["grad_norm"] > 0 for m in metrics(out)[0])
 
 

@@ -28,7 +28,7 @@ from minillama.metrics import _reopen
 from minillama.model import Llama
 from minillama.optim import OptimConfig
 from minillama.resume import find_checkpoint
-from minillama.run import RunConfig, compare_flags, load_data, start_run
+from minillama.run import RunConfig, compare_flags, find_start, load_data, start_run, with_date
 from minillama.train import Progress, TrainConfig, count_steps, steps
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -232,12 +232,13 @@ def resume_each(mesh, base, changes):
     """What start_run says to each of these changed flags."""
     with torch.device("meta"):
         model = Llama(read_config(base.model))
+    base = replace(base, data=with_date(base.data, find_start(base)))
     said = []
     for change in changes:
         config = replace(base, **change)
         before = (config.output_dir / "run.json").read_bytes() if config.output_dir.exists() else None
         try:
-            start = start_run(config, load_data(config, model)[1])
+            start = start_run(config, load_data(config, model)[1], find_start(config))
             said.append((start.progress.step, start.progress.window))
         except UserError as error:
             said.append(str(error))
@@ -272,7 +273,7 @@ def test_what_a_run_cannot_go_on_with_is_refused_by_name(whole, data, tiny_folde
         "--seed 1 (was 42)": {"seed": 1},
         "--lora.rank 4 (was 8)": {"lora": LoraConfig(rank=4, dropout=0.2)},
         "--lora.dropout 0.05 (was 0.2)": {"lora": LoraConfig()},
-        "--fsdp.precision mixed (was bf16)": {"fsdp": FsdpConfig()},
+        "--fsdp.precision mixed (was bf16)": {"fsdp": FsdpConfig(precision="mixed")},
         "--optim.kind adamw (was anyprecision)": {"optim": OptimConfig(lr=0.01)},
         f"--model {other_base} (was": {"model": other_base},
         f"--data.path {other_data} (was": {"data": replace(of_data, path=other_data)},

@@ -16,6 +16,10 @@ class Scaled(nn.Module):
         self.weight = linear.weight
         self.scale = nn.Parameter(torch.ones(linear.out_features))
 
+    def reset_parameters(self):
+        nn.init.normal_(self.weight, std=0.02)
+        nn.init.ones_(self.scale)
+
     def forward(self, x):
         return F.linear(x, self.weight) * self.scale
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer
 
 from minillama.errors import UserError
 from minillama.tokenizer import LLAMA3_PATTERN, load_tokenizer
+from minillama.tokenizer_json import tokenizer_json
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -233,6 +235,43 @@ def test_sentencepiece(tmp_path):
     assert tokenizer.encode("<s>a b</s> c") == [1, *model.encode("a b"), 2, *model.encode(" c")]
     assert tokenizer.decode(tokenizer.encode("<s>a b</s> c\n")) == "<s>a b</s> c\n"
     assert tokenizer.encode("a", bos=True, eos=True) == [1, *model.encode("a"), 2]
+
+
+def metaspace(scheme):
+    step = {"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": scheme}
+    return {"normalizer": None, "pre_tokenizer": step}
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "expected"),
+    [
+        ({"tokenizer_class": "LlamaTokenizer", "legacy": False}, {}, "first"),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, {}, "first"),
+        ({"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_prefix_space": False}, {}, "never"),
+        ({"legacy": False, "add_prefix_space": False}, {}, "each"),  # without that class tokenizer.json decides
+        ({}, metaspace("first"), "first"),
+        ({}, metaspace("always"), "always"),
+        ({}, metaspace("never"), "never"),
+        ({}, {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}}, "never"),
+    ],
+)
+def test_where_sentencepiece_puts_a_space(tmp_path, settings, change, expected):
+    write_sentencepiece(tmp_path)
+    data = tokenizer_json((tmp_path / "tokenizer.model").read_bytes()) | change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    names = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | settings))
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*HARD, *fuzz(100), "a</s>b", "Hello", " a</s> b", "<s>a b</s>▁c", "<s> "]:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
+    assert ours.decode(ours.encode("a</s>b")) == "a</s>b"
+    assert (ours.encode("</s>b") == ours.encode("</s> b")) == (expected == "always")
+    assert (ours.encode(" a") == ours.encode("a")) == (expected in ("first", "always"))
 
 
 def test_sentencepiece_added_tokens_and_its_json(tmp_path):

@@ -1,21 +1,37 @@
-"""The optimizer step in every precision, and when fp16 overflows."""
+"""The optimizer step in every precision, on a model spread in any way, and when fp16 overflows."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import run_ranks
+from conftest import random_model, run_ranks
 from test_distributed import whole
 from test_matrix import build
 from test_packing import documents_of
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from minillama.distributed import FsdpConfig, initialise, make_mesh, materialise, set_dtypes, shard
+from minillama.distributed import (
+    FsdpConfig,
+    initialise,
+    local,
+    make_mesh,
+    materialise,
+    set_dtypes,
+    shard,
+    summed_gradients,
+)
 from minillama.errors import UserError
 from minillama.hf import load_weights
+from minillama.lora import LoraConfig, apply_lora
 from minillama.optim import LossScaler, OptimConfig, make_optimizer
 from minillama.packing import collate, pack
-from minillama.train import TrainConfig, count_steps, prefetched, steps, train_step
+from minillama.train import TrainConfig, count_steps, evaluate, gradient_norm, prefetched, steps, train_step
 
 
 def prepared(kind, folder, fsdp, optim=None):
@@ -149,3 +165,193 @@ def test_the_next_batches_are_made_while_a_step_is():
             assert second.wait(10), "the batches of step 1 come while step 0 is made"
             assert step in loaded and step + 2 not in loaded
     assert made == [0, 1, 2]
+
+
+def fully_sharded(model, mesh=None, blocks=True):
+    """As a user writes it, who knows nothing of ours."""
+    for block in model.model.layers if blocks else ():
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def replicated(model, mesh):
+    return fully_sharded(model, init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "parts")))
+
+
+def with_ignored(model, mesh):
+    name = "model.layers.1.mlp.up_proj.weight"
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [name])
+    return DistributedDataParallel(model)
+
+
+def of_one_rank(model, mesh):
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "parts"))
+    return DistributedDataParallel(model, process_group=mesh.get_group("parts"))
+
+
+WAYS = {
+    "unwrapped": lambda model, mesh: model,
+    "DistributedDataParallel": lambda model, mesh: DistributedDataParallel(model),
+    "fully_shard": lambda model, mesh: fully_sharded(model),
+    "fully_shard of the root alone": partial(fully_sharded, blocks=False),
+    "fully_shard in two copies": replicated,
+    "shard": lambda model, mesh: shard(model, mesh, FsdpConfig(precision="fp32")),
+}
+REFUSED = {
+    "unwrapped": r"is a plain parameter, of which each of the 2 processes trains its own",
+    "blocks alone": r"model\.embed_tokens\.weight is a plain parameter",
+    "DistributedDataParallel but one": r"model\.layers\.1\.mlp\.up_proj\.weight is a plain parameter",
+    "DistributedDataParallel of one process": r"is shared by 1 of the 2 processes",
+    "fully_shard over one process": r"is spread over 1 of the 2 processes",
+}
+
+
+def two_steps(mesh, ways):
+    """(loss, gradient norm before clipping) of two steps, then the trained weights, for each way to spread a model."""
+    results = {}
+    for name, lora in ways:
+        model = random_model().requires_grad_(not lora).train()
+        if lora:
+            apply_lora(model, LoraConfig(rank=4, dropout=0.0))
+            initialise(model, 3, loaded=[n for n, p in model.named_parameters() if not p.requires_grad])
+        spread = WAYS[name](model, mesh)
+        optimizer = make_optimizer(spread.parameters(), OptimConfig(lr=1e-2))
+        packed = pack(documents_of([20] * 12), 20, 0)
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        numbers = []
+        for step in range(2):
+            # 3 micro-batches of 1 for each of 2 ranks, or of 2
+            packs = [list(range(6 * step + 2 * i, 6 * step + 2 * i + 2)) for i in range(3)]
+            mine = [p[dist.get_rank() :: ranks] if ranks > 1 else p for p in packs]
+            batches = [collate(packed, p, 0, "cpu") for p in mine]
+            with torch.no_grad():  # leaves parameters of fully_shard whole
+                spread(batches[0].tokens)
+            loss, norm = train_step(spread, optimizer, batches, clip_norm=0.5)
+            numbers.append((loss.item(), norm.item()))
+        numbers.append(evaluate(spread, iter(batches)))
+        weights = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
+        results[name, lora] = numbers, {n: p.detach() for n, p in weights.items() if p.requires_grad}
+    return results
+
+
+def test_a_step_is_the_same_however_the_model_was_spread():
+    expected = two_steps(None, [("unwrapped", False), ("unwrapped", True)])  # without a process group
+    assert all(numbers[1][1] > 0.5 for numbers, _ in expected.values())  # clipped
+    with_lora = [("DistributedDataParallel", True), ("fully_shard", True)]
+    alone = run_ranks(two_steps, 1, [("unwrapped", False), *with_lora])
+    two = run_ranks(two_steps, 2, [(way, False) for way in WAYS if way != "unwrapped"] + with_lora)
+    for result in (*alone, *two):
+        for (way, lora), (found, found_weights) in result.items():
+            numbers, weights = expected["unwrapped", lora]
+            assert found_weights.keys() == weights.keys() and len(weights) == (12 if lora else 30)
+            torch.testing.assert_close(
+                torch.tensor(found), torch.tensor(numbers), rtol=1e-5, atol=1e-6, msg=f"{way}: {found}, not {numbers}"
+            )
+            for name, value in found_weights.items():
+                torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-4, msg=f"{way}: {name}")
+    assert two[0].keys() == two[1].keys() and all(two[0][way][0] == two[1][way][0] for way in two[0])
+
+
+def refusals(mesh):
+    def blocks_alone(model, mesh):
+        for block in model.model.layers:
+            fully_shard(block)
+        return model
+
+    def over_one(model, mesh):
+        return fully_sharded(model, init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "parts"))["parts"])
+
+    ways = (WAYS["unwrapped"], blocks_alone, with_ignored, of_one_rank, over_one)
+    messages = {}
+    for name, spread in zip(REFUSED, ways, strict=True):
+        model = spread(random_model(), mesh)
+        before = [local(p).clone() for p in model.parameters()]
+        batch = collate(pack(documents_of([20] * 2), 20, 0), [dist.get_rank()], 0, "cpu")
+        with pytest.raises(UserError, match=REFUSED[name]) as error:
+            train_step(model, make_optimizer(model.parameters(), OptimConfig()), [batch])
+        assert all(torch.equal(a, local(b)) for a, b in zip(before, model.parameters(), strict=True))
+        messages[name] = str(error.value)
+    frozen = random_model().requires_grad_(False)  # what does not train may be anything
+    frozen.model.norm.requires_grad_()
+    fully_shard(frozen.model.norm)
+    train_step(frozen, make_optimizer(frozen.parameters(), OptimConfig()), [batch])
+
+    linear = nn.Linear(4, 4, bias=False)  # as fully_shard and tensor parallelism leave it together
+    two = init_device_mesh("cpu", (1, 2), mesh_dim_names=("samples", "features"))
+    linear.weight = nn.Parameter(distribute_tensor(linear.weight.data, two, [Shard(0), Shard(1)]))
+    linear.weight.grad = torch.zeros_like(linear.weight)
+    with pytest.raises(UserError, match="weight is split along two dimensions of its mesh") as error:
+        summed_gradients(linear)
+    return messages | {"tensor parallel": str(error.value)}
+
+
+def test_a_model_whose_gradients_would_not_meet_is_refused_on_all_ranks():
+    one, two = run_ranks(refusals, 2)
+    assert one == two and all("Give the whole model to minillama.shard" in message for message in one.values())
+
+
+def norms(mesh):
+    """Pairs of the norm of gradients that are spread in every way, and of the same ones whole in float64."""
+    one = init_device_mesh("cpu", (4,), mesh_dim_names=("data",))
+    two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    parts = two["shard"]
+    spreads = {
+        "plain": None,
+        "1-D": (one, [Shard(0)]),
+        "of the other dimension": (one, [Shard(1)]),
+        "replicated": (one, [Replicate()]),
+        "hybrid": (two, [Replicate(), Shard(0)]),
+        "twice": (two, [Shard(0), Shard(1)]),
+        "a part of a mesh": (parts, [Shard(0)]),
+    }
+    torch.manual_seed(0)
+    gradients = []
+    for number, (name, spread) in enumerate(spreads.items()):
+        for shape, dtype in (((5, 3), torch.float32), ((3, 4), torch.bfloat16), ((1, 1), torch.float32)):
+            whole = ((number + 1) * torch.randn(shape)).to(dtype)
+            gradients.append((name, whole, whole if spread is None else distribute_tensor(whole, *spread)))
+    summed = torch.randn(4, 5, 3)
+    gradients.append(("partial", summed.sum(0), DTensor.from_local(summed[dist.get_rank()], one, [Partial()])))
+    choices = {name: [g for g in gradients if g[0] == name] for name in (*spreads, "partial")}
+    choices |= {"all": gradients, "all, the last first": gradients[::-1], "two": choices["plain"] + choices["1-D"]}
+    choices |= {"two, the last first": choices["two"][::-1]}
+    pairs = {}
+    for name, chosen in choices.items():
+        found = gradient_norm([gradient for *_, gradient in chosen])
+        assert found.dtype == torch.float32 and type(found) is torch.Tensor
+        pairs[name] = found.item(), sum(whole.double().square().sum() for _, whole, _ in chosen).sqrt().item()
+    return pairs
+
+
+def test_the_norm_of_gradients_spread_in_any_way_is_that_of_the_whole():
+    results = run_ranks(norms, 4)
+    assert all(result == results[0] for result in results) and len(results[0]) == 12
+    for name, (found, expected) in results[0].items():
+        assert found == pytest.approx(expected, rel=1e-6), name
+
+
+def test_the_norm_of_large_bf16_gradients_and_of_none():
+    gradients = [torch.full((1000,), 3.0, dtype=torch.bfloat16), torch.full((7,), 1e-3)]
+    assert gradient_norm(gradients).item() == pytest.approx((9000 + 7e-6) ** 0.5, rel=1e-6)
+    assert gradient_norm([]) == 0 and gradient_norm([]).dtype == torch.float32
+
+
+def clipped(mesh, spread):
+    """How far a step of SGD moves each weight; some are plain, some on one mesh, some on another."""
+    model = random_model().train()
+    if spread:
+        fully_shard(model.model.layers[0], mesh=mesh)
+        fully_shard(model.lm_head, mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard")))
+    before = [local(p).detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, foreach=False)
+    batch = collate(pack(documents_of([20] * 2), 20, 0), [0, 1], 0, "cpu")
+    _, norm = train_step(model, optimizer, [batch], clip_norm=0.25)
+    return norm.item(), [local(p).detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+
+
+def test_plain_and_sharded_gradients_are_clipped_together():
+    (norm, moved), (same, as_plain) = run_ranks(clipped, 1, True)[0], clipped(None, False)
+    assert norm == pytest.approx(same, rel=1e-6) and norm > 0.5
+    assert sum(m.double().square().sum() for m in moved).sqrt().item() == pytest.approx(0.25, rel=1e-4)
+    for a, b in zip(moved, as_plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)

@@ -38,9 +38,11 @@ from typing import Any, Literal
 
 import torch
 
+from minillama.distributed import FsdpConfig
 from minillama.errors import UserError
 from minillama.hf import read_config
 from minillama.model import LlamaConfig
+from minillama.precision import choose_precision
 
 PARTS = Path(__file__).parent / "bench_parts"
 
@@ -96,9 +98,10 @@ class Bench:
     """Rows."""
     documents: Literal["none", "packed"] = "none"
     """none: a row is one document. packed: of documents of 50 to 400 tokens that do not see each other."""
-    precision: Literal["mixed", "bf16", "fp32"] = "mixed"
-    """As --fsdp.precision. What the peers do under mixed: LoRA, bf16 base (peft: fp32 adapters); full, transformers with
-    fp32 weights and autocast, torchtune all in bf16."""
+    precision: Literal["auto", "mixed", "bf16", "fp32"] = "auto"
+    """As --fsdp.precision; auto never takes fp16, for which the peers have no loss scale here. What the peers do under
+    mixed: LoRA, bf16 base (peft: fp32 adapters); full, transformers with fp32 weights and autocast, torchtune all in
+    bf16."""
     recompute: Literal["none", "full", "selective", "auto"] = "none"
     """As --fsdp.recompute; the peers, which have no selective, then do it in full. auto: none, and again with full if
     that runs out of memory."""
@@ -192,6 +195,9 @@ def resolved(bench: Bench) -> Bench:
         bench = replace(bench, contenders=("ours", "torch", "logits"))  # type: ignore[arg-type]
     shape, method, context_length = defaults
     device = bench.device if bench.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if bench.precision == "auto":
+        found = choose_precision(FsdpConfig(), device)[0].precision
+        bench = replace(bench, precision="mixed" if found == "mixed" else "fp32")
     if bench.torchtune_python and not bench.loss and "torchtune" not in bench.contenders:
         bench = replace(bench, contenders=(*bench.contenders, "torchtune"))
     return replace(

@@ -49,7 +49,7 @@ class Cost:
 
 def measure(cost: Cost) -> None:
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
-    fsdp = FsdpConfig(strategy="full-shard")
+    fsdp = FsdpConfig(strategy="full-shard", precision="mixed")
     with process_group(cost.device) as device:
         with torch.device("meta"):
             model = Llama(LlamaConfig(vocab_size=512, num_hidden_layers=cost.layers, **shape))

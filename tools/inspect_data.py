@@ -64,6 +64,8 @@ def described(packed: Packed) -> Iterator[str]:
         yield f"{len(packed):,} packs of {packed.context_length}, {packed.efficiency:.2%} full"
     else:
         yield f"batches of 4 are {packed.padded_efficiency(4, 1, 1):.2%} full"
+    if count := documents.had_ends:
+        yield f"{count:,} had BOS or EOS in their text, and were given no second one"
     for what, count in packed.long.items():
         if count:
             left_out = "pieces without a trained token, left out"
@@ -88,7 +90,7 @@ def sample(packed: Packed, piece: int, tokenizer: Any, marks: bool) -> Text:
 def main(config: Config) -> None:
     console = Console(highlight=False, soft_wrap=True)
     say = console.out
-    tokenizer = load_tokenizer(find_model(config.model, weights=False))
+    tokenizer = load_tokenizer(find_model(config.model, weights=False), day=config.data.day)
     data = replace(config.data, bad_rows="skip")
     held_out = bool(data.val_path or data.val_fraction or data.path is data.mixture is None or data.dataset == "alpaca")
     processes = data.workers

@@ -84,7 +84,7 @@ def main(args: Args) -> None:
         with torch.device("meta"):
             model = Llama(read_config(args.folder)).requires_grad_(False)
         apply_lora(model, LoraConfig())
-        fsdp = FsdpConfig(strategy="full-shard")
+        fsdp = FsdpConfig(strategy="full-shard", precision="mixed")
         mesh = make_mesh(fsdp, device)
         set_dtypes(model, fsdp)
         shard(model, mesh, fsdp)

@@ -1,0 +1,100 @@
+"""What the files beside a tokenizer's vocabulary say: its special tokens by role, added tokens, chat templates."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from minillama.errors import UserError
+
+FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model", "added_tokens.json")
+NAMES = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
+TEMPLATES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
+"""Together whatever may decide ids"""
+
+Space = Literal["each", "always", "first", "never"]
+"""Before which stretches of a text a space is put: see tokenizer.py"""
+
+
+def read_names(folder: Path) -> dict[str, Any]:
+    """What the files beside the vocabulary say: special tokens by role, added tokens, the chat template."""
+    files = {file: read_json(folder / file) for file in NAMES if (folder / file).exists()}
+    # As transformers has it: what older files say counts only where tokenizer_config.json has no added_tokens_decoder.
+    legacy = "added_tokens_decoder" not in files.get("tokenizer_config.json", {})
+    order = (*NAMES[:2], "tokenizer_config.json", "special_tokens_map.json") if legacy else NAMES
+    names: dict[str, Any] = {}
+    for file in order:
+        names |= {key: value for key, value in files.get(file, {}).items() if value is not None}
+    added = {
+        token["content"]: {"id": int(id_), **token} for id_, token in names.get("added_tokens_decoder", {}).items()
+    }
+    if legacy and (folder / "added_tokens.json").exists():
+        added = {text: {"id": id_} for text, id_ in read_json(folder / "added_tokens.json").items()} | added
+    roles = ("bos_token", "eos_token", "pad_token", "bos_token_id", "eos_token_id", "add_bos_token")
+    found = {key: names[key] for key in (*roles, "tokenizer_class", "legacy", "add_prefix_space") if key in names}
+    extra = names.get("extra_special_tokens")
+    tokens = {key: value for key, value in names.items() if key.endswith("_token")} | (
+        extra if isinstance(extra, dict) else {}
+    )
+    tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in tokens.items()}
+    special = (tokens.get(f"{role}_token") for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+    return found | {
+        "added_tokens": added,
+        "special_tokens": [text for text in special if isinstance(text, str)],
+        "templates": _templates(folder, names.get("chat_template")),
+        "named_tokens": {key: text for key, text in tokens.items() if isinstance(text, str)},
+    }
+
+
+def _templates(folder: Path, listed: Any) -> dict[str, tuple[str, Path]]:
+    """The text of chat templates by name, and the file each is in. listed: "chat_template" of tokenizer_config.json."""
+    where = folder / "tokenizer_config.json"
+    if isinstance(listed, dict):
+        listed = [{"name": name, "template": template} for name, template in listed.items()]
+    elif not isinstance(listed, list):
+        listed = [] if listed is None else [{"name": "default", "template": listed}]
+    found = {}
+    for entry in listed:
+        name, template = (entry.get(key) if isinstance(entry, dict) else None for key in ("name", "template"))
+        if not isinstance(name, str) or not isinstance(template, str):
+            raise UserError(f'{where}: "chat_template" must be text, or a list of {{"name": ..., "template": ...}}')
+        found[name] = (template, where)
+    files = {name: folder / file for name, file in TEMPLATES.items() if (folder / file).exists()}
+    try:
+        return {name: (file.read_text(encoding="utf-8"), file) for name, file in files.items()} or found
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: a chat template cannot be read: {error}") from None
+
+
+def space(names: dict[str, Any], data: dict[str, Any]) -> Space:
+    """Where transformers puts a space before text, by tokenizer_config.json and the content of tokenizer.json, if any."""
+    if names.get("tokenizer_class") in (
+        "LlamaTokenizer",
+        "LlamaTokenizerFast",
+    ):  # the settings decide, whatever the json has
+        if names.get("add_prefix_space") is False:
+            return "never"
+        # Of "legacy" transformers 4 makes what the model does, and 5 but where a stretch begins with a space.
+        return "each" if names.get("legacy") else "first"
+    steps = [data.get("pre_tokenizer") or {}, data.get("normalizer") or {}]
+    steps += [step for outer in steps for step in outer.get("pretokenizers", outer.get("normalizers", []))]
+    kinds = {step.get("type"): step for step in steps}
+    if "Metaspace" in kinds:
+        found = kinds["Metaspace"].get("prepend_scheme")
+        return found if found in ("always", "first", "never") else "always"
+    return "never" if "Replace" in kinds and "Prepend" not in kinds else "each"
+
+
+def begins_with_special(post_processor: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json puts a special token before each text."""
+    steps = post_processor.get("processors", [post_processor])
+    return any("SpecialToken" in step["single"][0] for step in steps if step.get("type") == "TemplateProcessing")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; download it again")
+    return content

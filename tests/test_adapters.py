@@ -1,0 +1,118 @@
+"""PEFT's adapter folders that are out of the ordinary: tied adapters, initialisations, copies of the base's weights."""
+
+import pytest
+import torch
+from conftest import random_model, run_ranks, save_folder
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
+from safetensors.torch import load_file
+from test_model import hf_twin
+from transformers import LlamaForCausalLM
+
+from minillama.adapters import PEFT_PREFIX, continue_adapter, load_adapter, load_adapter_weights, read_adapter_config
+from minillama.distributed import FsdpConfig, materialise, shard
+from minillama.errors import UserError
+from minillama.hf import from_pretrained, load_weights
+from minillama.lora import LoraConfig, apply_lora
+from minillama.merge import merge_adapter
+from minillama.model import Llama
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "embed_tokens"], ["q_proj", "lm_head"], ["embed_tokens", "lm_head"], ["q_proj"]]
+)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.filterwarnings("ignore:.*ensure_weight_tying", "ignore:Setting `save_embedding_layers`")
+def test_pefts_tied_adapters(tmp_path, targets, tied):
+    base = save_folder(random_model(tie_word_embeddings=tied), tmp_path / "base", tie_word_embeddings=tied)
+    settings = {"target_modules": targets, "ensure_weight_tying": True, "init_lora_weights": False}
+    twin = get_peft_model(LlamaForCausalLM.from_pretrained(base), PeftConfig(r=4, **settings))
+    twin.save_pretrained(tmp_path / "a")
+    tokens = torch.randint(0, 512, (2, 30))
+    with torch.no_grad():
+        expected = twin(tokens).logits
+        logits = load_adapter(from_pretrained(base), tmp_path / "a")(tokens)
+        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+        merge_adapter(base, tmp_path / "a", tmp_path / "merged")
+        logits = from_pretrained(tmp_path / "merged")(tokens)
+        assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    both = {"lm_head", "model.embed_tokens"} <= set(read_adapter_config(tmp_path / "a").targets)
+    assert both == ((tied and targets != ["q_proj"]) or targets == ["embed_tokens", "lm_head"])
+    if both:
+        with pytest.raises(UserError, match="ensure_weight_tying, by which the head and the embedding learn the same"):
+            continue_adapter(LoraConfig(), tmp_path / "a")
+    else:
+        assert continue_adapter(LoraConfig(), tmp_path / "a").rank == 4
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "eva", "gaussian"])
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'eva'", "ignore:lora with eva")
+def test_initialisations_that_leave_the_base_alone(tmp_path, init):
+    twin = get_peft_model(hf_twin(random_model()), PeftConfig(r=4, target_modules=["q_proj"], init_lora_weights=init))
+    for name, parameter in twin.named_parameters():
+        if "lora_B" in name and init != "orthogonal":
+            torch.nn.init.normal_(parameter)
+    twin.save_pretrained(tmp_path)
+    tokens = torch.randint(0, 512, (2, 30))
+    with torch.no_grad():
+        expected, logits = twin(tokens).logits, load_adapter(random_model(), tmp_path)(tokens)
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_an_adapter_that_brings_the_embedding_along(tmp_path, tied):
+    """As PEFT saves it where the vocabulary has grown: right on the base with that vocabulary, refused on others."""
+    changes = {"tie_word_embeddings": tied}
+    base = save_folder(random_model(**changes), tmp_path / "base", **changes)
+    twin = get_peft_model(
+        LlamaForCausalLM.from_pretrained(base), PeftConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    twin.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    assert f"{PEFT_PREFIX}lm_head.weight" in load_file(tmp_path / "a/adapter_model.safetensors")
+    tokens = torch.randint(0, 512, (2, 30))
+    with torch.no_grad():
+        expected = twin(tokens).logits
+        logits = load_adapter(from_pretrained(base), tmp_path / "a")(tokens)
+        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert load_adapter(from_pretrained(base, dtype=torch.bfloat16), tmp_path / "a")(tokens).isfinite().all()
+        merge_adapter(base, tmp_path / "a", tmp_path / "merged")
+        logits = from_pretrained(tmp_path / "merged")(tokens)
+        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+    other = save_folder(random_model(1, **changes), tmp_path / "other", **changes)
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors brings a .* along that is not the base's"):
+        load_adapter(from_pretrained(other), tmp_path / "a")
+    with pytest.raises(UserError, match=r"the adapter brings a .* along that is not the base's"):
+        merge_adapter(other, tmp_path / "a", tmp_path / "wrong", any_base=True)
+    assert not (tmp_path / "wrong").exists()
+    small = save_folder(random_model(vocab_size=500, **changes), tmp_path / "small", vocab_size=500, **changes)
+    with pytest.raises(UserError, match=r"shape \[512, 32\], and here it is \[500, 32\]: its vocabulary was changed"):
+        load_adapter(from_pretrained(small), tmp_path / "a")
+
+
+def copies_on_ranks(mesh, folder, adapter):
+    """What loading the adapter into a sharded base says"""
+    with torch.device("meta"):
+        model = apply_lora(Llama(from_pretrained(folder).config), read_adapter_config(adapter))
+    shard(model, mesh, FsdpConfig(strategy="full-shard", precision="fp32"))
+    materialise(model, "cpu")
+    load_weights(model, folder)
+    try:
+        load_adapter_weights(model, adapter)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_the_embedding_is_compared_shard_by_shard(tmp_path):
+    base = save_folder(random_model(), tmp_path / "base")
+    twin = get_peft_model(LlamaForCausalLM.from_pretrained(base), PeftConfig(r=4, target_modules=["q_proj"]))
+    twin.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    assert run_ranks(copies_on_ranks, 2, base, tmp_path / "a") == [None, None]
+    model = random_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[-1, -1] += 1  # in the last rank's part
+    other = save_folder(model, tmp_path / "other")
+    first, last = run_ranks(copies_on_ranks, 2, other, tmp_path / "a")
+    assert first is None and "brings a model.embed_tokens.weight along that is not the base's" in last
