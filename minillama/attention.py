@@ -148,7 +148,11 @@ def document_mask(lengths: list[int], device: torch.device) -> "BlockMask":
         return (on_device[query] == on_device[key]) & (query >= key)
 
     blocks = *listed(seen & ~whole), *listed(whole)
-    return BlockMask.from_kv_blocks(*blocks, size, mask, seq_lengths=(tokens, tokens)).to(device)
+    made = BlockMask.from_kv_blocks(*blocks, size, mask, seq_lengths=(tokens, tokens))
+    for name, value in vars(made).items():  # made.to(device) would wait for each of its eight tensors
+        if isinstance(value, Tensor):
+            setattr(made, name, _to_device(value, device))
+    return made
 
 
 def _bounds(lengths: list[int]) -> Tensor:

@@ -253,7 +253,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="GROUP", default=[], help=", ".join(GROUPS))
     parser.add_argument("--processes", type=int, default=0, help="of the strategies; 0: one a GPU, on a CPU two")
     parser.add_argument("--minutes", type=float, default=30, help="no new case of performance after so many")
-    parser.add_argument("--shapes", nargs="+", help="as tools/bench.py has them; by default Llama 1B, 3B, 8B; on a CPU tiny")
+    parser.add_argument(
+        "--shapes", nargs="+", help="as tools/bench.py has them; by default Llama 1B, 3B, 8B; on a CPU tiny"
+    )
     parser.add_argument("--methods", nargs="+", choices=("lora", "full"), default=["lora", "full"])
     parser.add_argument("--contexts", nargs="+", type=int, help="tokens; by default 2048 and 8192; on a CPU 128")
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=[])

@@ -40,9 +40,7 @@ def model_checks(context: Context) -> list[Check]:
     no_bf16, found = context.no_half(torch.bfloat16), []
     for kind in KINDS:
         found.append(
-            Check(
-                "model", f"{kind}, fp32, against a CPU", lambda kind=kind: model_error(context, kind, "fp32"), 2e-3
-            )
+            Check("model", f"{kind}, fp32, against a CPU", lambda kind=kind: model_error(context, kind, "fp32"), 2e-3)
         )
     for kind in ("full", "lora"):
         found.append(
@@ -92,7 +90,13 @@ def model_checks(context: Context) -> list[Check]:
 
 
 def build(
-    context: Context, kind: str, fsdp: FsdpConfig, *, attention: str = "auto", compiled: bool = False, dropout: float = 0.0
+    context: Context,
+    kind: str,
+    fsdp: FsdpConfig,
+    *,
+    attention: str = "auto",
+    compiled: bool = False,
+    dropout: float = 0.0,
 ) -> Llama:
     """A model as the recipes build it, on the context's device, with the same random weights on any."""
     context.join()
@@ -265,7 +269,9 @@ def overflow_error(context: Context) -> tuple[float, str]:
     scaler.scale = 2.0**60
     _, norm = train_step(model, optimizer, batches_of(documents(context, 6), context.device), scaler=scaler)
     if norm.isfinite().item() or scaler.scale != 2.0**59:
-        raise AssertionError(f"the norm is {norm.item()} and the scale 2^{np.log2(scaler.scale):g}, not infinite and 2^59")
+        raise AssertionError(
+            f"the norm is {norm.item()} and the scale 2^{np.log2(scaler.scale):g}, not infinite and 2^59"
+        )
     changed = [not torch.equal(a.detach(), b) for a, b in zip(model.parameters(), before, strict=True)]
     return float(sum(changed)), "parameters changed"
 
