@@ -1,8 +1,8 @@
 """A CUDA device without memory or arithmetic, so that code for one is executed on a machine that has none.
 
-PyTorch's FakeTensorMode knows of every operation which shapes, dtypes and devices it takes and gives. Here only tensors on
-CUDA are fake: what is on the host stays real, so lengths and labels can be read there. Where the code reads a number from the
-device, which a real one would make it wait for, the mode notes it and answers 1 or True.
+PyTorch's FakeTensorMode knows of every operation which shapes, dtypes and devices it takes and gives. Here only tensors
+on CUDA are fake: what is on the host stays real, so lengths and labels can be read there. Where the code reads a number
+from the device, which would make it wait for a real one, the mode notes it and answers 1 or True.
 
 Autograd asks for CUDA's streams, and a PyTorch built for CPUs has none: a shared library of a few lines, loaded before
 it, answers in their place. So everything happens in a process of its own.

@@ -3,7 +3,6 @@
 What they compute is checked by tools/gpu_check.py on a real GPU.
 """
 
-import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +18,8 @@ from test_packing import documents_of
 from minillama.attention import BACKENDS
 from minillama.distributed import FsdpConfig, materialise, set_dtypes
 from minillama.kernels import KernelsConfig, choose_kernels, compile_blocks
-from minillama.lora import LoraConfig, apply_lora
 from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
+from minillama.lora import LoraConfig, apply_lora
 from minillama.model import Llama, LlamaConfig
 from minillama.optim import LossScaler, OptimConfig, make_optimizer
 from minillama.packing import collate, pack
@@ -304,14 +303,18 @@ def joined(mode, devices, local_rank):
 
     given = {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(local_rank + 1)}
     wanted = []
-    with answering(devices=devices) as told, patch.dict(os.environ, given), patch("sys.stderr", open(os.devnull, "w")):
-        with patch("torch.distributed.init_process_group", lambda *args, **kwargs: wanted.append((args, kwargs))):
-            with patch("torch.distributed.destroy_process_group", lambda: None):
-                try:
-                    with process_group("auto") as device:
-                        return device, told.device, wanted[0][0]
-                except Exception as error:
-                    return str(error)
+    with (
+        answering(devices=devices) as told,
+        patch.dict(os.environ, given),
+        patch("sys.stderr", open(os.devnull, "w")),
+        patch("torch.distributed.init_process_group", lambda *args, **kwargs: wanted.append((args, kwargs))),
+        patch("torch.distributed.destroy_process_group", lambda: None),
+    ):
+        try:
+            with process_group("auto") as device:
+                return device, told.device, wanted[0][0]
+        except Exception as error:
+            return str(error)
 
 
 def test_a_process_takes_its_device(fake):

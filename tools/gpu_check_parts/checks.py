@@ -89,10 +89,8 @@ def run(check: Check) -> dict[str, Any]:
     try:
         found = check.measure()
         row["error"], detail = found if isinstance(found, tuple) else (found, "")
-        if check.tolerance is None:
-            result = "measured"
-        else:  # NaN is beyond any tolerance
-            result = "passed" if row["error"] <= check.tolerance else "failed"
+        passes = check.tolerance is None or row["error"] <= check.tolerance  # NaN never does
+        result = "failed" if not passes else "measured" if check.tolerance is None else "passed"
         if not math.isfinite(row["error"]):  # JSON has neither NaN nor infinity
             row["error"], detail = None, f"{row['error']} {detail}".strip()
     except NotRun as reason:
