@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,17 +159,29 @@ def _blockwise(*tensors: Tensor, out_val: Any = None) -> int:
     return forward if len(tensors) == 4 else forward * 5 // 2
 
 
-_blockwise._get_raw = True  # type: ignore[attr-defined]  # the tensors, not their shapes: which documents there are
+def _varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *_: Any, **__: Any) -> int:
+    return _blockwise(q, k, v, bounds.long())
+
+
+def _varlen_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *more: Any, **_: Any
+) -> int:
+    return _blockwise(grad, q, k, v, more[0].long())
+
+
+for _formula in (_blockwise, _varlen, _varlen_backward):  # of tensors, not their shapes: which documents there are
+    _formula._get_raw = True  # type: ignore[union-attr]
 
 
 class FlopCounter:
     """Counts the FLOPs of this process, forward and backward, in all matrix products and attention, while entered.
 
     Attention counts as whole squares of scores, causal or not. FlopCounterMode alone does not know attention on the CPU
-    and, before PyTorch 2.13, raises an error for fewer kv heads than query heads.
+    and, before PyTorch 2.13, neither fewer kv heads than query heads nor varlen. FlexAttention, compiled, is not seen.
     """
 
     def __init__(self) -> None:
+        import_module("torch.nn.attention.varlen")  # makes its operators
         from torch.utils.flop_counter import FlopCounterMode  # imports triton where there is one, which takes a while
 
         aten = torch.ops.aten
@@ -178,6 +191,8 @@ class FlopCounter:
         formulas |= {getattr(aten, f"{name}_backward"): _attention_backward for name in names}
         own = torch.ops.minillama
         formulas |= {own.blockwise_attention: _blockwise, own.blockwise_attention_backward: _blockwise}
+        varlen = torch.ops.torch_attn
+        formulas |= {varlen._varlen_attn: _varlen, varlen._varlen_attn_backward: _varlen_backward}
         self.mode = FlopCounterMode(display=False, custom_mapping=formulas)
 
     def __enter__(self) -> "FlopCounter":

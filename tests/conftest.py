@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from minillama.model import Llama, LlamaConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # peft and transformers, the references, look no name up
-if multiprocessing.parent_process() is None:  # ranks find it where their parent made it
-    _cache = tempfile.TemporaryDirectory()  # of tokenized data
-    os.environ["XDG_CACHE_HOME"] = os.environ["HF_DATASETS_CACHE"] = _cache.name
+if "MINILLAMA_TEST_CACHE" not in os.environ:  # one for all processes: what is measured there stays the same
+    _cache = tempfile.TemporaryDirectory()
+    os.environ["MINILLAMA_TEST_CACHE"] = os.environ["XDG_CACHE_HOME"] = os.environ["HF_DATASETS_CACHE"] = _cache.name
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],

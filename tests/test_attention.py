@@ -1,11 +1,15 @@
 """Attention against the softmax written out in float64."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import random_model
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillama.attention import BACKENDS, document_lengths, document_mask
+from minillama.profiling import FlopCounter, step_flops
 
 ROWS = [[[30], [30]], [[5, 1, 24], [29, 1]], [[10, 10, 10], [3, 27]]]
 
@@ -132,3 +136,88 @@ def test_a_model_computes_the_same_with_each():
             results.append(model(tokens, document_ids=documents))
         for result in results[1:]:
             torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-4)
+
+
+class VarlenWrittenOut(TorchDispatchMode):
+    """In the place of FlashAttention, which CPUs do not have: what PyTorch's documentation says varlen_attn computes."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() not in ("torch_attn::_varlen_attn", "torch_attn::_varlen_attn_backward"):
+            return func(*args, **(kwargs or {}))
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+        q, k, v = (given[name].detach() for name in ("query", "key", "value"))
+        starts = given["cu_seq_q"]
+        assert starts.dtype == torch.int32 and starts.tolist() == given["cu_seq_k"].tolist()
+        assert starts[0] == 0 and starts[-1] == len(q) == len(k)
+        assert given["max_q"] == given["max_k"] == starts.diff().max()
+        # causal as a window: any number of earlier keys, no later one; by default the scale is D^-0.5
+        assert given["window_size"] == [-1, 0] and given["is_causal"] and given["scale"] is None
+        assert given.get("enable_gqa") or "enable_gqa" not in given or q.shape[1] == k.shape[1]
+        ids = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
+
+        def compute():
+            leaves = [x.requires_grad_() for x in (q, k, v)]
+            out = naive(*(x[None] for x in leaves), ids[None])[0]
+            return torch.autograd.grad(out, leaves, given["grad_out"]) if "grad_out" in given else out.detach()
+
+        with ThreadPoolExecutor(1) as thread:  # where autograd is not excluded, as it is on this side of it
+            out = thread.submit(compute).result()
+        if "grad_out" in given:
+            return out
+        return out, torch.empty(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("rows", ROWS)
+def test_what_varlen_is_given(kv_heads, rows):
+    with VarlenWrittenOut():
+        pairs = outputs_and_gradients("varlen", rows, 4, kv_heads, 8, torch.float32)
+    for ours, exact in pairs:
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
+def visible(mask):
+    """Which keys each query sees by FlexAttention's reading of a block mask: (tokens, tokens) bool."""
+    tokens, (rows, columns) = mask.seq_lengths[0], mask.BLOCK_SIZE
+    seen = torch.zeros(tokens, tokens, dtype=torch.bool)
+    query, key = torch.arange(tokens)[:, None], torch.arange(tokens)
+    within = mask.mask_mod(torch.tensor(0), torch.tensor(0), query, key)
+    for kind, of_block in (("kv", within), ("full_kv", torch.ones_like(within))):
+        counts, blocks = getattr(mask, f"{kind}_num_blocks")[0, 0], getattr(mask, f"{kind}_indices")[0, 0]
+        for row, (count, listed) in enumerate(zip(counts.tolist(), blocks, strict=True)):
+            for column in listed[:count].tolist():
+                place = slice(row * rows, (row + 1) * rows), slice(column * columns, (column + 1) * columns)
+                assert not seen[place].any(), "a block is listed twice"
+                seen[place] = of_block[place]
+    return seen
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_blocks_that_flex_computes_are_what_documents_see(seed):
+    random = torch.Generator().manual_seed(seed)
+    longest = (3, 40, 200, 700)[seed % 4]
+    lengths = torch.randint(1, longest, (3 + 300 // longest,), generator=random).tolist()
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    expected = (document[:, None] == document) & torch.ones(len(document), len(document), dtype=torch.bool).tril()
+    assert torch.equal(visible(document_mask(lengths, torch.device("cpu"))), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # PyTorch's own
+def test_flex_forward():
+    """By the operator's own definition, which is not compiled; it has no backward on a CPU."""
+    lengths = [30, 1, 25, 8]
+    ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
+    q, k, v = (torch.randn(1, 64, h, 16) for h in (4, 2, 2))
+    with torch.compiler.set_stance(force_backend="eager"):
+        out = BACKENDS["flex"](lengths, torch.device("cpu")).attend(q, k, v)
+    torch.testing.assert_close(out.double(), naive(q.double(), k.double(), v.double(), ids), rtol=1e-4, atol=1e-5)
+
+
+def test_varlen_is_counted():
+    model, ids = random_model(num_attention_heads=4, num_key_value_heads=2), document_ids(ROWS[1])
+    model.attention = BACKENDS["varlen"]
+    tokens = torch.randint(0, 512, ids.shape)
+    with VarlenWrittenOut(), FlopCounter() as counter:
+        model(tokens, document_ids=ids, labels=tokens).backward()
+    squares = sum(length**2 for row in ROWS[1] for length in row)
+    assert 6 * counter.in_attention == 14 * step_flops(model, 0, 0, squares)

@@ -230,6 +230,7 @@ def test_what_a_repository_may_hold(hub, env, tiny_folder):
     other = json.dumps({"model_type": "gpt2"}).encode()
     hub.repos |= {
         "org/sharded": {"config.json": tiny["config.json"], **whole},
+        "org/both": {"config.json": tiny["config.json"], **whole, "model.safetensors": tiny["model.safetensors"]},
         "org/meta": meta | {"checklist.chk": b"", "original/consolidated.00.pth": b"8"},
         "org/pickled": {"config.json": tiny["config.json"], "pytorch_model.bin": b"9"},
         "org/gguf": {"model.gguf": b"10", "README.md": b""},
@@ -244,6 +245,9 @@ def test_what_a_repository_may_hold(hub, env, tiny_folder):
     assert found[5] == "org/a--b"  # no name that the hub has
     assert not {"consolidated.safetensors", "pytorch_model.bin"} & set(hub.files())
     assert not any("org/gpt2/model.safetensors" in path for _, path, _ in hub.asked)
+    [[both]] = run_ranks(find, 1, env, "org/both")
+    small = {"config.json", "model.safetensors.index.json"}
+    assert {file.name for file in Path(both).iterdir()} == {*small, "model.safetensors"}  # the shards are not read
 
 
 def test_when_a_connection_breaks_only_the_file_is_begun_anew(hub, env):

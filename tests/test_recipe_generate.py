@@ -157,7 +157,7 @@ def test_what_is_wrong_is_said_once(ask, tmp_path):
         (("--prompts", tmp_path / "bad.jsonl"), "bad.jsonl, line 2: not JSON"),
         (("--prompts", tmp_path / "empty.jsonl"), "empty.jsonl: no row in it"),
         (("--prompt", "a", "--top-p", 0, "--model", tmp_path / "none"), "top-p 0.0 above 0"),
-        (("--prompt", "a", "--adapter", tmp_path / "none"), "adapter folder"),
+        (("--prompt", "a", "--adapter", tmp_path / "none"), "none does not exist: give the adapter/"),
     ):
         world_size = 2 if flags[:1] == ("--prompts",) else 1
         codes, text = ask(*flags, world_size=world_size)
