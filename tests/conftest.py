@@ -11,6 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_folder(random_model(), tmp_path_factory.mktemp("tiny"))
 
 
-# Children fork from a server that has already imported torch: seconds saved at each start.
+# Children fork from a server that has made the imports of preload.py: seconds saved at each start.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        *("minillama", "minillama.run", "minillama.checkpoint", "minillama.adapters", "minillama.merge"),
-        *("torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo", "tyro", "matplotlib.figure"),
-    ]
-)
+_context.set_forkserver_preload(["preload"])
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -97,6 +93,9 @@ def run_script(
 
 
 def _processes(target: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the server finds preload.py
+        forkserver.ensure_running()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
