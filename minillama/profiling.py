@@ -51,15 +51,24 @@ def step_flops(model: Llama, tokens: int, trained: int, squares: int) -> float:
 
 def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product, the best of a few: what this process could reach at most."""
-    n = 8192 if torch.device(device).type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    seconds: list[float] = []
-    while len(seconds) < 5 and sum(seconds) < 1:  # fp16 takes seconds on many CPUs
-        start = time.perf_counter()
-        product = a @ b
-        product[0, 0].item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds)
+
+    def seconds(n: int, count: int) -> float:
+        generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay
+        a, b = (torch.randn(n, n, device=device, dtype=dtype, generator=generator) for _ in range(2))
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            product = a @ b
+            product[0, 0].item()  # waits for the device
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    n = 8192
+    if torch.device(device).type == "cpu":
+        n = 128
+        while n < 1024 and seconds(n, 2) < 0.004:  # bf16 and fp16 are a hundred times slower on many processors
+            n *= 2
+    return 2 * n**3 / seconds(n, 5)
 
 
 def peak_memory_gib(device: torch.device | str) -> float:

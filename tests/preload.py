@@ -9,10 +9,12 @@ from pathlib import Path
 
 import conftest  # noqa: F401
 import matplotlib.figure
+import peft  # noqa: F401
 import tiktoken  # noqa: F401
 import torch._dynamo
 import torch.distributed.fsdp
 import torch.distributed.tensor  # noqa: F401
+from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
 matplotlib.figure.Figure(layout="constrained").savefig(io.BytesIO())
 for recipe in ("lora", "full", "llama_adapter"):
