@@ -87,12 +87,23 @@ def run_script(
     script: Path, *args: Any, world_size: int = 1, log: Path, env: dict[str, str] | None = None
 ) -> tuple[list[int], str]:
     """The script with these flags, as torchrun would start it: exit code of each rank, and what all of them printed."""
+    return start_script(script, *args, world_size=world_size, log=log, env=env)[1]()
+
+
+def start_script(
+    script: Path, *args: Any, world_size: int = 1, log: Path, env: dict[str, str] | None = None
+) -> tuple[list[Any], Callable[[], tuple[list[int], str]]]:
+    """run_script in the background: its processes, and a function that waits for them and returns what run_script does."""
     log.unlink(missing_ok=True)
-    results = _processes(_call_script, world_size, script, [str(a) for a in args], log, env or {})
-    return [value for _, value in results], log.read_text()
+    processes, wait = _start(_call_script, world_size, script, [str(a) for a in args], log, env or {})
+    return processes, lambda: ([value for _, value in wait()], log.read_text())
 
 
 def _processes(target: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    return _start(target, world_size, *args)[1]()
+
+
+def _start(target: Callable[..., Any], world_size: int, *args: Any) -> tuple[list[Any], Callable[[], list[Any]]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the server finds preload.py
         forkserver.ensure_running()
@@ -109,19 +120,23 @@ def _processes(target: Callable[..., Any], world_size: int, *args: Any) -> list[
         there.close()
         pipes.append(here)
         processes.append(process)
-    try:
-        results = []
-        for pipe in pipes:
-            assert pipe.poll(120), "a rank hangs"
-            try:
-                results.append(pickle.loads(pipe.recv_bytes()))
-            except EOFError:
-                results.append(("died", None))
-    finally:
-        for process in processes:
-            process.join(10)
-            process.kill()
-    return results
+
+    def wait() -> list[Any]:
+        try:
+            results = []
+            for pipe in pipes:
+                assert pipe.poll(120), "a rank hangs"
+                try:
+                    results.append(pickle.loads(pipe.recv_bytes()))
+                except EOFError:
+                    results.append(("died", None))
+        finally:
+            for process in processes:
+                process.join(10)
+                process.kill()
+        return results
+
+    return processes, wait
 
 
 def _child(env: dict[str, str], pipe: Any, target: Callable[..., Any], args: tuple[Any, ...]) -> None:

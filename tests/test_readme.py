@@ -2,11 +2,10 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_script
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -27,12 +26,14 @@ def test_the_tree_lists_every_file_and_no_other():
 
 
 @pytest.fixture(scope="module")
-def flags():
+def flags(tmp_path_factory):
     """Of every training recipe."""
+    log = tmp_path_factory.mktemp("help") / "log"
 
     def of(recipe):
-        run = subprocess.run([sys.executable, recipe, "--help"], capture_output=True, text=True, check=True)
-        return set(re.findall(r"--[a-z][\w.-]*", run.stdout))
+        codes, text = run_script(recipe, "--help", log=log)
+        assert codes == [0]
+        return set(re.findall(r"--[a-z][\w.-]*", text))
 
     return {recipe.name: of(recipe) for recipe in (ROOT / "recipes").glob("*_fsdp.py")}
 
