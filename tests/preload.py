@@ -22,5 +22,7 @@ for recipe in ("lora", "full", "llama_adapter"):
     sys.argv = [str(script), "--no-such-flag"]
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
         runpy.run_path(str(script), run_name="__main__")
+for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+    del sys.modules[name]  # it reads the environment, in which tests have settings of their own, when it is imported
 gc.collect()
 gc.freeze()  # a child's collections neither look at all of it nor copy its pages
