@@ -66,7 +66,7 @@ def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
     n = 8192
     if torch.device(device).type == "cpu":
         n = 128
-        while n < 1024 and seconds(n, 2) < 0.004:  # bf16 and fp16 are a hundred times slower on many processors
+        while n < 8192 and seconds(n, 3) < 0.002:  # a processor's cores and dtypes differ a hundredfold
             n *= 2
     return 2 * n**3 / seconds(n, 5)
 

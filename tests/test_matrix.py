@@ -36,7 +36,7 @@ STRATEGIES = {"full-shard": 0, "shard-grad-op": 0, "no-shard": 0, "hybrid-shard"
 """With the shard size of each."""
 WINDOW = 8
 """Packs that a step takes, however they are split."""
-STEPS = 5
+STEPS = 3
 
 
 def build(kind, folder):
