@@ -150,13 +150,14 @@ def trained_spans(
         return said.text, _generation_spans(said)
     turns = said.turns()
     surroundings = _surroundings(said, turns)
+    mixed = _with_results(said, turns)
     spans = []
     for n, turn in turns.items():
         before, after = surroundings.get(n, (None, None)) or ("", "")
         if surroundings.get(n, "") is None:
             continue
         start = end = None
-        if turn is not None and (before is not None or "tool_calls" in messages[n]):
+        if turn is not None and n not in mixed and (before is not None or "tool_calls" in messages[n]):
             start = _start(said, n, turn, before)
             end = None if start is None else _end(said.text, (start, turn[1]), after, special)
         if start is None or end is None:
@@ -271,6 +272,23 @@ def _surroundings(said: _Conversation, turns: dict[int, Span | None]) -> dict[in
         elif words[n] not in other.text and messages[n] is plain[n] and real and said.text[slice(*real)] == shown:
             found[n] = None
     return found
+
+
+def _with_results(said: _Conversation, turns: dict[int, Span | None]) -> set[int]:
+    """The messages of the assistant's in whose turns the template shows what tools have answered, so not all is said.
+
+    Found by other answers of theirs, after which the text of such a turn is another.
+    """
+    others = [m if m["role"] in ("system", "user", "assistant") else m | {"content": "7190318"} for m in said.messages]
+    if others == said.messages:
+        return set()
+    try:
+        other = _Conversation(said.template, others, said.tools)
+        there = other.turns()
+    except UserError:  # say it wants JSON of them
+        return set()
+    pairs = [(n, turn, there[n]) for n, turn in turns.items()]
+    return {n for n, a, b in pairs if a and b and said.text[slice(*a)] != other.text[slice(*b)]}
 
 
 def _start(said: _Conversation, n: int, turn: Span, before: str | None) -> int | None:

@@ -25,7 +25,7 @@ from minillama.chat import REASONING
 from minillama.errors import UserError
 from minillama.files import DEPTH, is_deep
 from minillama.loss import IGNORE
-from minillama.rows import Progress, Rows, content_hash, data_files, read_rows, shown
+from minillama.rows import Progress, Rows, content_hash, data_files, read_rows, shown, without_absent
 
 BUNDLED = Path(__file__).parent / "data"
 
@@ -200,12 +200,13 @@ class Source:
             made = function(config, tokenizer, self.split)
             if not isinstance(made, Iterable):
                 raise UserError(f"{self.dataset} must return rows, a list or a generator, not {shown(made)}")
+            read = without_absent if hasattr(made, "features") else _itself  # a datasets.Dataset holds Arrow's rows
             for number, row in enumerate(made, 1):
-                yield f"{self.dataset}, row {number}", partial(_itself, row)
+                yield f"{self.dataset}, row {number}", partial(read, row)
         elif (found := self._hub()) is not None:
             for number in range(len(found)):
                 progress(1)
-                yield f"{self.path}, row {number + 1}", partial(found.__getitem__, number)
+                yield f"{self.path}, row {number + 1}", partial(_of_hub, found, number)
         else:
             yield from read_rows(self._file(), progress)
 
@@ -353,6 +354,10 @@ def _from_hub(path: str, split: Split) -> Any:
         return datasets.load_dataset(name, config, split=given or split)
     except Exception as error:  # a wrong name, split or configuration, no connection: each has a type of its own
         raise UserError(f"{path}: {error}") from error
+
+
+def _of_hub(found: Any, number: int) -> Any:
+    return without_absent(found[number])
 
 
 # --- formats: one row -> ids and mask. Their errors lack the place, `encode_rows` adds it.

@@ -221,9 +221,23 @@ def _parquet_rows(path: Path, progress: Progress) -> Rows:
                 progress(size * len(batch) // file.metadata.num_rows)
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", partial(_itself, row)
+                    yield f"{path}, row {number}", partial(without_absent, row)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: not a Parquet file that can be read ({error}): write it anew") from error
+
+
+def without_absent(row: Any) -> Any:
+    """A row of Parquet or Arrow, where each object has the keys of all others in its column, as None: without those.
+
+    Else a call of one tool would be shown with the arguments of the others. A column that is None stays.
+    """
+    return {name: _without_none(value) for name, value in row.items()} if isinstance(row, dict) else row
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _text_rows(path: Path, progress: Progress) -> Rows:

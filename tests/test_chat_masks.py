@@ -383,3 +383,19 @@ def test_turns_that_cannot_be_told_are_refused(tmp_path):
             UserError, match=r"chat_template\.jinja: cannot tell which part of the text .* is message 1"
         ):
             ours.encode_chat([{"role": role, "content": "a"} for role in ("user", "assistant", "user")])
+
+
+def test_what_tools_answer_is_never_taken_for_the_assistants(tmp_path):
+    """As some templates show it in the turn with the call"""
+    template = CHATML.replace("for message in messages", "for message in messages if message.role != 'tool'").replace(
+        "[[", "[[{{- messages[loop.index].content if message.tool_calls -}}"
+    )
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "tool_calls": [{"name": "add"}]},
+    ]
+    messages += [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "c"}]
+    ours, _ = pair(tmp_path / "t", template, "bytes")
+    with pytest.raises(UserError, match=r"cannot tell which part of the text .* is message 1"):
+        ours.encode_chat(messages)
+    compare(*pair(tmp_path / "other", CHATML, "bytes"), messages, None)

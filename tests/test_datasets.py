@@ -9,7 +9,7 @@ import pytest
 from test_chat import tokenizer_with, write_sentencepiece
 
 from minillama.cache import open_packed, prepare
-from minillama.datasets import DataConfig, check_vocabulary, load_collator
+from minillama.datasets import DataConfig, Source, check_vocabulary, load_collator
 from minillama.errors import UserError
 from minillama.model import LlamaConfig
 from minillama.packing import collate
@@ -396,6 +396,18 @@ def test_a_set_of_the_hub(tmp_path):
     assert answers(datasets("grammar", Path(f"hub:{folder}:validation"), validation=False)[0]) == [0, 1]
     with pytest.raises(UserError, match=f"hub:{folder}:test: .*test"):
         load(Path(f"hub:{folder}:test"), "grammar")
+    calls = [{"input": None, "call": {"a": 1, "b": {"c": 2}}}, {"input": None, "call": {"a": 3, "d": [{"e": None}]}}]
+    (tmp_path / "calls").mkdir()
+    write(tmp_path / "calls" / "train.jsonl", "".join(json.dumps(call) + "\n" for call in calls))
+    (tmp_path / "calls.py").write_text(
+        f"import datasets\n\n\ndef rows(config, tokenizer, split):\n    return datasets.Dataset.from_list({calls!r})\n"
+    )
+    for source in (
+        Source("grammar", Path(f"hub:{tmp_path}/calls"), "train"),
+        Source(f"{tmp_path}/calls.py:rows", None, "train"),
+    ):
+        read = [read() for _, read in source.rows(DataConfig(), None)]
+        assert read == [calls[0], {"input": None, "call": {"a": 3, "d": [{}]}}]
     (tmp_path / "other").mkdir()
     write(tmp_path / "other" / "train.jsonl", '{"input": "a"}\n')
     with pytest.raises(UserError, match=f"hub:{tmp_path}/other, row 1: field 'target' is missing"):
@@ -575,6 +587,12 @@ def test_parquet(tmp_path):
     write(tmp_path / "chat.jsonl", json.dumps({"messages": messages}))
     in_parquet, in_json = load(tmp_path / "chat.parquet", "chat"), load(tmp_path / "chat.jsonl", "chat")
     assert [part.tolist() for part in in_parquet[0]] == [part.tolist() for part in in_json[0]]
+
+    calls = [{"name": "add", "arguments": {"a": 1}}, {"name": "say", "arguments": {"text": "b"}}]
+    rows = [{"messages": messages, "tools": [call], "tool_calls": None} for call in calls]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "tools.parquet")
+    # Arrow gives each object the keys of all others: {"a": 1, "text": None}
+    assert [read() for _, read in read_rows(tmp_path / "tools.parquet")] == rows
 
     parquet.write_table(pyarrow.Table.from_pylist([{"input": "a", "target": None}]), tmp_path / "null.parquet")
     with pytest.raises(UserError, match=r"null\.parquet, row 1: field 'target' must be text, found null"):
