@@ -12,8 +12,15 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from minillama.distributed import like, local, reshard
 from minillama.errors import UserError
-from minillama.files import misfit, new_folder, read_json, write_json
-from minillama.hf import adapter_parameters, gather, open_tensors, write_tensors
+from minillama.files import new_folder, read_json, write_json
+from minillama.hf import (
+    SAFETENSORS_DTYPES,
+    adapter_parameters,
+    check_finite,
+    gather,
+    open_tensors,
+    write_tensors,
+)
 from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.lora import LoraConfig, apply_lora, row_norms
 from minillama.model import Llama
@@ -190,10 +197,7 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
         found = "is a model folder" if (folder / "config.json").exists() else found
         hint = f"give {inside}" if inside.is_dir() else "give the adapter/ that a run has left in its output folder"
         raise UserError(f"{folder} {found} (it has no adapter_config.json): {hint}")
-    settings = read_json(folder / "adapter_config.json")
-    shape = {key: shape for key, shape in SETTINGS.items() if settings.get(key) is not None}
-    if problem := misfit(settings, shape, str(folder / "adapter_config.json")):
-        raise UserError(f"{problem}, where something else belongs: is it of PEFT?")
+    settings = read_json(folder / "adapter_config.json", SETTINGS)
     match settings.get("peft_type"):
         case "LORA":
             return _lora_config(folder, settings)
@@ -252,7 +256,10 @@ def check_adapter(model: nn.Module, folder: str | Path) -> None:
         if there != names:
             raise UserError(f"{file} does not fit the model: {_difference(names - there, there - names)}")
         for name, parameter in wanted.items():
-            shape = tensors.get_slice(peft_name(name)).get_shape()
+            rows = tensors.get_slice(peft_name(name))
+            shape, kind = rows.get_shape(), rows.get_dtype()
+            if kind not in SAFETENSORS_DTYPES.values():
+                raise UserError(f"{file}: {name} is of {kind}, as where it is quantised: give a plain adapter")
             expected = list(as_peft(name, torch.empty(parameter.shape, device="meta")).shape)
             if shape != expected:
                 raise UserError(f"{file} does not fit the model: {name} has shape {shape}, not {expected}")
@@ -304,6 +311,7 @@ def load_adapter_weights(model: nn.Module, folder: str | Path) -> set[str]:
         _check_copies(model, file, tensors)
         for name, parameter in parameters.items():
             whole = tensors.get_tensor(peft_name(name)).view(parameter.shape)
+            check_finite(whole, name, file)
             mine = local(like(whole, parameter)).to(local(parameter).device)
             local(parameter).copy_(mine - _lengths(model, name) if name.endswith(CHANGE) else mine)
     return set(parameters)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from minillama.distributed import local, materialise, rank, reshard, say
 from minillama.errors import UserError
-from minillama.files import is_plain, is_rank_zero, new_folder, read_json, write_json
+from minillama.files import is_plain, is_rank_zero, new_folder, open_file, read_bytes, read_json, write_json
 from minillama.meta import MetaWeights, Weights, is_meta_folder, read_meta_config
 from minillama.model import LLAMA3_ROPE, Llama, LlamaConfig
 from minillama.tokenizer import load_tokenizer
@@ -142,6 +142,7 @@ def tensor_names(file: Path) -> list[str]:
 
 
 def open_tensors(file: Path) -> Any:
+    open_file(file).close()  # says what safetensors does not
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -226,6 +227,11 @@ def check_weights(model: nn.Module, folder: str | Path, *, but: Collection[str] 
         for name, parameter in wanted.items()
         if name in there and weights.shape(name) != list(parameter.shape)
     ]
+    problems += [
+        f"{name} is of {str(kind).removeprefix('torch.')}, as where it is quantised: give the plain checkpoint"
+        for name in wanted
+        if name in there and (kind := weights.dtype(name)) not in SAFETENSORS_DTYPES
+    ]
     if problems:
         more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(f"the weights in {folder} do not fit their config: {'; '.join(problems[:8])}{more}")
@@ -283,6 +289,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
                 piece = target[start : start + step]
                 place = offset + start, offset + start + len(piece)
                 rows = weights.rows(name, *place)
+                check_finite(rows, name, folder)
                 piece.copy_(rows)
                 if has_twin and name == "model.embed_tokens.weight":
                     _check_twin(weights, folder, *place)
@@ -292,6 +299,14 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
             for _ in pool.map(load, parameters):
                 pass
     return set(parameters)
+
+
+def check_finite(tensor: Tensor, name: str, where: str | Path) -> None:
+    """Raises UserError for NaN and infinity."""
+    if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+        raise UserError(
+            f"{where}: {name} holds NaN or infinity: the file is damaged, or was saved after a failed training"
+        )
 
 
 def _row_offset(parameter: Tensor) -> int:
@@ -507,7 +522,7 @@ def tokenizer_files(copies: dict[str, Path], target: Path) -> dict[str, dict[str
     there = {name for name, path in copies.items() if path.exists()}
     if "tokenizer.model" not in there or there & {"tokenizer.json", "tokenizer_config.json"}:
         return {}
-    content = copies["tokenizer.model"].read_bytes()
+    content = read_bytes(copies["tokenizer.model"])
     made = None if is_tiktoken(content) else tokenizer_json(content)
     if made is None:
         say(

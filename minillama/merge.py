@@ -211,8 +211,8 @@ def adapter_of(content: dict[str, Any]) -> AdapterConfig | None:
         if flags := content["flags"].get(group):
             shape = {name: [str] if isinstance(value, tuple) else type(value) for name, value in asdict(kind()).items()}
             shape = {name: one for name, one in shape.items() if name in flags}
-            if problem := misfit(flags, shape, f"{MARK}: flags[{group!r}]"):
-                raise UserError(problem)
+            if problem := misfit(flags, shape, f"flags.{group}"):
+                raise UserError(f"{MARK}: {problem}")
             values: dict[str, Any] = {name: flags[name] for name in shape}
             values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
             return kind(**values)

@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minillama.distributed import all_reduce, rank
-from minillama.errors import UserError
-from minillama.files import misfit
+from minillama.errors import UserError, disk_text
+from minillama.files import misfit, read_bytes, write_whole
 from minillama.model import Llama
 from minillama.packing import Batch
 from minillama.profiling import matmul_rate, peak_memory_gib, step_flops
@@ -215,25 +215,23 @@ class Metrics:
 
 
 def _unwritable(file: Path | str, error: OSError) -> str:
-    return f"{file} cannot be written ({error.strerror}): make room on its disk, and go on with --resume auto"
+    return f"{disk_text(error, file, 'cannot be written')}, and go on with --resume auto"
 
 
 def _reopen(file: Path, start: "Progress") -> BinaryIO:
     """metrics.jsonl, to be appended to: without what a run wrote after the checkpoint that it now goes on from."""
     kept = []
-    for text in file.read_text(errors="replace").splitlines() if file.exists() else ():
+    for text in read_bytes(file).decode(errors="replace").splitlines() if file.exists() else ():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):  # cut off when the run was killed
             continue
-        if misfit(line, {"step": int}, ""):  # none of ours
+        if misfit(line, {"step": int}):  # none of ours
             continue
         if line["step"] < start.step or (line["step"] == start.step and ("loss" in line or not start.evaluate)):
             kept.append(text + "\n")
-    new = file.with_name(file.name + ".new")
     try:
-        new.write_text("".join(kept))
-        new.replace(file)
+        write_whole(file, "".join(kept))
         return file.open("ab", buffering=0)
     except OSError as error:
         raise UserError(_unwritable(file, error)) from None
@@ -242,13 +240,13 @@ def _reopen(file: Path, start: "Progress") -> BinaryIO:
 def read_metrics(file: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """The lines of metrics.jsonl: (those of steps, those of evaluations). Raises UserError for one that is cut off."""
     lines: list[dict[str, Any]] = []
-    for number, text in enumerate(file.read_text(errors="replace").splitlines(), 1):
+    for number, text in enumerate(read_bytes(file).decode(errors="replace").splitlines(), 1):
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
             line = None
         shape = {"step": int} | {name: (None, float) for name in LOSSES if isinstance(line, dict) and name in line}
-        if misfit(line, shape, ""):
+        if misfit(line, shape):
             raise UserError(
                 f"{file}, line {number} is none of a run's: was the run that wrote it killed? drop the line"
             )

@@ -25,8 +25,8 @@ from minillama.cache import open_packed, prepare, prepare_evaluation
 from minillama.checkpoint import CheckpointConfig
 from minillama.datasets import DataConfig, check_vocabulary, load_collator
 from minillama.distributed import Device, FsdpConfig, all_reduce, on_each_node, on_rank_zero, say
-from minillama.errors import UserError
-from minillama.files import read_json
+from minillama.errors import UserError, disk_text
+from minillama.files import lock, misfit, read_json, write_whole
 from minillama.hf import weights_fingerprint
 from minillama.hub import model_name
 from minillama.kernels import KernelsConfig
@@ -172,11 +172,9 @@ def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -
             _claim(output_dir.resolve())
             if continues and file.exists():
                 run["id"] = read_json(file).get("id", run["id"])
-            new = file.with_name("run.json.new")
-            new.write_text(json.dumps(run, indent=2, default=str) + "\n")
-            new.replace(file)
+            write_whole(file, json.dumps(run, indent=2, default=str) + "\n")
         except OSError as error:
-            raise UserError(f"--output-dir {output_dir} cannot be written: {error.strerror}") from None
+            raise UserError(disk_text(error, f"--output-dir {output_dir}", "cannot be written")) from None
 
     on_rank_zero(write)
     for line in lines:
@@ -186,16 +184,11 @@ def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -
 
 @cache
 def _claim(folder: Path) -> None:
-    """Locks the folder until this process ends, however it does. Raises UserError if another process has locked it."""
-    import fcntl  # not on Windows, where only CUDA is of use
-
-    descriptor = os.open(folder, os.O_RDONLY)  # never closed: that would unlock it
+    """Locks the folder until this process ends. Raises UserError if another process has locked it."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(folder)
     except BlockingIOError:
         raise UserError(f"another run is writing to {folder}: wait for its end, or give another --output-dir") from None
-    except OSError:  # a file system without locks
-        pass
 
 
 def _launch() -> str:
@@ -314,7 +307,7 @@ def saved_flags(config_class: type[Config]) -> Config | None:
         for name, value in values.items():
             hint = hints[name]
             allowed = get_args(hint) or (hint,)
-            if is_dataclass(hint):
+            if is_dataclass(hint) and isinstance(value, dict):
                 read[name] = build(hint, value, f"{name}.")
             elif value is None and type(None) in allowed:
                 read[name] = None
@@ -329,13 +322,15 @@ def saved_flags(config_class: type[Config]) -> Config | None:
         return kind(**read)
 
     try:
-        flags = json.loads(file.read_text())["flags"]
-        hints, shared = get_type_hints(config_class).keys(), get_type_hints(RunConfig).keys()
-        if others := (hints - shared) ^ (flags.keys() - shared):
-            raise UserError(f"--config {file} is of another recipe: only one of the two has --{min(others)}")
-        return build(config_class, flags, "")
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"--config {file} is not the run.json of a run ({error!r})") from None
+        content = read_json(file)
+    except UserError as error:
+        raise UserError(f"--config {file} is not the run.json of a run: {error}") from None
+    if problem := misfit(content, {"flags": {"model": str}}):
+        raise UserError(f"--config {file} is not the run.json of a run: {problem}")
+    hints, shared = get_type_hints(config_class).keys(), get_type_hints(RunConfig).keys()
+    if others := (hints - shared) ^ (content["flags"].keys() - shared):
+        raise UserError(f"--config {file} is of another recipe: only one of the two has --{min(others)}")
+    return build(config_class, content["flags"], "")
 
 
 def _git_commit() -> str | None:

@@ -108,7 +108,7 @@ always dropped | lora --lora.dropout 1 | --lora.dropout 1 | below 1
 an adapter of none | lora --lora.from nowhere | nowhere does not exist | give the adapter/
 a prompt as LoRA | lora --lora.from prompt | prompt holds another kind of adapter | LlamaAdapterConfig
 another rank than it has | lora --lora.from adapter --lora.rank 5 | rank 5 was asked for | leave it out
-a broken adapter | lora --lora.from broken | broken/adapter_config.json | PEFT
+a broken adapter | lora --lora.from broken | broken/adapter_config.json: r must be a whole number | found "eight"
 frozen layers under LoRA | lora --train.freeze-layers 1 | --train.freeze-layers | full_fsdp.py
 more frozen than there are | full --train.freeze-layers 4 | --train.freeze-layers 4 | has 3 layers
 no prompt | prompt --adapter.prompt-len 0 | --adapter.prompt-len 0 | at least 1
