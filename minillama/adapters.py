@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from minillama.distributed import like, local, reshard
+from minillama.distributed import like, local, rank, reshard, warn
 from minillama.errors import UserError
 from minillama.files import new_folder, read_json, write_json
 from minillama.hf import (
@@ -19,6 +19,7 @@ from minillama.hf import (
     check_finite,
     gather,
     open_tensors,
+    weights_fingerprint,
     write_tensors,
 )
 from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
@@ -235,6 +236,33 @@ def continue_adapter(flags: A, folder: str | Path) -> A:
     return replace(flags, **values)
 
 
+def other_base(base: Path, adapter: Path) -> str | None:
+    """What to say if `base` is not the model that the adapter was trained on, as far as that can be told; else None.
+
+    If the model it names is at hand, their contents are compared, else their names.
+    """
+    named = read_json(adapter / "adapter_config.json", SETTINGS).get("base_model_name_or_path")
+    if not named:
+        return None
+    problem = f"{base} is not that model"
+    if Path(named).is_dir():
+        try:
+            if base.samefile(named) or weights_fingerprint(base) == weights_fingerprint(named):
+                return None
+        except UserError as error:
+            problem = f"that is no model ({error})"
+    else:  # a folder by that name, or the hub's cache of it
+        cached = f"models--{named.replace('/', '--')}"
+        if any(Path(named).name == place.name or cached in place.parts for place in (base.absolute(), base.resolve())):
+            return None
+    return f"{adapter} was trained on {named}, as its adapter_config.json says, and {problem}"
+
+
+def warn_of_other_base(base: Path, adapter: Path) -> None:
+    if rank() == 0 and (problem := other_base(base, adapter)):
+        warn(f"{problem}: what it has learned may not fit there")
+
+
 def check_adapter(model: nn.Module, folder: str | Path) -> None:
     """Raises UserError unless the keys of an adapter folder are exactly the adapted model's, and have their shapes.
 
@@ -362,14 +390,17 @@ def _lora_config(folder: Path, settings: dict[str, Any]) -> LoraConfig:
         raise UserError(
             f"{folder}/adapter_config.json needs the numbers r and lora_alpha, and target_modules that match"
         )
-    return LoraConfig(
-        rank=numbers[0],  # type: ignore[arg-type]
-        alpha=numbers[1],  # type: ignore[arg-type]
-        dropout=numbers[2],
-        targets=(targets,) if isinstance(targets, str) else tuple(targets),
-        rslora=bool(settings.get("use_rslora")),
-        dora=bool(settings.get("use_dora")),
-    )
+    try:
+        return LoraConfig(
+            rank=numbers[0],  # type: ignore[arg-type]
+            alpha=numbers[1],  # type: ignore[arg-type]
+            dropout=numbers[2],
+            targets=(targets,) if isinstance(targets, str) else tuple(targets),
+            rslora=bool(settings.get("use_rslora")),
+            dora=bool(settings.get("use_dora")),
+        )
+    except UserError as error:  # in terms of a recipe's flags
+        raise UserError(f"{folder}/adapter_config.json: {str(error).replace('--lora.', '')}") from None
 
 
 def _llama_adapter_config(folder: Path, settings: dict[str, Any]) -> LlamaAdapterConfig:

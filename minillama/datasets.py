@@ -59,7 +59,8 @@ class DataConfig:
     """Instead of a --data.val-path: hold out this part of the training rows, chosen at random by --seed."""
     mixture: Path | None = None
     """Instead of a --data.path: a JSON file, a list of {"dataset", "path", "weight", "columns"}. An epoch has each row of
-    a source weight times (default 1; 0.5: half of the rows, chosen at random by --seed). Paths are relative to the file."""
+    a source weight times (default 1; 0.5: half of the rows, chosen at random by --seed). Paths are relative to the file.
+    A dataset may be FILE.py:FUNCTION, and what is in that file runs: give a mixture of others only if you trust it."""
     columns: tuple[str, ...] = ()
     """What the fields of the format are called in the rows, such as dialogue=text summary=tldr."""
     date: str | None = None
@@ -345,6 +346,8 @@ def _from_hub(path: str, split: Split) -> Any:
     except ImportError:
         raise UserError(f'{path} needs a package: pip install -e ".[hub]"') from None
     name, _, given = path.removeprefix(HUB).partition(":")
+    if not name.strip("/"):
+        raise UserError(f"{path} names no data set: give hub:ORG/NAME")
     config = None
     if not Path(name).exists() and name.count("/") > 1:
         name, _, config = name.rpartition("/")

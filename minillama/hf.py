@@ -56,6 +56,9 @@ TOKENIZER_FILES = (
 def read_config(folder: str | Path) -> LlamaConfig:
     """The config of a Hugging Face or Meta folder. Raises UserError for a folder or a config that is not a Llama's."""
     folder = Path(folder)
+    if folder.is_file():
+        kinds = {".gguf": "a GGUF file: tools/convert_checkpoint.py makes a model folder of it"}
+        raise UserError(f"{folder} is {kinds.get(folder.suffix, 'a file: give the folder that it is in')}")
     if not folder.is_dir():
         raise UserError(
             f"the model folder {folder} does not exist: give a local folder in Hugging Face's format (config.json and "
@@ -227,11 +230,9 @@ def check_weights(model: nn.Module, folder: str | Path, *, but: Collection[str] 
         for name, parameter in wanted.items()
         if name in there and weights.shape(name) != list(parameter.shape)
     ]
-    problems += [
-        f"{name} is of {str(kind).removeprefix('torch.')}, as where it is quantised: give the plain checkpoint"
-        for name in wanted
-        if name in there and (kind := weights.dtype(name)) not in SAFETENSORS_DTYPES
-    ]
+    if kinds := {weights.dtype(name) for name in there & wanted.keys()} - SAFETENSORS_DTYPES.keys():
+        named = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        raise UserError(f"{folder} holds weights of {named}, as where they are quantised: give the plain checkpoint")
     if problems:
         more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(f"the weights in {folder} do not fit their config: {'; '.join(problems[:8])}{more}")

@@ -316,8 +316,11 @@ def write_meta(
             if dim is not None:
                 shape[dim] //= files
             empty[theirs] = torch.empty(shape, dtype=dtype or weights.dtype(source))  # never touched, so costs nothing
-        with skip_data():
-            torch.save(empty, file)
+        try:
+            with skip_data():
+                torch.save(empty, file)
+        except RuntimeError as error:  # PyTorch's way of saying that the disk is full
+            raise UserError(f"{file} cannot be written ({str(error).splitlines()[0]}): make room on its disk") from None
         del empty
         with file.open("rb+") as opened:  # a full disk is an error here; in mapped memory it would kill the process
             os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)

@@ -61,7 +61,8 @@ class Metrics:
         self.trained = start.step > 0  # whether any token has been
         self.evaluated: dict[int, float] = {}  # step -> loss
         self.file = _reopen(output_dir / "metrics.jsonl", start) if rank() == 0 else None
-        self.bar = tqdm(total=steps, initial=start.step, desc="training", unit="step", disable=rank() != 0)
+        form = "step {n_fmt}/{total_fmt}{postfix} |{bar}| {elapsed}<{remaining}"  # a narrow terminal cuts the end
+        self.bar = tqdm(total=steps, initial=start.step, bar_format=form, disable=rank() != 0)
         self.tensorboard = self.wandb = None
         if rank() == 0 and config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -129,7 +130,7 @@ class Metrics:
         mean_loss = loss_sum / max(1, trained)
         self.tokens += int(tokens)
         memory, waited, seconds = all_reduce([peak_memory_gib(self.device), self.waited, seconds], "max")
-        self.bar.set_postfix(loss=f"{mean_loss:.4f}", tokens_per_s=f"{tokens / seconds:.0f}")
+        self.bar.set_postfix_str(f"loss {mean_loss:.4f}, {tokens / seconds:.0f} tokens/s")
         self._write(
             {
                 "step": number,

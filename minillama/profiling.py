@@ -22,15 +22,12 @@ from minillama.packing import Batch
 if TYPE_CHECKING:
     from minillama.metrics import Metrics
 
-MFU_FORMULA = (
-    "FLOPs needed / seconds / (processes x measured matmul FLOP/s); needed: a token 4 a weight, 6 if it trains\n"
-    "            (the head: trained tokens only), a row of L tokens 6 x heads x head_dim x L^2 a layer; a third of 6 below\n"
-    "            the first block that trains; no recomputation"
-)
+MFU_FORMULA = "FLOPs needed, without recomputation / seconds / (processes x measured matmul FLOP/s)"
 
 
 def step_flops(model: Llama, tokens: int, trained: int, squares: int) -> float:
-    """FLOPs that a step needs: see MFU_FORMULA.
+    """FLOPs that a step needs: a token 4 a weight, 6 if it trains (the head: trained tokens only), a document of L tokens
+    6 x heads x head_dim x L^2 a layer; a third of the 6 below the first block that trains; no recomputation.
 
     tokens: all but padding; trained: labels; squares: sum of the squared lengths of the documents. A frozen embedding
     costs nothing. Counts whole parameters, also of a sharded model.
