@@ -229,7 +229,9 @@ def _tokenize(folder: Path, sources: list[Source], config: DataConfig, tokenizer
     total = None if None in sizes else sum(size or 0 for size in sizes)
     if total is None or total < LARGE:
         processes = 1
-    with tqdm(total=total, desc="tokenizing", unit_scale=True, delay=1, disable=rank() != 0, leave=False) as bar:
+    with tqdm(
+        total=total, desc="tokenizing", unit_scale=True, delay=1, disable=rank() != 0 or None, leave=False
+    ) as bar:
         if processes == 1:
             alone = Job(folder, sources, config, tokenizer, 1, lambda k, read: bar.update(read), Value("q", NEVER))
             shares = [_share(alone, 0)]

@@ -247,12 +247,12 @@ def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., No
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Tells a folder from any other that takes its place; None if there is none."""
+    """Tells a folder from any other that takes its place, which may get the same inode; None if there is none."""
     try:
         found = folder.stat()
     except FileNotFoundError:
         return None
-    return found.st_dev, found.st_ino
+    return found.st_ino, found.st_ctime_ns
 
 
 def write_whole(file: Path, content: str | bytes) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 import reprlib
 import shutil
@@ -279,7 +280,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
         desc="loading weights",
         unit="B",
         unit_scale=True,
-        disable=rank() != 0,
+        disable=rank() != 0 or None,
         leave=False,
     ) as bar:
 
@@ -437,7 +438,7 @@ def write_hf(weights: Weights, config: dict[str, Any], folder: Path, dtype: torc
     write_json(folder / "config.json", config)
     if len(files) > 1:
         write_json(folder / INDEX, _index(files, sizes))
-    bar = tqdm(total=sum(sizes.values()), desc="writing", unit="B", unit_scale=True, leave=False)
+    bar = tqdm(total=sum(sizes.values()), desc="writing", unit="B", unit_scale=True, leave=False, disable=None)
     for file, inside in files.items():
         # The format: 8 bytes with the length of a JSON header, the header, then all tensors' bytes as it says.
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -556,5 +557,6 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     try:
         save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(str(error)) from error
+        number = re.search(r"os error (\d+)", str(error))
+        raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from error
     file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone

@@ -261,4 +261,4 @@ def run_tasks(
 def _bar(items: Sequence[Any], what: str, disable: bool) -> Any:
     from tqdm import tqdm
 
-    return tqdm(items, desc=what, disable=disable or rank() != 0, leave=False)
+    return tqdm(items, desc=what, disable=disable or rank() != 0 or None, leave=False)

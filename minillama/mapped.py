@@ -35,8 +35,8 @@ def cut_files() -> list[str]:
     """The files of which more is mapped than there is."""
     found: dict[str, None] = {}
     for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, _, offset, _, inode, *path = line.split(maxsplit=5)
-        if not path or not path[0].startswith("/"):
+        addresses, allowed, offset, _, inode, *path = line.split(maxsplit=5)
+        if not path or not path[0].startswith("/") or allowed[0] != "r":  # gaps of libraries
             continue
         start, end = (int(address, 16) for address in addresses.split("-"))
         try:

@@ -4,6 +4,7 @@ Meta rotates neighbours (0, 1), (2, 3), ... of a head, Hugging Face (0, D / 2), 
 stand in another order. Several files hold equal parts of each tensor, as the processes of Meta's model parallelism do.
 """
 
+import errno
 import math
 import mmap
 import os
@@ -306,7 +307,7 @@ def write_meta(
         source = "model.embed_tokens.weight" if ours not in weights.names else ours
         size = math.prod(weights.shape(source)) * (dtype or weights.dtype(source)).itemsize
         total += size * (files if dim is None else 1)
-    bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, leave=False)
+    bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, leave=False, disable=None)
     for number in range(files):
         file = folder / f"consolidated.{number:02}.pth"
         empty = {}
@@ -320,7 +321,7 @@ def write_meta(
             with skip_data():
                 torch.save(empty, file)
         except RuntimeError as error:  # PyTorch's way of saying that the disk is full
-            raise UserError(f"{file} cannot be written ({str(error).splitlines()[0]}): make room on its disk") from None
+            raise OSError(errno.ENOSPC, str(error).splitlines()[0], str(file)) from None
         del empty
         with file.open("rb+") as opened:  # a full disk is an error here; in mapped memory it would kill the process
             os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)

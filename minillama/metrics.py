@@ -1,5 +1,6 @@
 """What a run writes while it trains: metrics.jsonl, loss.png, and the loggers asked for."""
 
+import io
 import json
 import math
 import os
@@ -270,11 +271,10 @@ def plot_loss(metrics_file: Path, image: Path) -> bool:
     axes.set(xlabel="optimizer step", ylabel="loss (nats a trained token)")
     axes.grid(alpha=0.3)
     axes.legend()
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120)
     try:
-        figure.savefig(image, dpi=120)
+        write_whole(image, drawn.getvalue())
     except OSError as error:
-        image.unlink(missing_ok=True)  # half of it
-        raise UserError(
-            f"{image} cannot be written ({error.strerror}): make room on its disk, and draw it by tools/plot_metrics.py"
-        ) from None
+        raise UserError(f"{disk_text(error)}, and draw it by tools/plot_metrics.py") from None
     return True

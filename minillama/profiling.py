@@ -1,5 +1,6 @@
 """How much arithmetic a step is, how fast this machine could do it, and where a step's time and memory go."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from minillama.distributed import all_reduce, rank
-from minillama.errors import UserError
+from minillama.errors import UserError, disk_text
 from minillama.model import Llama
 from minillama.packing import Batch
 
@@ -286,7 +287,12 @@ def profiled(config: ProfileConfig, metrics: "Metrics") -> Iterator[Profiler]:
 
 def _trace(folder: Path, metrics: "Metrics") -> profile:
     def write(trace: profile) -> None:
-        trace.export_chrome_trace(str(folder / f"rank{rank()}.pt.trace.json.gz"))
+        file = folder / f"rank{rank()}.pt.trace.json.gz"
+        try:
+            trace.export_chrome_trace(str(file))
+        except OSError as error:  # no reason to end the training
+            file.unlink(missing_ok=True)
+            print(f"warning: {disk_text(error, file, 'cannot be written')}", file=sys.stderr, flush=True)
         metrics.say(f"trace       {folder}; {longest_operations(trace, metrics.device)}")
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if metrics.device == "cuda" else [])]

@@ -340,7 +340,7 @@ def saved_flags(config_class: type[Config]) -> Config | None:
         raise UserError(f"--config {file} is not the run.json of a run: {problem}")
     hints, shared = get_type_hints(config_class).keys(), get_type_hints(RunConfig).keys()
     if others := (hints - shared) ^ (content["flags"].keys() - shared):
-        raise UserError(f"--config {file} is of another recipe: only one of the two has --{min(others)}")
+        raise UserError(f"--config {file} is of another recipe: only one of the two has the flags of {min(others)}")
     return build(config_class, content["flags"], "")
 
 

@@ -134,7 +134,7 @@ def measure(
         batches = eval_batches(rows, settings, tokenizer.pad_id, device, rank(), ranks)
         total = -(-len(rows) // (config.batch_size * ranks))
         total = min(total, config.max_steps or total)
-        result = evaluate(model, tqdm(batches, desc="rows", total=total, disable=rank() != 0, leave=False))
+        result = evaluate(model, tqdm(batches, desc="rows", total=total, disable=rank() != 0 or None, leave=False))
         assert result
         loss, tokens = result
         if not math.isfinite(loss):
