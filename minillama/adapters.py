@@ -10,10 +10,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from minillama.distributed import like, local, reshard
+from minillama.distributed import like, local, rank, reshard, warn
 from minillama.errors import UserError
-from minillama.files import misfit, new_folder, read_json, write_json
-from minillama.hf import adapter_parameters, gather, open_tensors, write_tensors
+from minillama.files import new_folder, read_json, write_json
+from minillama.hf import (
+    SAFETENSORS_DTYPES,
+    adapter_parameters,
+    check_finite,
+    gather,
+    open_tensors,
+    weights_fingerprint,
+    write_tensors,
+)
 from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.lora import LoraConfig, apply_lora, row_norms
 from minillama.model import Llama
@@ -190,10 +198,7 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
         found = "is a model folder" if (folder / "config.json").exists() else found
         hint = f"give {inside}" if inside.is_dir() else "give the adapter/ that a run has left in its output folder"
         raise UserError(f"{folder} {found} (it has no adapter_config.json): {hint}")
-    settings = read_json(folder / "adapter_config.json")
-    shape = {key: shape for key, shape in SETTINGS.items() if settings.get(key) is not None}
-    if problem := misfit(settings, shape, str(folder / "adapter_config.json")):
-        raise UserError(f"{problem}, where something else belongs: is it of PEFT?")
+    settings = read_json(folder / "adapter_config.json", SETTINGS)
     match settings.get("peft_type"):
         case "LORA":
             return _lora_config(folder, settings)
@@ -231,6 +236,33 @@ def continue_adapter(flags: A, folder: str | Path) -> A:
     return replace(flags, **values)
 
 
+def other_base(base: Path, adapter: Path) -> str | None:
+    """What to say if `base` is not the model that the adapter was trained on, as far as that can be told; else None.
+
+    If the model it names is at hand, their contents are compared, else their names.
+    """
+    named = read_json(adapter / "adapter_config.json", SETTINGS).get("base_model_name_or_path")
+    if not named:
+        return None
+    problem = f"{base} is not that model"
+    if Path(named).is_dir():
+        try:
+            if base.samefile(named) or weights_fingerprint(base) == weights_fingerprint(named):
+                return None
+        except UserError as error:
+            problem = f"that is no model ({error})"
+    else:  # a folder by that name, or the hub's cache of it
+        cached = f"models--{named.replace('/', '--')}"
+        if any(Path(named).name == place.name or cached in place.parts for place in (base.absolute(), base.resolve())):
+            return None
+    return f"{adapter} was trained on {named}, as its adapter_config.json says, and {problem}"
+
+
+def warn_of_other_base(base: Path, adapter: Path) -> None:
+    if rank() == 0 and (problem := other_base(base, adapter)):
+        warn(f"{problem}: what it has learned may not fit there")
+
+
 def check_adapter(model: nn.Module, folder: str | Path) -> None:
     """Raises UserError unless the keys of an adapter folder are exactly the adapted model's, and have their shapes.
 
@@ -252,7 +284,10 @@ def check_adapter(model: nn.Module, folder: str | Path) -> None:
         if there != names:
             raise UserError(f"{file} does not fit the model: {_difference(names - there, there - names)}")
         for name, parameter in wanted.items():
-            shape = tensors.get_slice(peft_name(name)).get_shape()
+            rows = tensors.get_slice(peft_name(name))
+            shape, kind = rows.get_shape(), rows.get_dtype()
+            if kind not in SAFETENSORS_DTYPES.values():
+                raise UserError(f"{file}: {name} is of {kind}, as where it is quantised: give a plain adapter")
             expected = list(as_peft(name, torch.empty(parameter.shape, device="meta")).shape)
             if shape != expected:
                 raise UserError(f"{file} does not fit the model: {name} has shape {shape}, not {expected}")
@@ -304,6 +339,7 @@ def load_adapter_weights(model: nn.Module, folder: str | Path) -> set[str]:
         _check_copies(model, file, tensors)
         for name, parameter in parameters.items():
             whole = tensors.get_tensor(peft_name(name)).view(parameter.shape)
+            check_finite(whole, name, file)
             mine = local(like(whole, parameter)).to(local(parameter).device)
             local(parameter).copy_(mine - _lengths(model, name) if name.endswith(CHANGE) else mine)
     return set(parameters)
@@ -354,14 +390,17 @@ def _lora_config(folder: Path, settings: dict[str, Any]) -> LoraConfig:
         raise UserError(
             f"{folder}/adapter_config.json needs the numbers r and lora_alpha, and target_modules that match"
         )
-    return LoraConfig(
-        rank=numbers[0],  # type: ignore[arg-type]
-        alpha=numbers[1],  # type: ignore[arg-type]
-        dropout=numbers[2],
-        targets=(targets,) if isinstance(targets, str) else tuple(targets),
-        rslora=bool(settings.get("use_rslora")),
-        dora=bool(settings.get("use_dora")),
-    )
+    try:
+        return LoraConfig(
+            rank=numbers[0],  # type: ignore[arg-type]
+            alpha=numbers[1],  # type: ignore[arg-type]
+            dropout=numbers[2],
+            targets=(targets,) if isinstance(targets, str) else tuple(targets),
+            rslora=bool(settings.get("use_rslora")),
+            dora=bool(settings.get("use_dora")),
+        )
+    except UserError as error:  # in terms of a recipe's flags
+        raise UserError(f"{folder}/adapter_config.json: {str(error).replace('--lora.', '')}") from None
 
 
 def _llama_adapter_config(folder: Path, settings: dict[str, Any]) -> LlamaAdapterConfig:

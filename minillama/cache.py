@@ -7,7 +7,6 @@ Both names are hashes of all that decides the content: the rows, the tokenizer, 
 tokenizes. A folder has its name only once it is complete.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -27,9 +26,9 @@ from typing import Any, Literal
 import numpy as np
 
 from minillama.datasets import DataConfig, Documents, Source, encode_rows, training_sources, validation_source
-from minillama.distributed import rank
-from minillama.errors import UserError
-from minillama.files import cache_folder
+from minillama.distributed import rank, warn
+from minillama.errors import REMEDIES, UserError, disk_text
+from minillama.files import cache_folder, described, read_json, write_json
 from minillama.packing import Packed, Part, pack, pad
 from minillama.permutation import permuted
 
@@ -110,12 +109,13 @@ def _lines(file: Path) -> list[str]:
 
 def _open(folder: Path, kinds: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
-        about = json.loads((folder / "about.json").read_text())
-        sizes = {name: (folder / f"{name}.bin").stat().st_size for name in kinds}
-    except (OSError, ValueError) as error:
+        about = read_json(folder / "about.json")
+        files = about.pop("files")
+        wrong = [name for name in files if (folder / name).stat().st_size != files[name]["bytes"]]
+    except (OSError, KeyError, TypeError, UserError) as error:
         raise UserError(f"{folder} is damaged ({error}): remove it, it will be built again") from None
-    if sizes != about.pop("bytes"):
-        raise UserError(f"{folder} is damaged (its files have not the sizes they had): remove it")
+    if wrong:
+        raise UserError(f"{folder} is damaged ({wrong[0]} has not the size it had): remove it, it will be built again")
     # as plain arrays: slicing a np.memmap costs several times as much
     return about, {name: np.memmap(folder / f"{name}.bin", kind, "r").view(np.ndarray) for name, kind in kinds.items()}
 
@@ -164,7 +164,7 @@ def _too_long(config: DataConfig, source: Source) -> Literal["drop", "truncate",
 
 def _choose(documents: Path, sources: list[Source], config: DataConfig, seed: int, held: Held) -> list[np.ndarray]:
     """The numbers of the documents to take of each source."""
-    counts, first, chosen = json.loads((documents / "about.json").read_text())["rows"], 0, []
+    counts, first, chosen = read_json(documents / "about.json")["rows"], 0, []
     for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
         rows = np.arange(first, first + count)
         first += count
@@ -183,8 +183,7 @@ def _choose(documents: Path, sources: list[Source], config: DataConfig, seed: in
         share = f"{config.val_fraction:g}" if config.val_fraction else "a twentieth"
         raise UserError(
             f"{', '.join(source.name for source in sources)}: of {sum(counts)} rows {share}, to evaluate on, leaves "
-            f"none {'there' if held == 'out' else 'to train on'}: give --data.val-path or another --data.val-fraction, or "
-            "switch evaluation off with --eval.no-enabled"
+            f"none {'there' if held == 'out' else 'to train on'}: give --data.val-path or another --data.val-fraction"
         )
     return chosen
 
@@ -230,7 +229,9 @@ def _tokenize(folder: Path, sources: list[Source], config: DataConfig, tokenizer
     total = None if None in sizes else sum(size or 0 for size in sizes)
     if total is None or total < LARGE:
         processes = 1
-    with tqdm(total=total, desc="tokenizing", unit_scale=True, delay=1, disable=rank() != 0, leave=False) as bar:
+    with tqdm(
+        total=total, desc="tokenizing", unit_scale=True, delay=1, disable=rank() != 0 or None, leave=False
+    ) as bar:
         if processes == 1:
             alone = Job(folder, sources, config, tokenizer, 1, lambda k, read: bar.update(read), Value("q", NEVER))
             shares = [_share(alone, 0)]
@@ -360,7 +361,7 @@ def _join(folder: Path, chunks: list[tuple[int, Chunk]]) -> str:
                 files["offsets" if name == "lengths" else name].write(content)
     for part in {folder / f"{name}.{k}" for name, k in parts}:
         part.unlink()
-    return _hash([digest.hexdigest() for digest in digests])
+    return hashlib.blake2b("".join(digest.hexdigest() for digest in digests).encode(), digest_size=16).hexdigest()
 
 
 # --- folders that are built once
@@ -374,20 +375,38 @@ def _hash(*settings: Any) -> str:
 
 
 def _describe(folder: Path, kinds: dict[str, Any], about: dict[str, Any]) -> None:
-    sizes = {name: (folder / f"{name}.bin").stat().st_size for name in kinds}
-    (folder / "about.json").write_text(json.dumps(about | {"bytes": sizes}, indent=2) + "\n")
+    files = {f"{name}.bin": described(folder / f"{name}.bin") for name in kinds}
+    if (refused := folder / "refused.txt").exists():
+        files |= {refused.name: described(refused)}
+    write_json(folder / "about.json", about | {"files": files})
+
+
+def _problem_of(folder: Path) -> str | None:
+    """What is wrong with a folder that is there: all that is in it is read and hashed."""
+    try:
+        about = read_json(folder / "about.json", {"files": {...: {"bytes": int, "sha256": str}}})
+        for name, wanted in about["files"].items():
+            if described(folder / name) != wanted:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (KeyError, UserError) as error:
+        return str(error)
+    return None
 
 
 def _built(folder: Path, build: Callable[[Path], None]) -> Path:
     """The folder, which `build` has filled under another name, here or in another process."""
-    if folder.exists():
+    if _is_sound(folder):
         return folder
     part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(f"{folder.name}.lock")) as locked:
-            if folder.exists():  # now
+            if _is_sound(folder):  # now
                 return folder
+            if folder.exists():  # runs that have mapped it keep what they have
+                folder.rename(folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part"))
             for left in folder.parent.glob(f"{folder.name}.*.part") if locked else ():
                 shutil.rmtree(left, ignore_errors=True)  # its builder was killed
             part.mkdir()
@@ -399,15 +418,23 @@ def _built(folder: Path, build: Callable[[Path], None]) -> Path:
     except OSError as error:
         if folder.exists():  # no locks here, and another was quicker
             return folder
-        ours = error.errno in (errno.ENOSPC, errno.EDQUOT) or str(error.filename).startswith(str(folder.parent))
+        ours = error.filename is None and error.errno in REMEDIES  # a file that was open: a full disk
+        ours = ours or str(error.filename).startswith(str(folder.parent))
         if not ours:
             raise
-        raise UserError(
-            f"{folder.parent} cannot be written ({error.strerror}): give another --data.cache-dir"
-        ) from None
+        text = disk_text(error, folder.parent, "cannot be written")
+        raise UserError(f"{text}, or give another place by --data.cache-dir or XDG_CACHE_HOME") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def _is_sound(folder: Path) -> bool:
+    if not folder.exists():
+        return False
+    if problem := _problem_of(folder):
+        warn(f"the data in {folder} was changed, or its disk is failing ({problem}): it is made again")
+    return problem is None
 
 
 @contextmanager
@@ -415,7 +442,7 @@ def _locked(file: Path) -> Iterator[bool]:
     """Waits for its turn; yields whether there are locks on this file system."""
     import fcntl  # not on Windows, where only CUDA is of use
 
-    with file.open("w") as opened:
+    with os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b") as opened:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX)
         except OSError:

@@ -22,11 +22,12 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from minillama.distributed import all_reduce, on_rank_zero, rank, reshard, say
 from minillama.errors import UserError
+from minillama.files import described
 from minillama.hf import MAX_FILE_BYTES, split_by_size, write_tensors
 from minillama.index import INDEX, IndexReader, write_index
 from minillama.model import Llama
 from minillama.optim import LossScaler
-from minillama.resume import MARK, Checkpoint, described, hash_of, saved_steps
+from minillama.resume import MARK, Checkpoint, hash_of, saved_steps
 from minillama.train import Progress, Step
 
 if TYPE_CHECKING:

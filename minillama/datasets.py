@@ -23,7 +23,7 @@ import numpy as np
 
 from minillama.chat import REASONING
 from minillama.errors import UserError
-from minillama.files import DEPTH, is_deep
+from minillama.files import DEPTH, is_deep, misfit, read_any_json
 from minillama.loss import IGNORE
 from minillama.rows import Progress, Rows, content_hash, data_files, read_rows, shown, without_absent
 
@@ -59,7 +59,8 @@ class DataConfig:
     """Instead of a --data.val-path: hold out this part of the training rows, chosen at random by --seed."""
     mixture: Path | None = None
     """Instead of a --data.path: a JSON file, a list of {"dataset", "path", "weight", "columns"}. An epoch has each row of
-    a source weight times (default 1; 0.5: half of the rows, chosen at random by --seed). Paths are relative to the file."""
+    a source weight times (default 1; 0.5: half of the rows, chosen at random by --seed). Paths are relative to the file.
+    A dataset may be FILE.py:FUNCTION, and what is in that file runs: give a mixture of others only if you trust it."""
     columns: tuple[str, ...] = ()
     """What the fields of the format are called in the rows, such as dialogue=text summary=tldr."""
     date: str | None = None
@@ -245,22 +246,21 @@ def training_sources(config: DataConfig) -> list[Source]:
     if config.mixture is None:
         return [Source(config.dataset, config.path, "train", _columns(config))]
     try:
-        listed = json.loads(config.mixture.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--data.mixture {config.mixture} cannot be read: {reason}") from None
-    if is_deep(listed) or not isinstance(listed, list) or not listed:
+        listed = read_any_json(config.mixture)
+    except UserError as error:
+        raise UserError(f"--data.mixture: {error}") from None
+    if not isinstance(listed, list) or not listed:
         raise UserError(f"--data.mixture {config.mixture}: must be a list of sources, found {shown(listed)}")
     sources = []
     for number, entry in enumerate(listed, 1):
         where = f"--data.mixture {config.mixture}, source {number}"
-        kinds: dict[str, Any] = {"dataset": str, "path": str, "weight": (int, float), "columns": dict}
+        kinds: dict[str, Any] = {"dataset": str, "path": str, "weight": float, "columns": {...: str}}
         if not isinstance(entry, dict) or "dataset" not in entry or entry.keys() - kinds.keys():
             raise UserError(f"{where}: needs 'dataset', and may have 'path', 'weight', 'columns'; found {shown(entry)}")
-        for name, value in entry.items():
-            fits = isinstance(value, kinds[name]) and (name != "weight" or 0 < value < 1000)
-            if not fits or (name == "columns" and not all(isinstance(column, str) for column in value.values())):
-                raise UserError(f"{where}: {shown(value)} is no {name}")
+        if problem := misfit(entry, {name: kinds[name] for name in entry}):
+            raise UserError(f"{where}: {problem}")
+        if not 0 < entry.get("weight", 1) < 1000:
+            raise UserError(f"{where}: weight must be above 0 and below 1000, found {entry['weight']}")
         path = entry.get("path")
         if path is not None:
             path = Path(path) if path.startswith(HUB) else config.mixture.parent / path
@@ -347,6 +347,8 @@ def _from_hub(path: str, split: Split) -> Any:
     except ImportError:
         raise UserError(f'{path} needs a package: pip install -e ".[hub]"') from None
     name, _, given = path.removeprefix(HUB).partition(":")
+    if not name.strip("/"):
+        raise UserError(f"{path} names no data set: give hub:ORG/NAME")
     config = None
     if not Path(name).exists() and name.count("/") > 1:
         name, _, config = name.rpartition("/")

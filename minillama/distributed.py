@@ -6,8 +6,12 @@ import gc
 import io
 import math
 import os
+import platform
 import re
+import signal
 import sys
+import time
+import traceback
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -25,8 +29,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-from minillama.errors import UserError
+from minillama.errors import REMEDIES, UserError, disk_text
+from minillama.mapped import tell_of_cut_files
 from minillama.model import Llama
 from minillama.recompute import keep_some
 from minillama.rendezvous import fresh_store
@@ -114,41 +120,110 @@ def quiet_but_on_rank_zero() -> Iterator[None]:
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Ends the process with code 1 on a UserError, printed without a traceback, and once however many ranks make it; with
-    130 on Ctrl-C. What the terminal's encoding lacks is printed as an escape."""
+    130 on Ctrl-C, with 141 if nobody reads what it prints. Any other exception is printed once, by the rank that had it.
+    What the terminal's encoding lacks is printed as an escape."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    tell_of_cut_files(_tell)
     try:
         yield
     except KeyboardInterrupt:
         if rank() == 0:
             print("\ninterrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    except (RuntimeError, MemoryError) as error:
-        if _someone_erred():  # the others are gone because of a mistake that one has named
-            sys.exit(1)
-        if (problem := out_of_memory(error)) is None:
-            raise
-        _end(f"{problem}: share it among more processes, or use what has more memory")
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        _speaks_first()
+        with suppress(io.UnsupportedOperation):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except UserError as error:
         _end(str(error))
     except OSError as error:
-        if error.filename is None:
-            raise
-        _end(f"{error.filename}: {error.strerror}")
+        if error.filename is None and error.errno not in REMEDIES:
+            _end_of_fault()
+        _end(disk_text(error))
+    except (RuntimeError, MemoryError) as error:
+        if _someone_erred():  # the others are gone because of a mistake that one has named
+            sys.exit(1)
+        if problem := out_of_memory(error):
+            _end(f"{problem}: share it among more processes, or use what has more memory")
+        if "onnection" in str(error) or isinstance(error, dist.DistError):
+            _end_of_lost(error)
+        _end_of_fault()
+    except Exception:
+        _end_of_fault()
 
 
 def _end(message: str) -> NoReturn:
     """Ends the process with code 1, and says why unless another rank has."""
-    first = rank() == 0
-    if dist.is_initialized():  # all ranks usually make the same mistake, but sometimes only one does
-        try:
-            first = dist.distributed_c10d._get_default_store().add("minillama/errors", 1) == 1
-        except dist.DistError:  # rank 0, which keeps the store without torchrun, has ended: it has spoken
-            first = False
-    if first:
+    _tell(message)
+    sys.exit(1)
+
+
+def _tell(message: str) -> None:
+    for bar in [*tqdm._instances] if hasattr(tqdm, "_instances") else ():  # else the message stands in its line
+        bar.close()
+    if _speaks_first():
         line = "" if rank() == 0 else "\n"  # rank 0's progress bar may be open
         print(f"{line}error: {message}", file=sys.stderr, flush=True)
+
+
+def _speaks_first() -> bool:
+    """Whether no other rank has said what is wrong: all usually make the same mistake, but sometimes only one does."""
+    if not dist.is_initialized():
+        return rank() == 0
+    try:
+        return dist.distributed_c10d._get_default_store().add("minillama/errors", 1) == 1
+    except dist.DistError:  # rank 0, which keeps the store without torchrun, has ended: it has spoken
+        return False
+
+
+def _end_of_fault() -> NoReturn:
+    """Ends the process with code 1 because of a fault that is not the user's: its traceback, with the rank that had it."""
+    if not _someone_erred() and (_speaks_first() or not dist.is_initialized()):
+        print(f"rank {rank()} has failed; this is a fault of the program, please report it:", file=sys.stderr)
+        traceback.print_exc()
+        sys.stderr.flush()
     sys.exit(1)
+
+
+_processes: list[tuple[str, int]] = []
+"""(machine, process) of each rank"""
+
+
+def _end_of_lost(error: Exception) -> NoReturn:
+    """Ends the process with code 1 because another is gone; the first rank left on that machine says which."""
+    here, deadline = platform.node(), time.monotonic() + 1
+    mine = [number for number, (machine, _) in enumerate(_processes) if machine == here]
+    gone: dict[int, str | None] = {}
+    while not gone and time.monotonic() < deadline:  # connections close a moment before the process is gone
+        gone = {number: how for number in mine if (how := _end_of_process(_processes[number][1])) is not None}
+        time.sleep(0.05)
+    left = [number for number in mine if number not in gone]
+    if gone and all(how == "" for how in gone.values()):  # it has said why
+        sys.exit(1)
+    if gone and rank() == left[0]:
+        names = ", ".join(f"rank {number}{how and f' ({how})'}" for number, how in gone.items())
+        print(f"\nerror: {names} is gone: out of memory perhaps, or killed by someone; see `dmesg`", file=sys.stderr)
+    elif not gone and rank() == mine[0]:
+        reason = str(error).partition("\n")[0]
+        print(f"\nerror: a process of another machine is gone, see what it printed ({reason})", file=sys.stderr)
+    sys.exit(1)
+
+
+def _end_of_process(number: int) -> str | None:
+    """How a process of this machine ended: "" if by itself, with an error; None if it lives."""
+    try:
+        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "its process has ended"
+    if fields[0] not in "ZX":
+        return None
+    code = int(fields[-1])
+    return f"killed by {signal.Signals(code & 127).name}" if code & 127 else ""
 
 
 def out_of_memory(error: BaseException) -> str | None:
@@ -198,6 +273,8 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0) -> Ite
     else:  # no launcher, so no address to meet at either
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     finished = False
+    _processes[:] = [("", 0)] * dist.get_world_size()
+    dist.all_gather_object(_processes, (platform.node(), os.getpid()))
     try:
         with user_errors():
             yield device
@@ -239,13 +316,26 @@ def on_rank_zero(task: Callable[[], T], group: dist.ProcessGroup | None = None) 
             result = task()
         except Exception as error:
             failure = error
-    answer: list[Any] = [None if failure is None else str(failure), result]
+    answer: list[Any] = [failure and _text(failure), result]
     dist.broadcast_object_list(answer, src=0, group=group)
+    _raise(failure, answer[:1])
+    return answer[1]
+
+
+def _text(error: Exception) -> str:
+    """What is wrong, for the other ranks; "" of what is no user's mistake, which one rank alone tells of."""
+    return disk_text(error) if isinstance(error, OSError) else str(error) if isinstance(error, UserError) else ""
+
+
+def _raise(failure: Exception | None, problems: list[str | None]) -> None:
+    """Raises what failed on any rank. problems: of all that may have, as _text has it."""
     if failure is not None and not isinstance(failure, (OSError, UserError)):
         raise failure
-    if answer[0] is not None:
-        raise UserError(answer[0])
-    return answer[1]
+    for problem in problems:
+        if problem == "":
+            sys.exit(1)
+        if problem is not None:
+            raise UserError(problem)
 
 
 def on_each_node(task: Callable[[], T]) -> T:
@@ -263,13 +353,9 @@ def on_each_node(task: Callable[[], T]) -> T:
             failure = error
     answers: list[Any] = [None] * dist.get_world_size()
     patient = patient_group()
-    dist.all_gather_object(answers, (failure and str(failure), result), patient)
+    dist.all_gather_object(answers, (failure and _text(failure), result), patient)
     dist.destroy_process_group(patient)
-    if failure is not None and not isinstance(failure, (OSError, UserError)):
-        raise failure
-    for problem, _ in answers:
-        if problem is not None:
-            raise UserError(problem)
+    _raise(failure, [problem for problem, _ in answers])
     return answers[dist.get_rank() - local_rank][1]
 
 

@@ -1,4 +1,7 @@
-"""The one exception for what a user can cause and mend."""
+"""The one exception for what a user can cause and mend, and what to say where a disk fails."""
+
+import errno
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -6,3 +9,18 @@ class UserError(Exception):
 
     Not a ValueError: parsers of flags catch those, and would print it once for each rank.
     """
+
+
+REMEDIES = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "see to its permissions, and those of the folders above it"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room on its disk"),
+    errno.EROFS: "name a place that can be written",
+}
+
+
+def disk_text(error: OSError, path: Path | str | None = None, what: str = "") -> str:
+    """ "FILE cannot be written (why): what to do". path: where the error itself does not know; what: "cannot be read"."""
+    name, reason = path or error.filename or "a file", error.strerror or str(error)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    what = what or ("cannot be written" if full else "cannot be used")
+    return ": ".join(filter(None, (f"{name} {what} ({reason})", REMEDIES.get(error.errno or 0))))

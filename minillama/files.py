@@ -1,35 +1,88 @@
 """Files written whole or not at all, and JSON, which may hold anything."""
 
+import errno
+import glob
+import hashlib
 import json
 import math
 import os
-import reprlib
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch.distributed as dist
 
 from minillama.distributed import on_rank_zero, patient_group
-from minillama.errors import UserError
+from minillama.errors import UserError, disk_text
 
+PARTIAL = ".minillama-partial"
+"""How the names of what is not complete end"""
 DEPTH = 64
 """Lists and objects inside each other, beyond which JSON is not used: to go through it could exhaust Python's stack."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def open_file(path: Path) -> BinaryIO:
+    """The file, to be read. Raises UserError where it cannot be, and for a FIFO or a device, which might be waited for."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path} is a pipe or a device: give a file")
+        return path.open("rb")
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object")
+    except OSError as error:
+        raise UserError(disk_text(error, path, "cannot be read")) from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a file. Raises UserError as open_file does."""
+    with open_file(path) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise UserError(disk_text(error, path, "cannot be read")) from None
+
+
+def regular(file: Path) -> Path:
+    """The file itself. Raises FileNotFoundError for what is none, as a FIFO, which would be waited for."""
+    if not file.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
+    return file
+
+
+def described(file: Path) -> dict[str, Any]:
+    """Its size and hash."""
+    with regular(file).open("rb") as opened:
+        size = os.fstat(opened.fileno()).st_size  # of what was opened: a file's size may be known from before
+        return {"bytes": size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
+def read_any_json(path: Path) -> Any:
+    """What a JSON file holds. Raises UserError, naming it, for what is none, and for what is too deep to go through."""
+    try:
+        content = json.loads(read_bytes(path).decode("utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"{path} cannot be read: it is not JSON, nor any other text in UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: not JSON ({error})") from None
     if is_deep(content):
         raise UserError(f"{path} cannot be read: more than {DEPTH} lists and objects inside each other")
+    return content
+
+
+def read_json(path: Path, shape: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The object that a JSON file holds. shape: what its values are, as in misfit, where they are there and not null.
+
+    Raises UserError: "FILE: KEY must be ...".
+    """
+    content = read_any_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    given = {key: one for key, one in (shape or {}).items() if content.get(key) is not None}
+    if problem := misfit(content, given):
+        raise UserError(f"{path}: {problem}")
     return content
 
 
@@ -50,21 +103,21 @@ def is_deep(value: Any) -> bool:
     return any(isinstance(v, (dict, list)) for v in inside)
 
 
-def misfit(value: Any, shape: Any, name: str) -> str | None:
-    """What is wrong with a value that was read from JSON, called `name`; None if it has this shape.
+def misfit(value: Any, shape: Any, name: str = "") -> str | None:
+    """What is wrong with a value that was read from JSON, "KEY must be ..."; None if it has this shape.
 
     shape: a type, where float is any finite number, and int one of 64 bits; {key: shape}, what must be there, or
     {...: shape}, where the keys are free; [shape], a list of such; (shape, shape), either; else the value itself.
     """
     if isinstance(shape, tuple):
         problems = [misfit(value, one, name) for one in shape]
-        return None if None in problems else problems[-1]
+        return None if None in problems else _must_be(value, shape, name)
     if isinstance(shape, dict) and isinstance(value, dict):
         shapes = dict.fromkeys(value, shape[...]) if ... in shape else shape
+        inside = {key: f"{name}.{key}" if name else str(key) for key in shapes}
         if missing := shapes.keys() - value.keys():
-            return f"{name} has no {min(missing)!r}"
-        inside = [(value[key], one, f"{name}[{reprlib.repr(key)}]") for key, one in shapes.items()]
-        return next(filter(None, (misfit(*one) for one in inside)), None)
+            return f"{inside[min(missing)]} is missing"
+        return next(filter(None, (misfit(value[key], one, inside[key]) for key, one in shapes.items())), None)
     if isinstance(shape, list) and isinstance(value, list):
         return next(filter(None, (misfit(one, shape[0], f"{name}[{i}]") for i, one in enumerate(value))), None)
     if shape is float:
@@ -73,7 +126,21 @@ def misfit(value: Any, shape: Any, name: str) -> str | None:
         fits = type(value) is shape and (not isinstance(value, int) or abs(value) < 2**63)
     else:
         fits = type(value) is type(shape) and value == shape
-    return None if fits else f"{name} is {reprlib.repr(value)}"
+    return None if fits else _must_be(value, shape, name)
+
+
+def _must_be(value: Any, shape: Any, name: str) -> str:
+    kinds = {int: "a whole number", float: "a number", str: "text", bool: "true or false", None: "null"}
+
+    def words(one: Any) -> str:
+        if isinstance(one, list):
+            return f"a list of {words(one[0])}"
+        return "an object" if isinstance(one, dict) else kinds.get(one) or json.dumps(one)
+
+    found = json.dumps(value, default=str)
+    found = found if len(found) < 60 else f"{found[:60]}..."
+    wanted = " or ".join(map(words, shape if isinstance(shape, tuple) else (shape,)))
+    return f"{name or 'it'} must be {wanted}, found {found}"
 
 
 def is_plain(name: Any) -> bool:
@@ -81,17 +148,48 @@ def is_plain(name: Any) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
+def lock(folder: Path) -> int | None:
+    """Locks a folder until the descriptor that it returns is closed, or this process ends, however it does.
+
+    None where the file system has no locks. Raises BlockingIOError if another process has locked it.
+    """
+    import fcntl  # not on Windows, where only CUDA is of use
+
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+
+
+def _new_partial(folder: Path) -> tuple[Path, int | None]:
+    """A folder beside `folder` for one process alone, locked. Removes those of processes that were killed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*{PARTIAL}"):
+        with suppress(OSError):  # in use; or not a folder, and so not ours
+            if (descriptor := lock(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(descriptor)
+    path = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    path.mkdir()  # fails where anything is, a link too
+    return path, lock(path)
+
+
 @contextmanager
 def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., None]]]:
     """Makes `folder` whole or not at all. Every rank must enter it, and make the same calls.
 
     Gives the path to write to, and a function that calls another one on rank 0 while the others wait. If that fails,
-    every rank raises UserError: none is left waiting in the next collective. At the end the path takes `folder`'s place.
-    A folder that holds something, but no file `mark`, is none of ours: an error, never replaced.
+    every rank raises UserError: none is left waiting in the next collective. At the end the path takes `folder`'s place,
+    unless another process has written `folder` meanwhile. A folder that holds something, but no file `mark`, is none of
+    ours: an error, never replaced.
     """
     folder = folder.resolve()
-    path, old = (folder.with_name(f".{folder.name}.minillama-{what}") for what in ("partial", "replaced"))
-    begun = False
+    path, locked, before, begun = folder, None, None, False
     patient = patient_group() if dist.is_initialized() else None
 
     def on_disk(function: Callable[..., object], *args: Any) -> None:
@@ -99,7 +197,10 @@ def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., No
             try:
                 function(*args)
             except OSError as error:
-                raise UserError(f"{folder} cannot be written: {error}") from None
+                within = str(error.filename or path).startswith(str(path.parent))
+                problem = "" if within else f"{folder} is not written: "
+                name, what = (folder, "cannot be written") if within else (None, "cannot be read")
+                raise UserError(problem + disk_text(error, name, what)) from None
 
         if dist.is_initialized():
             on_rank_zero(attempt, patient)
@@ -107,21 +208,23 @@ def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., No
             attempt()
 
     def begin() -> None:
-        nonlocal begun
+        nonlocal path, locked, before, begun
         if os.path.ismount(folder):
             raise UserError(f"{folder} is a mount point, which cannot be replaced: name a folder in it")
         if folder.exists() and any(folder.iterdir()) and not (folder / mark).exists():
             raise UserError(f"{folder} holds other files: give a new folder, or one to replace that has {mark}")
-        shutil.rmtree(path, ignore_errors=True)  # of a run that was killed
-        path.mkdir(parents=True)
+        before = _identity(folder)
+        path, locked = _new_partial(folder)
         begun = True
 
     def finish() -> None:
         nonlocal begun
+        if _identity(folder) != before:
+            raise UserError(f"another process has written {folder} meanwhile, and that stays: name another target")
         begun = False  # from here on it is whole: kept, whatever goes wrong
+        old = path.with_name(path.name.replace(PARTIAL, ".minillama-replaced"))
         try:
-            shutil.rmtree(old, ignore_errors=True)
-            if folder.exists():
+            if before:
                 folder.rename(old)  # not removed before the new one is in its place
             path.rename(folder)
         except OSError as error:
@@ -137,8 +240,33 @@ def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., No
             shutil.rmtree(path, ignore_errors=True)
         raise
     finally:
+        if locked is not None:
+            os.close(locked)
         if patient is not None:
             dist.destroy_process_group(patient)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Tells a folder from any other that takes its place, which may get the same inode; None if there is none."""
+    try:
+        found = folder.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_ctime_ns
+
+
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all: until then it stays what it was. Raises OSError with the file's name."""
+    content = content.encode() if isinstance(content, str) else content
+    new = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    try:
+        with new.open("xb") as opened:  # fails where anything is, a link too
+            opened.write(content)
+        new.replace(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from None
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def check_unused(target: Path, *sources: Path) -> None:
@@ -162,7 +290,7 @@ def folder_size(folder: Path) -> int:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def is_rank_zero() -> bool:

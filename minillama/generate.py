@@ -1,5 +1,6 @@
 """Text from a model, token by token."""
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
@@ -82,10 +83,12 @@ def stream(
 
 
 def check_settings(temperature: float, top_k: int, top_p: float) -> None:
-    if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise UserError(
-            f"temperature {temperature} and top-k {top_k} must be at least 0, top-p {top_p} above 0 and at most 1"
-        )
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"--temperature {temperature}: must be a number, at least 0")
+    if top_k < 0:
+        raise UserError(f"--top-k {top_k}: must be at least 0")
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p {top_p}: must be above 0 and at most 1")
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int, top_p: float, random: torch.Generator) -> Tensor:

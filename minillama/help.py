@@ -11,11 +11,22 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, get_type_hints
 
+from minillama.errors import UserError
+
 F = TypeVar("F")
 
 
 def filled(flags: F) -> F:
-    """`flags`, a dataclass or a function with "Args:" in its docstring, to be given to tyro.cli."""
+    """`flags`, a dataclass or a function with "Args:" in its docstring, to be given to tyro.cli.
+
+    Raises UserError for an argument that is empty, which as a path would mean the current folder.
+    """
+    for flag, value in pairwise(sys.argv):
+        if value.startswith("--") and value.endswith("="):
+            flag, value = value[:-1], ""
+        if not value and flag not in ("--prompt", "--system"):
+            flag = flag if flag.startswith("--") else "an argument"
+            raise UserError(f"{flag} is empty, perhaps a variable that is not set: give a value")
     if {"-h", "--help"} & {*sys.argv}:  # reading the source takes a while
         _fill(flags)
     return flags

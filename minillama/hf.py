@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 import reprlib
 import shutil
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from minillama.distributed import local, materialise, rank, reshard, say
 from minillama.errors import UserError
-from minillama.files import is_plain, is_rank_zero, new_folder, read_json, write_json
+from minillama.files import is_plain, is_rank_zero, new_folder, open_file, read_bytes, read_json, write_json
 from minillama.meta import MetaWeights, Weights, is_meta_folder, read_meta_config
 from minillama.model import LLAMA3_ROPE, Llama, LlamaConfig
 from minillama.tokenizer import load_tokenizer
@@ -56,6 +57,9 @@ TOKENIZER_FILES = (
 def read_config(folder: str | Path) -> LlamaConfig:
     """The config of a Hugging Face or Meta folder. Raises UserError for a folder or a config that is not a Llama's."""
     folder = Path(folder)
+    if folder.is_file():
+        kinds = {".gguf": "a GGUF file: tools/convert_checkpoint.py makes a model folder of it"}
+        raise UserError(f"{folder} is {kinds.get(folder.suffix, 'a file: give the folder that it is in')}")
     if not folder.is_dir():
         raise UserError(
             f"the model folder {folder} does not exist: give a local folder in Hugging Face's format (config.json and "
@@ -142,6 +146,7 @@ def tensor_names(file: Path) -> list[str]:
 
 
 def open_tensors(file: Path) -> Any:
+    open_file(file).close()  # says what safetensors does not
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -226,6 +231,9 @@ def check_weights(model: nn.Module, folder: str | Path, *, but: Collection[str] 
         for name, parameter in wanted.items()
         if name in there and weights.shape(name) != list(parameter.shape)
     ]
+    if kinds := {weights.dtype(name) for name in there & wanted.keys()} - SAFETENSORS_DTYPES.keys():
+        named = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        raise UserError(f"{folder} holds weights of {named}, as where they are quantised: give the plain checkpoint")
     if problems:
         more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(f"the weights in {folder} do not fit their config: {'; '.join(problems[:8])}{more}")
@@ -272,7 +280,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
         desc="loading weights",
         unit="B",
         unit_scale=True,
-        disable=rank() != 0,
+        disable=rank() != 0 or None,
         leave=False,
     ) as bar:
 
@@ -283,6 +291,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
                 piece = target[start : start + step]
                 place = offset + start, offset + start + len(piece)
                 rows = weights.rows(name, *place)
+                check_finite(rows, name, folder)
                 piece.copy_(rows)
                 if has_twin and name == "model.embed_tokens.weight":
                     _check_twin(weights, folder, *place)
@@ -292,6 +301,14 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
             for _ in pool.map(load, parameters):
                 pass
     return set(parameters)
+
+
+def check_finite(tensor: Tensor, name: str, where: str | Path) -> None:
+    """Raises UserError for NaN and infinity."""
+    if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+        raise UserError(
+            f"{where}: {name} holds NaN or infinity: the file is damaged, or was saved after a failed training"
+        )
 
 
 def _row_offset(parameter: Tensor) -> int:
@@ -421,7 +438,7 @@ def write_hf(weights: Weights, config: dict[str, Any], folder: Path, dtype: torc
     write_json(folder / "config.json", config)
     if len(files) > 1:
         write_json(folder / INDEX, _index(files, sizes))
-    bar = tqdm(total=sum(sizes.values()), desc="writing", unit="B", unit_scale=True, leave=False)
+    bar = tqdm(total=sum(sizes.values()), desc="writing", unit="B", unit_scale=True, leave=False, disable=None)
     for file, inside in files.items():
         # The format: 8 bytes with the length of a JSON header, the header, then all tensors' bytes as it says.
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -507,7 +524,7 @@ def tokenizer_files(copies: dict[str, Path], target: Path) -> dict[str, dict[str
     there = {name for name, path in copies.items() if path.exists()}
     if "tokenizer.model" not in there or there & {"tokenizer.json", "tokenizer_config.json"}:
         return {}
-    content = copies["tokenizer.model"].read_bytes()
+    content = read_bytes(copies["tokenizer.model"])
     made = None if is_tiktoken(content) else tokenizer_json(content)
     if made is None:
         say(
@@ -540,5 +557,6 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     try:
         save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(str(error)) from error
+        number = re.search(r"os error (\d+)", str(error))
+        raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from error
     file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone

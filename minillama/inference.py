@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from minillama.adapters import adapt, check_adapter, load_adapter_weights, read_adapter_config
+from minillama.adapters import adapt, check_adapter, load_adapter_weights, read_adapter_config, warn_of_other_base
 from minillama.distributed import FsdpConfig, make_mesh, materialise, set_dtypes, shard
 from minillama.files import read_json
 from minillama.hf import check_weights, load_weights, read_config
@@ -31,6 +31,7 @@ def load_model(folder: Path, device: str, *, adapter: Path | None = None, dtype:
     if adapter:
         adapt(model, read_adapter_config(adapter))
         check_adapter(model, adapter)
+        warn_of_other_base(folder, adapter)
         model.requires_grad_(False)
     fsdp, _ = choose_precision(FsdpConfig(strategy="full-shard", precision=dtype), device, flag="--dtype")
     set_dtypes(model, fsdp)

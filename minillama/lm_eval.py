@@ -211,6 +211,8 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[TaskMan
     Returns what knows all names, and what it made of these. Raises UserError for a name that is none, and for data that
     cannot be loaded.
     """
+    if include_path and not include_path.is_dir():
+        raise UserError(f"--include-path {include_path} is no folder: give one with YAML files of tasks")
     manager = TaskManager(include_path=include_path, include_defaults=False) if include_path else None
     if not manager or not set(names) <= set(manager.all_subtasks):  # the harness' own thousands take seconds to index
         manager = TaskManager(include_path=include_path)
@@ -259,4 +261,4 @@ def run_tasks(
 def _bar(items: Sequence[Any], what: str, disable: bool) -> Any:
     from tqdm import tqdm
 
-    return tqdm(items, desc=what, disable=disable or rank() != 0, leave=False)
+    return tqdm(items, desc=what, disable=disable or rank() != 0 or None, leave=False)

@@ -22,13 +22,14 @@ from minillama.adapters import (
     check_adapter,
     check_copy,
     copies_of_base,
+    other_base,
     peft_config,
     peft_name,
     read_adapter_config,
     write_adapter,
 )
 from minillama.errors import UserError
-from minillama.files import misfit, read_json
+from minillama.files import misfit
 from minillama.hf import (
     SafetensorsWeights,
     adapter_parameters,
@@ -211,8 +212,8 @@ def adapter_of(content: dict[str, Any]) -> AdapterConfig | None:
         if flags := content["flags"].get(group):
             shape = {name: [str] if isinstance(value, tuple) else type(value) for name, value in asdict(kind()).items()}
             shape = {name: one for name, one in shape.items() if name in flags}
-            if problem := misfit(flags, shape, f"{MARK}: flags[{group!r}]"):
-                raise UserError(problem)
+            if problem := misfit(flags, shape, f"flags.{group}"):
+                raise UserError(f"{MARK}: {problem}")
             values: dict[str, Any] = {name: flags[name] for name in shape}
             values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
             return kind(**values)
@@ -236,8 +237,8 @@ def merge_adapter(
     lora, config = read_adapter_config(adapter), read_config(base)
     if not isinstance(lora, LoraConfig):
         raise UserError(f"{adapter} is a llama-adapter, which cannot be merged: only LoRA is a change of weights")
-    if not any_base:
-        check_base(base, adapter)
+    if not any_base and (problem := other_base(base, adapter)):
+        raise UserError(f"{problem}: give the right base, or --any-base to merge all the same")
     with torch.device("meta"):
         model = Llama(config)
     weights = check_weights(model, base)
@@ -246,30 +247,6 @@ def merge_adapter(
     trained = SafetensorsWeights(dict.fromkeys(tensor_names(file), file))
     merged = MergedWeights(weights, trained, lora, config, peft=True)
     write_model(merged, merged.config, target, base, tokenizer, dtype=dtype)
-
-
-def check_base(base: Path, adapter: Path) -> None:
-    """Raises UserError unless `base` is the model that the adapter was trained on, as far as that can be told.
-
-    If the model it names is at hand, their contents are compared, else their names.
-    """
-    named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not named:
-        return
-    if Path(named).is_dir():
-        try:
-            same = base.samefile(named) or weights_fingerprint(base) == weights_fingerprint(named)
-        except UserError:  # what has that name here is no model
-            same = False
-    else:  # a folder by that name, or the hub's cache of it
-        cached = f"models--{named.replace('/', '--')}"
-        places = base.absolute(), base.resolve()
-        same = any(Path(named).name == place.name or cached in place.parts for place in places)
-    if not same:
-        raise UserError(
-            f"{adapter} was trained on {named}, and {base} is not that model: give the right one, or --any-base to merge "
-            "all the same"
-        )
 
 
 def export_checkpoint(

@@ -4,7 +4,7 @@ Meta rotates neighbours (0, 1), (2, 3), ... of a head, Hugging Face (0, D / 2), 
 stand in another order. Several files hold equal parts of each tensor, as the processes of Meta's model parallelism do.
 """
 
-import json
+import errno
 import math
 import mmap
 import os
@@ -19,7 +19,7 @@ from torch.serialization import set_default_mmap_options, skip_data
 from tqdm import tqdm
 
 from minillama.errors import UserError
-from minillama.files import misfit, read_json
+from minillama.files import open_file, read_json, write_json
 from minillama.model import LlamaConfig
 
 PIECE_BYTES = 32 * 2**20
@@ -158,12 +158,11 @@ def _parts(folder: Path) -> list[dict[str, Tensor]]:
 
 
 def _load(file: Path) -> dict[str, Tensor]:
+    open_file(file).close()  # says what torch.load does not
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise UserError(f"{file} holds more than tensors, which may be code, and is not read") from None
-    except PermissionError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except (OSError, RuntimeError, ValueError, EOFError, KeyError):
         raise UserError(
             f"{file} cannot be read, it may be truncated, or not written by torch.save of PyTorch 1.6 or newer"
@@ -177,14 +176,11 @@ def _load(file: Path) -> dict[str, Tensor]:
 def read_meta_config(folder: Path) -> LlamaConfig:
     """The config that params.json and the tensors' shapes say. Raises UserError for what they leave open."""
     file = folder / "params.json"
-    params, parts = {key: value for key, value in read_json(file).items() if value is not None}, _parts(folder)
+    params, parts = {key: value for key, value in read_json(file, PARAMS).items() if value is not None}, _parts(folder)
     if missing := [name for name in ("dim", "n_layers", "n_heads", "norm_eps") if name not in params]:
         raise UserError(f"{file} lacks {', '.join(missing)}")
-    kinds = {name: kind for name, kind in PARAMS.items() if name in params}
-    problem = misfit(params, kinds, str(file))
-    problem = problem or next((f"{file}: {name} is {params[name]}" for name in kinds if params[name] < 0), None)
-    if problem or not all(params[name] for name in ("dim", "n_layers", "n_heads")):
-        raise UserError(f"{problem or f'{file} has sizes of 0'}, where something else belongs")
+    if wrong := [name for name in PARAMS if params.get(name, 1) < (name in ("dim", "n_layers", "n_heads"))]:
+        raise UserError(f"{file}: {wrong[0]} must be above 0, found {params[wrong[0]]}")
     layers = len({name.split(".")[1] for name in parts[0] if name.startswith("layers.")})
     if params["n_layers"] > layers:
         raise UserError(f"{file} has n_layers {params['n_layers']}, and the weights are of {layers} layers")
@@ -311,7 +307,7 @@ def write_meta(
         source = "model.embed_tokens.weight" if ours not in weights.names else ours
         size = math.prod(weights.shape(source)) * (dtype or weights.dtype(source)).itemsize
         total += size * (files if dim is None else 1)
-    bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, leave=False)
+    bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, leave=False, disable=None)
     for number in range(files):
         file = folder / f"consolidated.{number:02}.pth"
         empty = {}
@@ -321,8 +317,11 @@ def write_meta(
             if dim is not None:
                 shape[dim] //= files
             empty[theirs] = torch.empty(shape, dtype=dtype or weights.dtype(source))  # never touched, so costs nothing
-        with skip_data():
-            torch.save(empty, file)
+        try:
+            with skip_data():
+                torch.save(empty, file)
+        except RuntimeError as error:  # PyTorch's way of saying that the disk is full
+            raise OSError(errno.ENOSPC, str(error).splitlines()[0], str(file)) from None
         del empty
         with file.open("rb+") as opened:  # a full disk is an error here; in mapped memory it would kill the process
             os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
@@ -333,7 +332,7 @@ def write_meta(
             _fill(tensors[theirs], weights, source, dim, number, files, config.head_dim or 0)
             bar.update(tensors[theirs].nbytes)
     bar.close()
-    (folder / "params.json").write_text(json.dumps(params, indent=2) + "\n")
+    write_json(folder / "params.json", params)
 
 
 def _fill(target: Tensor, weights: Weights, name: str, dim: int | None, number: int, files: int, head_dim: int) -> None:

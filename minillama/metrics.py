@@ -1,5 +1,6 @@
 """What a run writes while it trains: metrics.jsonl, loss.png, and the loggers asked for."""
 
+import io
 import json
 import math
 import os
@@ -16,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minillama.distributed import all_reduce, rank
-from minillama.errors import UserError
-from minillama.files import misfit
+from minillama.errors import UserError, disk_text
+from minillama.files import misfit, read_bytes, write_whole
 from minillama.model import Llama
 from minillama.packing import Batch
 from minillama.profiling import matmul_rate, peak_memory_gib, step_flops
@@ -61,7 +62,8 @@ class Metrics:
         self.trained = start.step > 0  # whether any token has been
         self.evaluated: dict[int, float] = {}  # step -> loss
         self.file = _reopen(output_dir / "metrics.jsonl", start) if rank() == 0 else None
-        self.bar = tqdm(total=steps, initial=start.step, desc="training", unit="step", disable=rank() != 0)
+        form = "step {n_fmt}/{total_fmt}{postfix} |{bar}| {elapsed}<{remaining}"  # a narrow terminal cuts the end
+        self.bar = tqdm(total=steps, initial=start.step, bar_format=form, disable=rank() != 0)
         self.tensorboard = self.wandb = None
         if rank() == 0 and config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -129,7 +131,7 @@ class Metrics:
         mean_loss = loss_sum / max(1, trained)
         self.tokens += int(tokens)
         memory, waited, seconds = all_reduce([peak_memory_gib(self.device), self.waited, seconds], "max")
-        self.bar.set_postfix(loss=f"{mean_loss:.4f}", tokens_per_s=f"{tokens / seconds:.0f}")
+        self.bar.set_postfix_str(f"loss {mean_loss:.4f}, {tokens / seconds:.0f} tokens/s")
         self._write(
             {
                 "step": number,
@@ -215,25 +217,23 @@ class Metrics:
 
 
 def _unwritable(file: Path | str, error: OSError) -> str:
-    return f"{file} cannot be written ({error.strerror}): make room on its disk, and go on with --resume auto"
+    return f"{disk_text(error, file, 'cannot be written')}, and go on with --resume auto"
 
 
 def _reopen(file: Path, start: "Progress") -> BinaryIO:
     """metrics.jsonl, to be appended to: without what a run wrote after the checkpoint that it now goes on from."""
     kept = []
-    for text in file.read_text(errors="replace").splitlines() if file.exists() else ():
+    for text in read_bytes(file).decode(errors="replace").splitlines() if file.exists() else ():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):  # cut off when the run was killed
             continue
-        if misfit(line, {"step": int}, ""):  # none of ours
+        if misfit(line, {"step": int}):  # none of ours
             continue
         if line["step"] < start.step or (line["step"] == start.step and ("loss" in line or not start.evaluate)):
             kept.append(text + "\n")
-    new = file.with_name(file.name + ".new")
     try:
-        new.write_text("".join(kept))
-        new.replace(file)
+        write_whole(file, "".join(kept))
         return file.open("ab", buffering=0)
     except OSError as error:
         raise UserError(_unwritable(file, error)) from None
@@ -242,13 +242,13 @@ def _reopen(file: Path, start: "Progress") -> BinaryIO:
 def read_metrics(file: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """The lines of metrics.jsonl: (those of steps, those of evaluations). Raises UserError for one that is cut off."""
     lines: list[dict[str, Any]] = []
-    for number, text in enumerate(file.read_text(errors="replace").splitlines(), 1):
+    for number, text in enumerate(read_bytes(file).decode(errors="replace").splitlines(), 1):
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
             line = None
         shape = {"step": int} | {name: (None, float) for name in LOSSES if isinstance(line, dict) and name in line}
-        if misfit(line, shape, ""):
+        if misfit(line, shape):
             raise UserError(
                 f"{file}, line {number} is none of a run's: was the run that wrote it killed? drop the line"
             )
@@ -271,11 +271,10 @@ def plot_loss(metrics_file: Path, image: Path) -> bool:
     axes.set(xlabel="optimizer step", ylabel="loss (nats a trained token)")
     axes.grid(alpha=0.3)
     axes.legend()
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120)
     try:
-        figure.savefig(image, dpi=120)
+        write_whole(image, drawn.getvalue())
     except OSError as error:
-        image.unlink(missing_ok=True)  # half of it
-        raise UserError(
-            f"{image} cannot be written ({error.strerror}): make room on its disk, and draw it by tools/plot_metrics.py"
-        ) from None
+        raise UserError(f"{disk_text(error)}, and draw it by tools/plot_metrics.py") from None
     return True

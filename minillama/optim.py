@@ -39,7 +39,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf:
-            raise UserError(f"--optim.lr {self.lr}: must be above 0")
+            raise UserError(f"--optim.lr {self.lr}: must be a finite number above 0")
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"--optim.weight-decay {self.weight_decay}: must not be negative")
         if not 0 < self.gamma <= 1:

@@ -1,5 +1,6 @@
 """How much arithmetic a step is, how fast this machine could do it, and where a step's time and memory go."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,22 +16,19 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from minillama.distributed import all_reduce, rank
-from minillama.errors import UserError
+from minillama.errors import UserError, disk_text
 from minillama.model import Llama
 from minillama.packing import Batch
 
 if TYPE_CHECKING:
     from minillama.metrics import Metrics
 
-MFU_FORMULA = (
-    "FLOPs needed / seconds / (processes x measured matmul FLOP/s); needed: a token 4 a weight, 6 if it trains\n"
-    "            (the head: trained tokens only), a row of L tokens 6 x heads x head_dim x L^2 a layer; a third of 6 below\n"
-    "            the first block that trains; no recomputation"
-)
+MFU_FORMULA = "FLOPs needed, without recomputation / seconds / (processes x measured matmul FLOP/s)"
 
 
 def step_flops(model: Llama, tokens: int, trained: int, squares: int) -> float:
-    """FLOPs that a step needs: see MFU_FORMULA.
+    """FLOPs that a step needs: a token 4 a weight, 6 if it trains (the head: trained tokens only), a document of L tokens
+    6 x heads x head_dim x L^2 a layer; a third of the 6 below the first block that trains; no recomputation.
 
     tokens: all but padding; trained: labels; squares: sum of the squared lengths of the documents. A frozen embedding
     costs nothing. Counts whole parameters, also of a sharded model.
@@ -289,7 +287,12 @@ def profiled(config: ProfileConfig, metrics: "Metrics") -> Iterator[Profiler]:
 
 def _trace(folder: Path, metrics: "Metrics") -> profile:
     def write(trace: profile) -> None:
-        trace.export_chrome_trace(str(folder / f"rank{rank()}.pt.trace.json.gz"))
+        file = folder / f"rank{rank()}.pt.trace.json.gz"
+        try:
+            trace.export_chrome_trace(str(file))
+        except OSError as error:  # no reason to end the training
+            file.unlink(missing_ok=True)
+            print(f"warning: {disk_text(error, file, 'cannot be written')}", file=sys.stderr, flush=True)
         metrics.say(f"trace       {folder}; {longest_operations(trace, metrics.device)}")
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if metrics.device == "cuda" else [])]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import torch.distributed as dist
 
 from minillama.distributed import on_rank_zero, say
 from minillama.errors import UserError
-from minillama.files import is_deep, is_plain, misfit
+from minillama.files import described, is_deep, is_plain, misfit, regular
 from minillama.index import INDEX
 from minillama.train import Progress
 
@@ -94,8 +93,9 @@ def has_checkpoint(output_dir: Path) -> bool:
 def saved_steps(output_dir: Path) -> dict[int, Path]:
     """The checkpoints of a run by step, in order. Unfinished ones have other names."""
     folder = output_dir / "checkpoints"
-    paths = folder.glob("step-*") if folder.is_dir() else ()
-    found = {int(number): path for path in paths if (number := path.name.removeprefix("step-")).isdecimal()}
+    paths = folder.iterdir() if folder.is_dir() else ()
+    names = ((path, path.name.removeprefix("step-")) for path in paths if path.name.startswith("step-"))
+    found = {int(number): path for path, number in names if number.isdecimal()}
     return dict(sorted(found.items()))
 
 
@@ -194,7 +194,7 @@ class Damaged(Exception):
 
 def read_mark(folder: Path) -> dict[str, Any]:
     """The content of checkpoint.json. Raises Damaged unless it has its own hash, UserError for one that we did not write."""
-    text = patiently((folder / MARK).read_bytes)
+    text = patiently(lambda: regular(folder / MARK).read_bytes())
     try:
         content = json.loads(text)
         content = content if isinstance(content, dict) and not is_deep(content) else {}
@@ -203,7 +203,7 @@ def read_mark(folder: Path) -> dict[str, Any]:
         intact = False
     if not intact:
         raise Damaged(f"{MARK} was changed after it was written")
-    if problem := misfit(content, SHAPE, "it") or _unfit(folder, content):
+    if problem := misfit(content, SHAPE) or _unfit(folder, content):
         raise UserError(f"{folder / MARK} is none that this version of minillama wrote: {problem}")
     return content
 
@@ -237,22 +237,15 @@ def damage_of(folder: Path, name: str, wanted: dict[str, Any]) -> str | None:
     return None if found == wanted else f"{name} was changed after it was written"
 
 
-def described(file: Path) -> dict[str, Any]:
-    """Its size and hash."""
-    with file.open("rb") as opened:
-        size = os.fstat(opened.fileno()).st_size  # of what was opened: a file's size may be known from before
-        return {"bytes": size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
-
-
 def patiently(read: Callable[[], T]) -> T:
     """What `read` returns, if need be at a later try: disks that machines share fail for moments, and recover.
 
-    Raises OSError if it keeps failing, and at once for a file that is not there.
+    Raises OSError if it keeps failing, and at once for a file that is not there, or that may not be read.
     """
     for wait in WAITS:
         try:
             return read()
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             raise
         except OSError:
             time.sleep(wait)

@@ -7,13 +7,14 @@ Processes that share the work all go through the file; what takes time is left t
 import csv
 import hashlib
 import json
+import os
 from codecs import BOM_UTF8, getincrementaldecoder
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from minillama.errors import UserError
+from minillama.errors import UserError, disk_text
 
 Rows = Iterator[tuple[str, Callable[[], Any]]]
 """(place, function that returns the row or raises UserError); lines and rows are counted from 1"""
@@ -33,7 +34,7 @@ def read_rows(path: Path, progress: Progress = lambda count: None) -> Rows:
         try:
             yield from READERS[file.suffix.lower()](file, progress)
         except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+            raise UserError(disk_text(error, file, "cannot be read")) from error
 
 
 def data_files(path: Path) -> list[Path]:
@@ -41,10 +42,13 @@ def data_files(path: Path) -> list[Path]:
     data. Raises UserError if there are none."""
     if not path.exists():
         raise UserError(f"data file {path} does not exist: give {KINDS}, or a folder of such files")
+    if not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is a pipe or a device: give {KINDS}, or a folder of such files")
     if path.is_file() and path.suffix.lower() not in READERS:
         raise UserError(f"{path}: unknown format '{path.suffix}': give {KINDS}")
     if path.is_file():
         return [path]
+    os.scandir(path).close()  # rglob passes over what it may not read
     visible = [p for p in sorted(path.rglob("*")) if not any(s.startswith(".") for s in p.relative_to(path).parts)]
     files = [p for p in visible if p.is_file() and p.suffix.lower() in READERS]
     if not files:
@@ -62,7 +66,7 @@ def content_hash(path: Path) -> str:
             with file.open("rb") as opened:
                 content = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16))
         except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}") from error
+            raise UserError(disk_text(error, file, "cannot be read")) from error
         digest.update(file.suffix.lower().encode() + content.digest())
     return digest.hexdigest()
 

@@ -24,13 +24,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from minillama.cache import open_packed, prepare, prepare_evaluation
 from minillama.checkpoint import CheckpointConfig
 from minillama.datasets import DataConfig, check_vocabulary, load_collator
-from minillama.distributed import Device, FsdpConfig, all_reduce, on_each_node, on_rank_zero, say
-from minillama.errors import UserError
-from minillama.files import read_json
+from minillama.distributed import Device, FsdpConfig, all_reduce, on_each_node, on_rank_zero, rank, say, warn
+from minillama.errors import UserError, disk_text
+from minillama.files import lock, misfit, read_json, write_whole
 from minillama.hf import weights_fingerprint
 from minillama.hub import model_name
 from minillama.kernels import KernelsConfig
-from minillama.metrics import LogConfig
+from minillama.metrics import LogConfig, plot_loss
 from minillama.model import Llama, LlamaConfig
 from minillama.optim import OptimConfig
 from minillama.packing import Packed
@@ -74,8 +74,7 @@ class RunConfig:
     profile: ProfileConfig = ProfileConfig()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed {self.seed}: must be at least 0 and below 2^32")
+        check_seed(self.seed)
         if self.fsdp.precision == "fp16" and self.optim.kind == "anyprecision":
             raise UserError(
                 "--fsdp.precision fp16 with --optim.kind anyprecision is not supported: give --optim.kind adamw, or "
@@ -87,6 +86,11 @@ class RunConfig:
             raise UserError("--profile.memory-snapshot is of CUDA's memory: leave it out on a CPU")
         if self.train.max_steps:
             self.profile.check_steps(self.train.max_steps)
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed}: must be at least 0 and below 2^32")
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,13 @@ def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -
     else:
         progress = checkpoint.progress
         lines = compare_flags(config, checkpoint, fingerprints)
-    config.profile.check_steps(count_steps(train, config.train, progress.window) - progress.step)
+    total = count_steps(train, config.train, progress.window)
+    if checkpoint and total < progress.step:
+        raise UserError(
+            f"{checkpoint.folder} is after step {progress.step}, and this run would end after step {total}: raise "
+            "--train.max-steps or --train.epochs, or resume from an earlier checkpoint"
+        )
+    config.profile.check_steps(total - progress.step)
     config.profile.make_folders()
 
     def write() -> None:
@@ -172,11 +182,9 @@ def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -
             _claim(output_dir.resolve())
             if continues and file.exists():
                 run["id"] = read_json(file).get("id", run["id"])
-            new = file.with_name("run.json.new")
-            new.write_text(json.dumps(run, indent=2, default=str) + "\n")
-            new.replace(file)
+            write_whole(file, json.dumps(run, indent=2, default=str) + "\n")
         except OSError as error:
-            raise UserError(f"--output-dir {output_dir} cannot be written: {error.strerror}") from None
+            raise UserError(disk_text(error, f"--output-dir {output_dir}", "cannot be written")) from None
 
     on_rank_zero(write)
     for line in lines:
@@ -186,16 +194,11 @@ def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -
 
 @cache
 def _claim(folder: Path) -> None:
-    """Locks the folder until this process ends, however it does. Raises UserError if another process has locked it."""
-    import fcntl  # not on Windows, where only CUDA is of use
-
-    descriptor = os.open(folder, os.O_RDONLY)  # never closed: that would unlock it
+    """Locks the folder until this process ends. Raises UserError if another process has locked it."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(folder)
     except BlockingIOError:
         raise UserError(f"another run is writing to {folder}: wait for its end, or give another --output-dir") from None
-    except OSError:  # a file system without locks
-        pass
 
 
 def _launch() -> str:
@@ -262,7 +265,8 @@ def compare_flags(config: RunConfig, checkpoint: Checkpoint, fingerprints: dict[
     for what, flags in (("model", ("model",)), ("data", ("data.", "tokenizer"))):
         if fingerprints[what] != saved["fingerprints"][what]:
             named = [text for name, text in changed.items() if name.startswith(flags)]
-            refused += named or [f"{what} whose content is not what it was"]
+            if named or "seed" not in changed:  # which decides what is held out, and how rows are packed
+                refused += named or [f"{what} whose content is not what it was"]
     if refused:
         raise UserError(
             f"{checkpoint.folder} cannot be resumed with {', '.join(refused)}: give what it was made with, or start "
@@ -314,7 +318,7 @@ def saved_flags(config_class: type[Config]) -> Config | None:
         for name, value in values.items():
             hint = hints[name]
             allowed = get_args(hint) or (hint,)
-            if is_dataclass(hint):
+            if is_dataclass(hint) and isinstance(value, dict):
                 read[name] = build(hint, value, f"{name}.")
             elif value is None and type(None) in allowed:
                 read[name] = None
@@ -329,13 +333,15 @@ def saved_flags(config_class: type[Config]) -> Config | None:
         return kind(**read)
 
     try:
-        flags = json.loads(file.read_text())["flags"]
-        hints, shared = get_type_hints(config_class).keys(), get_type_hints(RunConfig).keys()
-        if others := (hints - shared) ^ (flags.keys() - shared):
-            raise UserError(f"--config {file} is of another recipe: only one of the two has --{min(others)}")
-        return build(config_class, flags, "")
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"--config {file} is not the run.json of a run ({error!r})") from None
+        content = read_json(file)
+    except UserError as error:
+        raise UserError(f"--config {file} is not the run.json of a run: {error}") from None
+    if problem := misfit(content, {"flags": {"model": str}}):
+        raise UserError(f"--config {file} is not the run.json of a run: {problem}")
+    hints, shared = get_type_hints(config_class).keys(), get_type_hints(RunConfig).keys()
+    if others := (hints - shared) ^ (content["flags"].keys() - shared):
+        raise UserError(f"--config {file} is of another recipe: only one of the two has the flags of {min(others)}")
+    return build(config_class, content["flags"], "")
 
 
 def _git_commit() -> str | None:
@@ -428,6 +434,24 @@ def summary(
     lines.append(f"output      {config.output_dir}")
     lines.append(f"mfu         {MFU_FORMULA}")
     return "\n".join(lines)
+
+
+def finish_run(config: RunConfig) -> None:
+    """Draws loss.png, and says how to go on. What it cannot draw is no reason to fail: all is saved."""
+    if rank() != 0:
+        return
+    output, trained = config.output_dir, "--model {0} --adapter {1}/adapter"
+    try:
+        if not plot_loss(output / "metrics.jsonl", output / "loss.png"):
+            say(
+                f'loss.png: not drawn without matplotlib: pip install "minillama[plot]", tools/plot_metrics.py {output}'
+            )
+    except UserError as error:
+        warn(str(error))
+    if not (output / "adapter").is_dir():
+        trained = "--model {1}/model"
+    asked = "" if config.data.dataset == "chat" else " --template none"
+    say(f"next: python recipes/generate.py {trained.format(model_name(config.model), output)}{asked} --prompt TEXT")
 
 
 def _efficiency(packed: Packed, batch_size: int, world_size: int, accumulate: int) -> float:

@@ -26,8 +26,9 @@ from minillama.chat import (
     trained_spans,
     without_surrogates,
 )
-from minillama.errors import UserError
-from minillama.tokenizer_files import FILES, NAMES, TEMPLATES, Space, begins_with_special, read_json, read_names, space
+from minillama.errors import UserError, disk_text
+from minillama.files import read_bytes, read_json
+from minillama.tokenizer_files import FILES, NAMES, TEMPLATES, Space, begins_with_special, read_names, space
 from minillama.tokenizer_json import is_tiktoken
 
 LLAMA3_PATTERN = (
@@ -230,7 +231,9 @@ def load_tokenizer(path: str | Path, *, day: date | None = None) -> Tokenizer:
     day = day or date.today()
     try:
         tokenizer = _read_tokenizer(path, day)
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError, OSError) as error:
+    except OSError as error:
+        raise UserError(disk_text(error)) from None
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError) as error:
         raise UserError(f"{path}: its tokenizer's files are damaged ({error!r:.200}); download them again") from None
     tokenizer.path = path
     digest = hashlib.blake2b(digest_size=16)
@@ -268,7 +271,7 @@ def _read_tokenizer(path: Path, day: date) -> Tokenizer:
         )
     if model is None:
         raise UserError(f"{folder}: no tokenizer.json or tokenizer.model; copy them from the original checkpoint")
-    content = model.read_bytes()
+    content = read_bytes(model)
     if is_tiktoken(content):
         return _from_tiktoken(model, content, names, day)
     return _from_sentencepiece(model, content, names, day)

@@ -1,15 +1,24 @@
 """What the files beside a tokenizer's vocabulary say: its special tokens by role, added tokens, chat templates."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from minillama.errors import UserError
+from minillama.files import read_bytes, read_json
 
 FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model", "added_tokens.json")
 NAMES = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
 TEMPLATES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
 """Together whatever may decide ids"""
+
+TOKEN = (None, str, {"content": str})
+SHAPE: dict[str, Any] = {
+    **dict.fromkeys(("bos_token", "eos_token", "pad_token"), TOKEN),
+    "added_tokens_decoder": {...: {"content": str}},
+    "add_bos_token": bool,
+    "tokenizer_class": str,
+}
+"""What the settings that we read are, where they are there"""
 
 Space = Literal["each", "always", "first", "never"]
 """Before which stretches of a text a space is put: see tokenizer.py"""
@@ -17,7 +26,7 @@ Space = Literal["each", "always", "first", "never"]
 
 def read_names(folder: Path) -> dict[str, Any]:
     """What the files beside the vocabulary say: special tokens by role, added tokens, the chat template."""
-    files = {file: read_json(folder / file) for file in NAMES if (folder / file).exists()}
+    files = {file: read_json(folder / file, SHAPE) for file in NAMES if (folder / file).exists()}
     # As transformers has it: what older files say counts only where tokenizer_config.json has no added_tokens_decoder.
     legacy = "added_tokens_decoder" not in files.get("tokenizer_config.json", {})
     order = (*NAMES[:2], "tokenizer_config.json", "special_tokens_map.json") if legacy else NAMES
@@ -28,7 +37,8 @@ def read_names(folder: Path) -> dict[str, Any]:
         token["content"]: {"id": int(id_), **token} for id_, token in names.get("added_tokens_decoder", {}).items()
     }
     if legacy and (folder / "added_tokens.json").exists():
-        added = {text: {"id": id_} for text, id_ in read_json(folder / "added_tokens.json").items()} | added
+        older = read_json(folder / "added_tokens.json")
+        added = {text: {"id": id_} for text, id_ in older.items()} | added
     roles = ("bos_token", "eos_token", "pad_token", "bos_token_id", "eos_token_id", "add_bos_token")
     found = {key: names[key] for key in (*roles, "tokenizer_class", "legacy", "add_prefix_space") if key in names}
     extra = names.get("extra_special_tokens")
@@ -60,9 +70,9 @@ def _templates(folder: Path, listed: Any) -> dict[str, tuple[str, Path]]:
         found[name] = (template, where)
     files = {name: folder / file for name, file in TEMPLATES.items() if (folder / file).exists()}
     try:
-        return {name: (file.read_text(encoding="utf-8"), file) for name, file in files.items()} or found
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: a chat template cannot be read: {error}") from None
+        return {name: (read_bytes(file).decode(), file) for name, file in files.items()} or found
+    except UnicodeDecodeError as error:
+        raise UserError(f"{folder}: a chat template is not UTF-8 ({error}): save it as such") from None
 
 
 def space(names: dict[str, Any], data: dict[str, Any]) -> Space:
@@ -88,13 +98,3 @@ def begins_with_special(post_processor: dict[str, Any]) -> bool:
     """Whether a tokenizer.json puts a special token before each text."""
     steps = post_processor.get("processors", [post_processor])
     return any("SpecialToken" in step["single"][0] for step in steps if step.get("type") == "TemplateProcessing")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object; download it again")
-    return content

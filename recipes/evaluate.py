@@ -35,7 +35,7 @@ from minillama.hf import read_config
 from minillama.hub import find_model
 from minillama.inference import Dtype, find_stop_ids, load_model
 from minillama.packing import Packed
-from minillama.run import described, load_evaluation_data
+from minillama.run import check_seed, described, load_evaluation_data
 from minillama.tokenizer import load_tokenizer
 from minillama.train import EvalConfig, eval_batches, evaluate
 
@@ -85,8 +85,10 @@ class Config:
             raise UserError("give what to measure: rows with --data.path or --data.val-path, or --tasks")
         if self.compare and not self.adapter:
             raise UserError("--compare needs the --adapter to compare with the model")
-        if self.batch_size < 1 or min(self.limit, self.max_steps, self.num_fewshot or 0) < 0:
-            raise UserError("--batch-size must be at least 1, --limit, --max-steps and --num-fewshot at least 0")
+        for name, least in (("batch_size", 1), ("limit", 0), ("max_steps", 0), ("num_fewshot", 0)):
+            if (getattr(self, name) or 0) < least:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
+        check_seed(self.seed)
 
     @property
     def has_rows(self) -> bool:
@@ -100,10 +102,14 @@ def check_output(output: Path) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=output.parent):
             pass
+        if output.is_file():
+            output.open("ab").close()
     except OSError as error:
         raise UserError(
             f"--output {output} cannot be written ({error.strerror}): name a file in a folder that you may write to"
         ) from None
+    if output.exists() and not output.is_file() and not output.is_dir():
+        raise UserError(f"--output {output} is a pipe or a device: name a file")
     if output.is_dir():
         raise UserError(f"--output {output} is a folder: name a file in it")
 
@@ -128,9 +134,13 @@ def measure(
         batches = eval_batches(rows, settings, tokenizer.pad_id, device, rank(), ranks)
         total = -(-len(rows) // (config.batch_size * ranks))
         total = min(total, config.max_steps or total)
-        result = evaluate(model, tqdm(batches, desc="rows", total=total, disable=rank() != 0, leave=False))
+        result = evaluate(model, tqdm(batches, desc="rows", total=total, disable=rank() != 0 or None, leave=False))
         assert result
         loss, tokens = result
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss}: numbers overflow in --dtype {config.dtype}, give fp32; or the model is bad"
+            )
         perplexity = math.exp(loss) if loss < 700 else None  # JSON has no infinity
         found |= {"eval_loss": loss, "eval_perplexity": perplexity, "eval_tokens": tokens}
     if tasks:
@@ -168,11 +178,11 @@ def main(config: Config) -> None:
         if output := config.output:
             on_rank_zero(lambda: check_output(output))
         config = replace(config, model=find_model(config.model))
+        model = read_config(config.model)
         tokenizer = load_tokenizer(config.tokenizer or config.model, day=config.data.day)
         tasks = find_tasks(config) if config.tasks else None
         rows = None
         if config.has_rows:
-            model = read_config(config.model)
             rows = load_evaluation_data(config.data, tokenizer, model.vocab_size, config.seed)
             say(f"rows        {described(rows, model, config.batch_size, dist.get_world_size())}")
         # the adapted first: an adapter that does not fit is found before anything is measured

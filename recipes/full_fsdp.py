@@ -33,7 +33,7 @@ from minillama.hf import check_weights, load_weights, read_config, save_pretrain
 from minillama.hub import find_model
 from minillama.kernels import choose_kernels, compile_blocks
 from minillama.memory import out_of_memory_explained
-from minillama.metrics import Metrics, plot_loss
+from minillama.metrics import Metrics
 from minillama.model import Llama
 from minillama.optim import LossScaler, OptimConfig, learning_rate, make_optimizer
 from minillama.packing import Batch, collate
@@ -42,6 +42,7 @@ from minillama.profiling import profiled
 from minillama.run import (
     RunConfig,
     find_start,
+    finish_run,
     load_data,
     resolve_precision,
     saved_flags,
@@ -141,8 +142,7 @@ def main(config: Config) -> None:
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         save_pretrained(model, config.output_dir / "model", config.model, config.tokenizer, unchanged=frozen)
         say(f"model: {config.output_dir / 'model'}, in Hugging Face's format")
-        if rank() == 0:
-            plot_loss(config.output_dir / "metrics.jsonl", config.output_dir / "loss.png")
+        finish_run(config)
 
 
 if __name__ == "__main__":

@@ -77,8 +77,9 @@ class Config:
             raise UserError("give one of --prompt, --prompts and --chat")
         if self.chat and self.template == "none":
             raise UserError("--chat needs --template chat")
-        if self.max_new_tokens < 1 or self.batch_size < 1:
-            raise UserError("--max-new-tokens and --batch-size must be at least 1")
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         check_settings(self.temperature, self.top_k, self.top_p)
 
 
@@ -119,13 +120,13 @@ def to_tokens(
 def main(config: Config) -> None:
     with process_group(config.device) as device:
         config = replace(config, model=find_model(config.model))
+        longest = read_config(config.model).max_position_embeddings - config.max_new_tokens  # first: it is no model?
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         if config.prompt is not None:
             to_tokens(config, tokenizer, config.prompt)  # what is wrong with it is said before the model is loaded
         prompts = list(read_prompts(config, tokenizer)) if config.prompts else []
         if config.prompts and not prompts:
             raise UserError(f"--prompts {config.prompts}: no row in it")
-        longest = read_config(config.model).max_position_embeddings - config.max_new_tokens
         warned = False
 
         def warn_of_length(tokens: list[int]) -> None:

@@ -15,7 +15,13 @@ from typing import Annotated
 import torch
 import tyro
 
-from minillama.adapters import check_adapter, continue_adapter, load_adapter_weights, save_adapter
+from minillama.adapters import (
+    check_adapter,
+    continue_adapter,
+    load_adapter_weights,
+    save_adapter,
+    warn_of_other_base,
+)
 from minillama.checkpoint import Checkpoints
 from minillama.distributed import (
     choose_strategy,
@@ -37,7 +43,7 @@ from minillama.hub import find_model, model_name
 from minillama.kernels import choose_kernels, compile_blocks
 from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.memory import out_of_memory_explained
-from minillama.metrics import Metrics, plot_loss
+from minillama.metrics import Metrics
 from minillama.model import Llama
 from minillama.optim import LossScaler, OptimConfig, learning_rate, make_optimizer
 from minillama.packing import Batch, collate
@@ -46,6 +52,7 @@ from minillama.profiling import profiled
 from minillama.run import (
     RunConfig,
     find_start,
+    finish_run,
     load_data,
     resolve_precision,
     saved_flags,
@@ -87,6 +94,7 @@ def main(config: Config) -> None:
         apply_llama_adapter(model, config.adapter)
         if config.adapter.from_:
             check_adapter(model, config.adapter.from_)
+            warn_of_other_base(config.model, config.adapter.from_)
         set_dtypes(model, config.fsdp)
         fsdp = choose_strategy(model, config.fsdp, device)
         mesh = make_mesh(fsdp, device)
@@ -150,8 +158,7 @@ def main(config: Config) -> None:
 
         save_adapter(model, config.output_dir / "adapter", config.adapter, model_name(config.model.resolve()))
         say(f"adapter: {config.output_dir / 'adapter'}, in PEFT's format")
-        if rank() == 0:
-            plot_loss(config.output_dir / "metrics.jsonl", config.output_dir / "loss.png")
+        finish_run(config)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from minillama.adapters import (
     peft_config,
     save_adapter,
     vllm_refusals,
+    warn_of_other_base,
 )
 from minillama.checkpoint import Checkpoints
 from minillama.distributed import (
@@ -45,7 +46,7 @@ from minillama.kernels import choose_kernels, compile_blocks
 from minillama.lora import LoraConfig, apply_lora
 from minillama.memory import out_of_memory_explained
 from minillama.merge import merge_adapter
-from minillama.metrics import Metrics, plot_loss
+from minillama.metrics import Metrics
 from minillama.model import Llama
 from minillama.optim import LossScaler, learning_rate, make_optimizer
 from minillama.packing import Batch, collate
@@ -54,6 +55,7 @@ from minillama.profiling import profiled
 from minillama.run import (
     RunConfig,
     find_start,
+    finish_run,
     load_data,
     resolve_precision,
     saved_flags,
@@ -96,6 +98,7 @@ def main(config: Config) -> None:
         apply_lora(model, config.lora)
         if config.lora.from_:
             check_adapter(model, config.lora.from_)
+            warn_of_other_base(config.model, config.lora.from_)
         set_dtypes(model, config.fsdp)
         fsdp = choose_strategy(model, config.fsdp, device)
         mesh = make_mesh(fsdp, device)
@@ -164,8 +167,7 @@ def main(config: Config) -> None:
         if config.lora.merge:
             merge_adapter(config.model, config.output_dir / "adapter", config.output_dir / "model", config.tokenizer)
             say(f"model: {config.output_dir / 'model'}, base and LoRA in one, in Hugging Face's format")
-        if rank() == 0:
-            plot_loss(config.output_dir / "metrics.jsonl", config.output_dir / "loss.png")
+        finish_run(config)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,6 @@ def test_a_full_disk_is_one_message_and_no_half_line(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     metrics.file.close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole and not (tmp_path / "loss.png").exists()
-    (tmp_path / "metrics.jsonl.new").mkdir()
-    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written \(Is a directory\)"):
-        _reopen(tmp_path / "metrics.jsonl", Progress(window=1))
+    (tmp_path / "folder/metrics.jsonl/x").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be .* \(Is a directory\)"):
+        _reopen(tmp_path / "folder/metrics.jsonl", Progress(window=1))

@@ -3,15 +3,19 @@
 Each is made in this process, by running the script as Python does; those for two ranks in two processes that make them all.
 """
 
+import ctypes
 import json
 import os
 import re
+import resource
 import runpy
+import shlex
 import shutil
 import socket
 import sys
 import traceback
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
 from io import StringIO
 from pathlib import Path
 
@@ -23,11 +27,14 @@ from safetensors.torch import load_file, save_file
 from minillama.adapters import adapt, save_adapter
 from minillama.llama_adapter import LlamaAdapterConfig
 from minillama.lora import LoraConfig
+from minillama.resume import hash_of
 
 pytestmark = pytest.mark.xdist_group("mistakes")
 ROOT = Path(__file__).parents[1]
 ROWS = [{"dialogue": f"A: {'hi ' * (i % 5)}\nB: bye {i}", "summary": f"They part, {i}."} for i in range(12)]
 DATA = "--data.path train.json --data.val-path val.jsonl --data.context-length 200"
+EVAL = "--data.path train.json --data.context-length 200"
+STEP = "run/checkpoints/step-00000001"
 TRAIN = f"--model model --output-dir out --device cpu {DATA}"
 STARTS = {
     "lora": f"recipes/lora_fsdp.py {TRAIN}",
@@ -38,7 +45,7 @@ STARTS = {
     **{file.stem: f"tools/{file.name}" for file in (ROOT / "tools").glob("*.py")},
 }
 
-# what is given; the script with its flags; what the message names; what it says to do
+# what is given; the script with its flags; what the message names; what it says to do; the state of the disk meanwhile
 MISTAKES = """
 an unknown flag | lora --lora.rnak 8 | --lora.rnak | --lora.rank
 no number | full --optim.lr fast | --optim.lr | float
@@ -50,8 +57,8 @@ no model | lora --model nowhere | nowhere does not exist | ORG/NAME of the Huggi
 an empty folder as model | full --model empty | empty is no model folder | config.json
 an adapter as model | lora --model adapter | adapter is an adapter | by its own flag
 a run as model | prompt --model run | run is the output of a run | give the model/ in it
-a checkpoint as model | full --model run/checkpoints/step-00000001 | is a checkpoint | tools/convert_checkpoint.py
-a tokenizer as model | full --model model/tokenizer.model | model/tokenizer.model | local folder
+a checkpoint as model | full --model STEP | is a checkpoint | tools/convert_checkpoint.py
+a tokenizer as model | full --model model/tokenizer.model | model/tokenizer.model is a file | the folder that it is in
 no JSON | lora --model not_json | not_json/config.json | cannot be read
 JSON without end | full --model deep | deep/config.json | cannot be read
 no architecture | prompt --model other | BertModel | LlamaForCausalLM
@@ -108,12 +115,12 @@ always dropped | lora --lora.dropout 1 | --lora.dropout 1 | below 1
 an adapter of none | lora --lora.from nowhere | nowhere does not exist | give the adapter/
 a prompt as LoRA | lora --lora.from prompt | prompt holds another kind of adapter | LlamaAdapterConfig
 another rank than it has | lora --lora.from adapter --lora.rank 5 | rank 5 was asked for | leave it out
-a broken adapter | lora --lora.from broken | broken/adapter_config.json | PEFT
+a broken adapter | lora --lora.from broken | broken/adapter_config.json: r must be a whole number | found "eight"
 frozen layers under LoRA | lora --train.freeze-layers 1 | --train.freeze-layers | full_fsdp.py
 more frozen than there are | full --train.freeze-layers 4 | --train.freeze-layers 4 | has 3 layers
 no prompt | prompt --adapter.prompt-len 0 | --adapter.prompt-len 0 | at least 1
 no run.json | lora --config none.json | --config none.json | is not the run.json of a run
-another recipe's run.json | full --config run/run.json | run.json is of another recipe | --lora
+another recipe's run.json | full --config run/run.json | run.json is of another recipe | flags of lora
 no checkpoint | lora --resume empty | --resume empty | the folder of one, or of a run, or auto
 a damaged checkpoint | lora --resume damaged | __0_0.distcp was changed | remove them
 another rank than before | lora --resume run --lora.rank 4 | --lora.rank 4 (was 8) | give what it was made with
@@ -143,17 +150,91 @@ a prompt to be merged | merge_lora model prompt target | prompt is a llama-adapt
 another model's adapter | merge_lora stranger adapter target | stranger | --any-base
 an adapter that is none | merge_lora model train.json target | train.json is no folder | give the adapter/
 no data to look at | inspect_data --model model --data.path none.json | none.json does not exist | .jsonl
-a folder of no run | plot_metrics empty | empty/metrics.jsonl does not exist | --output-dir of a run
+a folder of no run | plot_metrics empty | empty/metrics.jsonl does not exist | output folder of a run
 a folder as metrics | plot_metrics folded | folded/metrics.jsonl | Is a directory
 metrics that are cut off | plot_metrics cutoff | metrics.jsonl, line 2 | drop the line
 no name of a repository | download Llama-3.2-1B | Llama-3.2-1B is not ORG/NAME | huggingface.co
 a bench of nothing | bench --steps 0 | --steps 0 | at least 1
 rows of none to copy | data_speed --tokenizer model --rows none.json --folder target | none.json does not exist | .jsonl
+weights of integers | lora --model int8 | int8 holds weights of int8 | give the plain checkpoint
+weights of NaN, evaluated | evaluate --model nan EVAL | nan: model.layers.1.mlp.up_proj.weight holds NaN | damaged
+weights of NaN, asked | generate --model nan --prompt a | nan: model.layers.1.mlp.up_proj.weight holds NaN | damaged
+architectures that are a number | lora --model arch5 | arch5: the architecture is not supported | found 5
+a theta that is text | lora --model theta | rope_theta = 'x' | a float belongs
+Meta's sizes as text | full --model params | params/params.json: dim must be a whole number | found "x"
+added tokens that are a number | lora --model added | added/tokenizer_config.json: added_tokens_decoder must be an object | 5
+a template that is a list | lora --model listed | listed/tokenizer_config.json: "chat_template" must be text | "name"
+an adapter's rank as a fraction | lora --lora.from fraction | fraction/adapter_config.json: r must be a whole number | 8.0
+an adapter's targets as a number | generate --adapter targets --prompt a | target_modules must be text or a list of text | 5
+an adapter's base as a number | merge_lora model based target | base_model_name_or_path must be text | found 5
+an adapter of rank 0 | merge_lora model rank0 target | rank0/adapter_config.json: rank 0 | at least 1
+an adapter of a broken base | merge_lora model orphan target | orphan was trained on not_json | --any-base
+a weight as text | lora --data.path None --data.mixture weighed.json | source 1: weight must be a number | "much"
+messages that are numbers | lora --data.dataset chat --data.path five.jsonl | line 1: message 1 needs | 'content'
+rows without end | lora --data.path deep.jsonl | deep.jsonl, line 1: not JSON | one object on each line
+a binary file as flags | lora --config STEP/__0_0.distcp | is not the run.json of a run | UTF-8
+a folder as flags | lora --config model | is not the run.json of a run | Is a directory
+flags that are a number | full --config flags5.json | is not the run.json of a run | flags must be an object, found 5
+a damaged GGUF | convert_checkpoint damaged.gguf target | damaged.gguf is a truncated or damaged GGUF file | version
+a pipe as config | lora --model piped | piped/config.json is a pipe | give a file
+a pipe as tokenizer | lora --model piped_tokenizer | piped_tokenizer/tokenizer.model is a pipe | give a file
+a pipe as weights | full --model piped_weights | piped_weights/model.safetensors is a pipe | give a file
+a pipe as rows | evaluate --data.path pipe.jsonl | pipe.jsonl is a pipe | .parquet
+a pipe as prompts | generate --prompts pipe.jsonl | pipe.jsonl is a pipe | .parquet
+a pipe as mixture | lora --data.path None --data.mixture pipe.jsonl | pipe.jsonl is a pipe | give a file
+a pipe as flags | prompt --config pipe.jsonl | pipe.jsonl is a pipe | give a file
+a pipe as adapter | merge_lora model piped_adapter target | piped_adapter/adapter_config.json is a pipe | give a file
+a pipe as metrics | plot_metrics piped_metrics | metrics.jsonl is a pipe | give a file
+a pipe in a checkpoint | convert_checkpoint piped_step target | index.json is missing | give another
+fewer steps than were made | lora --resume later --train.max-steps 1 | is after step 3 | raise --train.max-steps
+another seed than before | lora --resume run --seed 1 | resumed with --seed 1 (was 42): give | what it was made with
+a run asked | generate --model run --prompt a | run is the output of a run | give the model/ in it
+a run measured | evaluate --model run EVAL | run is the output of a run | give the model/ in it
+an adapter asked | generate --model adapter --prompt a | adapter is an adapter | by its own flag
+a checkpoint asked | generate --model STEP --prompt a | a checkpoint | tools/convert_checkpoint.py
+a GGUF file measured | evaluate --model damaged.gguf EVAL | damaged.gguf is a GGUF file | tools/convert_checkpoint.py
+weights asked | generate --model model/model.safetensors --prompt a | model.safetensors is a file | the folder that it is in
+nothing to measure on | evaluate --data.path train.json --data.val-fraction 0.01 | leaves none there | --data.val-fraction
+no folder of tasks | evaluate --tasks x --include-path nowhere | --include-path nowhere | YAML files
+a hub without a name | lora --data.path hub: | hub: names no data set | hub:ORG/NAME
+an empty output | lora --output-dir '' | --output-dir is empty | give a value
+an empty target | merge_lora model adapter '' | an argument is empty | give a value
+an endless rate | lora --optim.lr 1e400 | --optim.lr inf | finite
+no likely token | generate --prompt a --top-p 0 | --top-p 0.0 | above 0
+no new tokens | generate --prompt a --max-new-tokens 0 | --max-new-tokens 0 | at least 1
+batches of none | evaluate EVAL --batch-size 0 | --batch-size 0 | at least 1
+a seed below 0 | evaluate EVAL --seed -1 | --seed -1 | at least 0
+a device as output | evaluate EVAL --output device | --output device is a pipe or a device | name a file
+a full disk, plotting | plot_metrics run | run/loss.png cannot be written | make room | full 100
+a full disk, measuring | evaluate EVAL --output scores.json | scores.json cannot be written | make room | full 10
+a full disk, merging | merge_lora model adapter target | target cannot be written | make room | full 3000
+a full disk, converting | convert_checkpoint model target | target cannot be written | make room | full 3000
+a full disk, starting | lora | --output-dir out cannot be written | make room | full 1000
+unreadable: tokenizer | lora | model/tokenizer.model cannot be | permissions | locked model/tokenizer.model
+unreadable: config | full | model/config.json cannot be read | permissions | locked model/config.json
+unreadable: weights | generate --prompt a | model.safetensors cannot be read | permissions | locked model/model.safetensors
+unreadable: model | lora | model/ | permissions | locked model
+unreadable: adapter | lora --lora.from adapter | adapter/ | permissions | locked adapter
+unreadable: a checkpoint | lora --resume run | checkpoint.json | permissions | locked STEP/checkpoint.json
+unreadable: its parts | lora --resume run | __0_0.distcp cannot be read | see to the disk | locked STEP/__0_0.distcp
+unreadable: checkpoints | lora --resume run | run/checkpoints | permissions | locked run/checkpoints
+unreadable: a step | convert_checkpoint STEP target | step-00000001 | permissions | locked STEP
+unreadable: GGUF | convert_checkpoint damaged.gguf target | damaged.gguf | permissions | locked damaged.gguf
+unreadable: own rows | lora --data.dataset own.py --data.path None | own.py | permissions | locked own.py
+unreadable: rows | evaluate EVAL | train.json cannot be read | permissions | locked train.json
+unreadable: a folder of rows | lora --data.path mixed | mixed | permissions | locked mixed
+unreadable: flags | lora --config run/run.json | run/run.json cannot be read | permissions | locked run/run.json
+unreadable: metrics | plot_metrics run | metrics.jsonl cannot be read | permissions | locked run/metrics.jsonl
+unwritable: output | evaluate EVAL --output empty/x.json | empty/x.json | may write to | kept empty
+unwritable: a file of output | evaluate EVAL --output number.jsonl | number.jsonl | may write to | kept number.jsonl
+unwritable: a run | lora --output-dir empty/out | --output-dir empty/out cannot be written | permissions | kept empty
+unwritable: a target | merge_lora model adapter empty/target | empty/target cannot be written | permissions | kept empty
+unwritable: cache | inspect_data --model model --data.path train.json | cannot be written | --data.cache-dir | home empty
 """
 TABLE = {}
-for line in MISTAKES.strip().splitlines():
-    name, given, *said = (part.strip() for part in line.split("|"))
-    TABLE[name] = given.split(), said
+for line in MISTAKES.replace("EVAL", EVAL).replace("STEP", STEP).strip().splitlines():
+    name, given, thing, remedy, *state = (part.strip() for part in line.split("|"))
+    TABLE[name] = shlex.split(given), [thing, remedy], *state
 ON_TWO_RANKS = """
 an unknown flag, no model, a billion layers, a vocabulary of 2^60, cut-off weights, shards out of the folder, no data,
 a tied head that is not, another's tokenizer, output on /proc, a run in the output, a line cut off, a list as role,
@@ -209,6 +290,25 @@ def world(tmp_path_factory):
     settings = json.loads((world / "adapter/adapter_config.json").read_text())
     shutil.copytree(world / "adapter", world / "broken")
     (world / "broken/adapter_config.json").write_text(json.dumps(settings | {"r": "eight"}))
+    config = variant(world, "params", files=["config.json"]) / "params.json"
+    config.write_text('{"dim": "x", "n_layers": 3, "n_heads": 4, "norm_eps": 1e-5}')
+    (world / "params/model.safetensors").rename(world / "params/consolidated.00.pth")
+    save_file({n: (50 * t).to(torch.int8) for n, t in tensors.items()}, variant(world, "int8") / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, variant(world, "nan") / "model.safetensors")
+    variant(world, "arch5", architectures=5)
+    variant(world, "theta", rope_theta="x")
+    for name, names in {"added": {"added_tokens_decoder": 5}, "listed": {"chat_template": [5]}}.items():
+        (variant(world, name) / "tokenizer_config.json").write_text(json.dumps(names))
+    for name, changes in {
+        "fraction": {"r": 8.0},
+        "targets": {"target_modules": 5},
+        "based": {"base_model_name_or_path": 5},
+        "rank0": {"r": 0},
+        "orphan": {"base_model_name_or_path": "not_json"},
+    }.items():
+        shutil.copytree(world / "adapter", world / name)
+        (world / name / "adapter_config.json").write_text(json.dumps(settings | changes))
     files = {
         "train.json": json.dumps(ROWS),
         "val.jsonl": "\n".join(map(json.dumps, ROWS[:5])),
@@ -219,6 +319,12 @@ def world(tmp_path_factory):
         "role.jsonl": '{"conversations": [{"from": ["human"], "value": "Hi"}]}',
         "mute.jsonl": '{"messages": [{"role": "user", "content": "Hi"}]}',
         "rows.csv": "dialogue,summary\na,b,c\n",
+        "weighed.json": '[{"dataset": "samsum", "weight": "much"}]',
+        "five.jsonl": '{"messages": [5]}',
+        "deep.jsonl": '{"dialogue": ' + "[" * 100_000,
+        "flags5.json": '{"flags": 5}',
+        "damaged.gguf": "GGUF and nothing that belongs there",
+        "own.py": "",
         "mixed/a.json": "[]",
         "mixed/b.jsonl": "",
         "empty/.nothing": "",
@@ -237,7 +343,63 @@ def world(tmp_path_factory):
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
+    later = Path(shutil.copytree(world / "run", world / "later")) / "checkpoints/step-00000001/checkpoint.json"
+    content = json.loads(later.read_text())
+    del content["sha256"]
+    content["progress"]["step"] = 3
+    later.write_text(json.dumps(content | {"sha256": hash_of(content)}))
+    shutil.copytree(world / STEP, world / "piped_step")
+    for pipe in (
+        variant(world, "piped", files=["config.json"]) / "config.json",
+        variant(world, "piped_tokenizer", files=["tokenizer.model"]) / "tokenizer.model",
+        variant(world, "piped_weights", files=["model.safetensors"]) / "model.safetensors",
+        world / "pipe.jsonl",
+        world / "piped_adapter/adapter_config.json",
+        world / "piped_metrics/metrics.jsonl",
+        world / "piped_step/index.json",
+    ):
+        pipe.parent.mkdir(exist_ok=True)
+        pipe.unlink(missing_ok=True)
+        os.mkfifo(pipe)
+    (world / "device").symlink_to("/dev/null")
     return world
+
+
+@contextmanager
+def disk(world, state=""):
+    """While a disk is full, a path may not be read ("locked") or written ("kept"), or the home not be written."""
+    kind, _, what = state.partition(" ")
+    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), os.environ["XDG_CACHE_HOME"]
+    try:
+        if kind == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(what), limits[1]))
+            yield
+        elif kind:
+            mode = (world / what).stat().st_mode
+            (world / what).chmod({"locked": 0, "kept": 0o500, "home": 0o500}[kind])
+            os.environ["XDG_CACHE_HOME"] = str(world / what) if kind == "home" else before
+            with without_privileges():
+                yield
+            (world / what).chmod(mode)
+        else:
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+@contextmanager
+def without_privileges():
+    """For root too, permissions count: drops its capabilities to pass over them, CAP_DAC_OVERRIDE and the next two."""
+    libc, header, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    effective, sets[0] = sets[0], sets[0] & ~0b1110
+    assert libc.capset(header, sets) == 0
+    try:
+        yield
+    finally:
+        sets[0] = effective
+        assert libc.capset(header, sets) == 0
 
 
 def attempt(world, command):
@@ -281,8 +443,21 @@ def problem_of(name, codes, said):
     return f"{missing} not in: {text}" if missing else None
 
 
+@cache
+def help_of(world, script):
+    return attempt(world, [*STARTS[script].split()[:1], "--help"])[1]
+
+
+def unknown_flags(world, name, said):
+    """The flags that a message speaks of are the script's own, or were given to it."""
+    known = " ".join([help_of(world, TABLE[name][0][0]), *command_of(name)])
+    named = re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", " ".join(re.findall(r"^error: .*", said, re.M)))
+    unknown = [flag for flag in named if not re.search(rf"{re.escape(flag)}(?![\w-])", known)]
+    return f"it has no {unknown}" if unknown else None
+
+
 def test_one_message_each(world):
-    assert len(TABLE) >= 80 and {given[0] for given, _ in TABLE.values()} >= {
+    assert len(TABLE) >= 80 and {given[0] for given, *_ in TABLE.values()} >= {
         "lora",
         "full",
         "prompt",
@@ -291,8 +466,9 @@ def test_one_message_each(world):
     }
     problems, before = {}, everything(world)
     for name in TABLE:
-        code, said = attempt(world, command_of(name))
-        problem = problem_of(name, [code], said)
+        with disk(world, *TABLE[name][2:]):
+            code, said = attempt(world, command_of(name))
+        problem = problem_of(name, [code], said) or unknown_flags(world, name, said)
         left = set(everything(world)) ^ set(before)
         if problem or left:
             problems[name] = f"{problem or ''} left: {sorted(left)[:3]}" if left else problem

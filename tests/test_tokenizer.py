@@ -402,7 +402,7 @@ def test_errors_name_the_file_and_the_remedy(tmp_path):
     with pytest.raises(UserError, match=r"no BOS token"):
         load_tokenizer(folder).encode("a", bos=True)
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer_config\.json: not valid JSON"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json cannot be read: not JSON"):
         load_tokenizer(folder)
 
 

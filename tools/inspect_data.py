@@ -6,6 +6,7 @@ Takes the recipes' --data flags. Rows that cannot be used are listed instead of 
 cache, and a run with --data.bad-rows skip finds it there.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -14,16 +15,15 @@ from typing import Any
 
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.text import Text
 
 from minillama.cache import open_packed, prepare, refused_rows
 from minillama.datasets import FIELDS, DataConfig, training_sources
-from minillama.distributed import user_errors
+from minillama.distributed import say, user_errors
 from minillama.help import filled
 from minillama.hub import find_model
 from minillama.packing import Packed
 from minillama.permutation import permuted
+from minillama.run import check_seed
 from minillama.tokenizer import load_tokenizer
 
 BARS = 12
@@ -43,6 +43,9 @@ class Config:
     """Refused rows to show."""
     seed: int = 42
     """The run's: decides which rows are held out, and which documents are shown."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
 
 def histogram(lengths: np.ndarray) -> Iterator[str]:
@@ -75,21 +78,22 @@ def described(packed: Packed) -> Iterator[str]:
     yield from histogram(np.asarray(packed.sizes))
 
 
-def sample(packed: Packed, piece: int, tokenizer: Any, marks: bool) -> Text:
+def sample(packed: Packed, piece: int, tokenizer: Any, marks: bool) -> str:
     """The piece as text, what is trained in green, or between ⟦ and ⟧."""
     span = slice(packed.starts[piece], packed.starts[piece] + packed.sizes[piece])
     ids, trained = packed.documents.tokens[span].tolist(), packed.documents.trained[span].tolist()
     trained[0] = False  # nothing stands before it to predict it from
-    text = Text()
+    text = ""
     for learn, run in groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1]):
         said = tokenizer.decode([token for token, _ in run])
-        text.append(f"⟦{said}⟧" if learn and marks else said, style="bold green" if learn else "dim")
+        if learn or not marks:
+            begin, end = ("⟦", "⟧") if marks else ("\033[1;32m" if learn else "\033[2m", "\033[0m")
+            said = begin + said + end
+        text += said
     return text
 
 
 def main(config: Config) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    say = console.out
     tokenizer = load_tokenizer(find_model(config.model, weights=False), day=config.data.day)
     data = replace(config.data, bad_rows="skip")
     held_out = bool(data.val_path or data.val_fraction or data.path is data.mixture is None or data.dataset == "alpaca")
@@ -114,11 +118,11 @@ def main(config: Config) -> None:
         for line in refused[: config.refused]:
             say(f"    {line}")
     train = open_packed(folders[0])
-    marks = not console.is_terminal
+    marks = not sys.stdout.isatty()
     pieces = permuted(np.arange(min(config.samples, len(train.sizes))), len(train.sizes), config.seed, 1)
     for number, piece in enumerate(pieces.tolist(), 1):
         say(f"\nsample {number}: {train.sizes[piece]} tokens, {'between ⟦ and ⟧' if marks else 'green'} is trained")
-        console.print(sample(train, piece, tokenizer, marks))
+        say(sample(train, piece, tokenizer, marks))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class Args:
 def main(args: Args) -> None:
     metrics, image = args.output_dir / "metrics.jsonl", args.output_dir / "loss.png"
     if not metrics.exists():
-        raise UserError(f"{metrics} does not exist: give the --output-dir of a run")
+        raise UserError(f"{metrics} does not exist: give the output folder of a run")
     if not plot_loss(metrics, image):
         raise UserError('drawing needs matplotlib: pip install "minillama[plot]"')
     print(image)

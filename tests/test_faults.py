@@ -1,0 +1,203 @@
+"""What no user's mistake is: disks, signals and other processes that come between. One message, and nothing lost."""
+
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import _processes, random_model, run_script, save_folder
+
+from minillama.adapters import save_adapter
+from minillama.cache import open_packed, prepare
+from minillama.datasets import DataConfig
+from minillama.errors import UserError
+from minillama.files import PARTIAL, lock, new_folder, write_json, write_whole
+from minillama.lora import LoraConfig, apply_lora
+from minillama.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+ROUNDS = 5
+
+
+def convert_at_once(source, targets):
+    """In each of two processes: the same conversions, each begun when both are there."""
+    import runpy
+    import sys
+
+    own, codes = os.environ.pop("RANK"), []
+    for target in targets:
+        target.with_name(f"{target.name}.{own}").touch()
+        while not target.with_name(f"{target.name}.{1 - int(own)}").exists():
+            time.sleep(0.0002)
+        sys.argv = [str(ROOT / "tools/convert_checkpoint.py"), str(source), str(target)]
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            codes.append(0)
+        except SystemExit as end:
+            codes.append(end.code)
+    return codes
+
+
+def test_two_writers_of_one_target(tiny_folder, tmp_path):
+    targets = [tmp_path / f"meta{number}" for number in range(ROUNDS)]
+    (_, first), (_, second) = _processes(convert_at_once, 2, tiny_folder, targets)
+    assert all(sorted(codes) == [0, 1] for codes in zip(first, second, strict=True)), (first, second)
+    whole = sorted(file.stat().st_size for file in targets[0].iterdir())
+    assert len(whole) == 3
+    assert all(sorted(file.stat().st_size for file in target.iterdir()) == whole for target in targets)
+    assert not list(tmp_path.glob(f".*{PARTIAL}"))
+
+
+def test_what_is_written_follows_no_link_and_replaces_no_other_s(tmp_path):
+    victim, target = tmp_path / "victim", tmp_path / "target"
+    victim.mkdir()
+    (victim / "keep").touch()
+    for name in (f".target.12345678{PARTIAL}", ".target.minillama-partial"):
+        (tmp_path / name).symlink_to(victim)
+    (tmp_path / f".target.abandoned{PARTIAL}").mkdir()
+    held = tmp_path / f".target.held{PARTIAL}"
+    held.mkdir()
+    descriptor = lock(held)
+    with new_folder(target, "mark") as (path, on_disk):
+        on_disk(write_json, path / "mark", {})
+    assert [file.name for file in victim.iterdir()] == ["keep"] and (target / "mark").is_file()
+    assert held.is_dir() and not (tmp_path / f".target.abandoned{PARTIAL}").exists()
+    assert descriptor is not None
+    os.close(descriptor)
+    with pytest.raises(UserError, match=r"another process has written .*target meanwhile"), new_folder(target, "mark"):
+        shutil.rmtree(target)
+        target.mkdir()
+    (tmp_path / "run.json").symlink_to(victim / "keep")
+    write_whole(tmp_path / "run.json", "new")
+    assert (tmp_path / "run.json").read_text() == "new" and (victim / "keep").read_text() == ""
+
+
+def test_changed_data_is_made_again(tiny_folder, tmp_path, capsys):
+    tokenizer, config = load_tokenizer(tiny_folder), DataConfig(cache_dir=tmp_path, context_length=512)
+    folder, _ = prepare(config, tokenizer, 0, validation=False)
+    expected = open_packed(folder).documents.tokens.copy()
+    file = folder.parent / "tokens.bin"
+    for damage in (lambda: np.zeros_like(expected).tofile(file), lambda: os.truncate(file, 100), file.unlink):
+        damage()
+        assert prepare(config, tokenizer, 0, validation=False)[0] == folder
+        assert f"the data in {folder.parent} was changed" in capsys.readouterr().err
+        assert np.array_equal(open_packed(folder).documents.tokens, expected)
+    prepare(config, tokenizer, 0, validation=False)
+    assert capsys.readouterr().err == ""
+
+
+CUT = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from minillama.distributed import process_group, user_errors
+with user_errors(), process_group("cpu"):
+    file = Path(sys.argv[1])
+    file.write_bytes(bytes(1 << 20))
+    mapped = np.memmap(file, np.uint8, "r")
+    os.truncate(file, 5000)
+    print(mapped.sum())
+"""
+LOST = """
+import os, signal, sys, time
+import torch.distributed as dist
+from minillama.distributed import on_rank_zero, process_group, user_errors
+what, fails = sys.argv[1], int(sys.argv[2])
+with user_errors(), process_group("cpu"):
+    if dist.get_rank() == fails and what == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if dist.get_rank() == fails and what == "fault":
+        raise ValueError("of our own")
+    if what == "on zero":
+        on_rank_zero(lambda: [][1])
+    dist.barrier()
+"""
+
+
+def script(tmp_path, text):
+    file = tmp_path / "script.py"
+    file.write_text(text)
+    return file
+
+
+def test_a_mapped_file_that_is_cut_short(tmp_path):
+    codes, text = run_script(script(tmp_path, CUT), tmp_path / "tokens.bin", log=tmp_path / "log")
+    assert codes == [None]  # ended there and then
+    assert f"error: {tmp_path}/tokens.bin was cut short while it was read" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_killed_rank_is_named(tmp_path, rank):
+    codes, text = run_script(script(tmp_path, LOST), "killed", rank, world_size=3, log=tmp_path / "log")
+    assert codes == [None if number == rank else 1 for number in range(3)]
+    said = (
+        rf"error: rank {rank} \((killed by SIGKILL|its process has ended)\) is gone"  # the second once it is waited for
+    )
+    assert len(re.findall(said, text)) == text.count("error: ") == 1, text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    "what, rank, said", [("fault", 0, "ValueError"), ("fault", 1, "ValueError"), ("on zero", 0, "IndexError")]
+)
+def test_a_fault_is_told_once_by_the_rank_that_had_it(tmp_path, what, rank, said):
+    codes, text = run_script(script(tmp_path, LOST), what, rank, world_size=2, log=tmp_path / "log")
+    assert codes == [1, 1] and text.count("Traceback") == 1 and f"rank {rank} has failed" in text and said in text, text
+    assert "error: " not in text.replace("Error: ", "")
+
+
+STREAMS = """
+import os, runpy, sys
+here, recipe, model = sys.argv[1:]
+def attempt(name, *flags):
+    sys.argv = [recipe, "--model", model, "--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "3", *flags]
+    try:
+        yield
+        runpy.run_path(recipe, run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException as error:
+        code = repr(error)
+    sys.stdout = open(1, "w", closefd=False)
+    os.write(1, f"{name}: {code}\\n".encode())
+for _ in attempt("head", "--prompt", "a"):
+    read, write = os.pipe()
+    os.close(read)
+    sys.stdout = open(write, "w")
+for _ in attempt("no stdin", "--chat"):
+    sys.stdin = None
+for _ in attempt("ascii", "--prompt", "\\u00e9"):
+    sys.stdin = open(os.devnull)
+    sys.stdout.reconfigure(encoding="ascii", errors="strict")
+for _ in attempt("no stderr", "--prompt", "a"):
+    sys.stderr = None
+"""
+
+
+def test_streams_that_are_closed(tiny_folder, tmp_path):
+    recipe = ROOT / "recipes/generate.py"
+    codes, text = run_script(script(tmp_path, STREAMS), tmp_path, recipe, tiny_folder, log=tmp_path / "log")
+    assert codes == [0] and "Traceback" not in text and "Exception ignored" not in text, text
+    for said in ("head: 141", "no stdin: 0", "ascii: 0", "no stderr: 0"):
+        assert said in text, text
+
+
+def test_what_is_no_reason_to_fail(tiny_folder, tmp_path):
+    """An adapter of another base, and a plot that cannot be drawn: a warning each, and the run goes on to its end."""
+    stranger = save_folder(random_model(1), tmp_path / "stranger")
+    config = LoraConfig()
+    save_adapter(apply_lora(random_model(1), config), tmp_path / "adapter", config, str(stranger))
+    out = tmp_path / "out"
+    (out / "loss.png").mkdir(parents=True)
+    flags = ["--model", tiny_folder, "--output-dir", out, "--device", "cpu", "--train.max-steps", 1, "--lora.from"]
+    flags += [tmp_path / "adapter", "--eval.no-enabled", "--checkpoint.every", -1, "--data.context-length", 512]
+    codes, text = run_script(ROOT / "recipes/lora_fsdp.py", *flags, log=tmp_path / "log")
+    assert codes == [0] and (out / "adapter/adapter_config.json").exists(), text
+    assert text.count("warning: ") == 2 and "error: " not in text
+    assert f"adapter was trained on {stranger}, as its adapter_config.json says" in text
+    assert "loss.png cannot be used" in text
+    assert f"next: python recipes/generate.py --model {tiny_folder} --adapter {out}/adapter --template none" in text
