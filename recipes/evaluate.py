@@ -1,7 +1,7 @@
 """Measure a model: its loss on rows, and tasks of lm-evaluation-harness; the base, with an adapter, or both side by side.
 
 python recipes/evaluate.py --model Llama-3.2-1B --data.dataset alpaca --data.path test.json
-python recipes/evaluate.py --model Llama-3.2-1B --adapter out/alpaca/adapter --compare --tasks arc_easy hellaswag
+python recipes/evaluate.py --model Llama-3.1-8B --adapter out/alpaca/adapter --compare --tasks arc_easy hellaswag
 torchrun --nproc_per_node 4 recipes/evaluate.py --model Llama-3.1-70B --tasks mmlu --num-fewshot 5 --output mmlu.json
 """
 

@@ -1,7 +1,7 @@
 """Ask a model: one prompt, a file of them, or a chat.
 
 python recipes/generate.py --model Llama-3.2-1B-Instruct --prompt "What is the capital of France?"
-python recipes/generate.py --model Llama-3.2-1B-Instruct --adapter out/alpaca/adapter --chat
+python recipes/generate.py --model Llama-3.1-8B --adapter out/alpaca/adapter --template none --prompt "Below is ..."
 torchrun --nproc_per_node 4 recipes/generate.py --model Llama-3.1-70B-Instruct --prompts questions.jsonl
 """
 

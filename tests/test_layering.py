@@ -119,3 +119,39 @@ def test_public_names_are_those_of_the_contract():
     import minillama.generate  # the module has the function's name
 
     assert all(callable(getattr(minillama, name)) for name in minillama.__all__)
+
+
+def test_modules_and_tools_need_only_what_is_declared():
+    """Each is imported where nothing is but the dependencies, with what they bring along, and not tyro's old rich."""
+    declared = {"torch", "numpy", "safetensors", "sentencepiece", "tiktoken", "jinja2", "tqdm", "tyro", "minillama"}
+    code = f"""
+import importlib.abc, re, runpy, sys
+from importlib.metadata import distribution, packages_distributions, requires
+from pathlib import Path
+name_of = lambda text: re.match(r"[\\w.-]+", text)[0].lower().replace("_", "-")
+needed, waiting = set(), list({declared!r})
+while waiting:
+    if (name := waiting.pop()) in needed:
+        continue
+    needed.add(name)
+    try:
+        waiting += [name_of(one) for one in requires(name) or () if "extra ==" not in one]
+    except importlib.metadata.PackageNotFoundError:
+        pass  # of another system
+needed.discard("rich")
+others = {{p for p, names in packages_distributions().items() if not needed & {{name_of(n) for n in names}}}}
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in others:
+            raise ModuleNotFoundError(f"{{name}} is not declared", name=name)
+sys.meta_path.insert(0, Absent())
+assert "transformers" in others and "rich" in others and "torch" not in others
+for file in sorted(Path({str(ROOT)!r}).glob("minillama/*.py")):
+    if file.stem not in ("__init__", "lm_eval"):  # the latter is the extra "eval"
+        importlib.import_module(f"minillama.{{file.stem}}")
+for file in sorted([*Path({str(ROOT)!r}).glob("recipes/*.py"), *Path({str(ROOT)!r}).glob("tools/*.py")]):
+    sys.path.insert(0, str(file.parent))
+    runpy.run_path(str(file), run_name="imported")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests")
+    assert run.returncode == 0, run.stderr
