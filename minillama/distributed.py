@@ -29,7 +29,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from minillama.errors import REMEDIES, UserError, disk_text
 from minillama.mapped import tell_of_cut_files
@@ -164,7 +163,8 @@ def _end(message: str) -> NoReturn:
 
 
 def _tell(message: str) -> None:
-    for bar in [*tqdm._instances] if hasattr(tqdm, "_instances") else ():  # else the message stands in its line
+    bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
+    for bar in [*bars]:  # else the message stands in its line
         bar.close()
     if _speaks_first():
         line = "" if rank() == 0 else "\n"  # rank 0's progress bar may be open
@@ -324,7 +324,9 @@ def on_rank_zero(task: Callable[[], T], group: dist.ProcessGroup | None = None) 
 
 def _text(error: Exception) -> str:
     """What is wrong, for the other ranks; "" of what is no user's mistake, which one rank alone tells of."""
-    return disk_text(error) if isinstance(error, OSError) else str(error) if isinstance(error, UserError) else ""
+    if isinstance(error, OSError):
+        return disk_text(error) if error.errno else str(error)
+    return str(error) if isinstance(error, UserError) else ""
 
 
 def _raise(failure: Exception | None, problems: list[str | None]) -> None:

@@ -44,7 +44,8 @@ def convert_at_once(source, targets):
 def test_two_writers_of_one_target(tiny_folder, tmp_path):
     targets = [tmp_path / f"meta{number}" for number in range(ROUNDS)]
     (_, first), (_, second) = _processes(convert_at_once, 2, tiny_folder, targets)
-    assert all(sorted(codes) == [0, 1] for codes in zip(first, second, strict=True)), (first, second)
+    # one is refused, or comes so late that it replaces what the other has finished
+    assert all(sorted(codes) in ([0, 0], [0, 1]) for codes in zip(first, second, strict=True)), (first, second)
     whole = sorted(file.stat().st_size for file in targets[0].iterdir())
     assert len(whole) == 3
     assert all(sorted(file.stat().st_size for file in target.iterdir()) == whole for target in targets)

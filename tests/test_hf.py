@@ -516,7 +516,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     with pytest.raises(UserError, match="do not fit their config"):
         save_pretrained(random_model(hidden_size=64), tmp_path / "out", base)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"out cannot be written: .*Not a directory"):
+    with pytest.raises(UserError, match=r"out cannot be written \(Not a directory\)"):
         save_pretrained(random_model(), tmp_path / "file/out", base)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "in"]
 

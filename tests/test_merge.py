@@ -132,7 +132,10 @@ def test_another_base_is_refused_by_name(tmp_path):
     merged(shutil.copytree(base, cached), "meta/Llama-1B")
     shutil.rmtree(tmp_path / "merged")
     for named in (str(base), "meta/Llama-1B"):
-        with pytest.raises(UserError, match=f"was trained on {named}, and .*Llama-1B-Instruct is not that model"):
+        with pytest.raises(
+            UserError,
+            match=f"was trained on {named}, as its adapter_config.json says, and .*Llama-1B-Instruct is not that model",
+        ):
             merged(other, named)
     with pytest.raises(
         UserError, match=r"Llama-1B is a model folder \(it has no adapter_config.json\): give the adapter/"

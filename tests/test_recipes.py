@@ -315,7 +315,7 @@ FLAGS = {
     "lora target": (["--lora.targets", "z_proj"], '"z_proj" matches no layer'),
     "output folder": (["--output-dir", "/proc/out"], "--output-dir /proc/out cannot be written"),
     "missing data": (["--data.path", "/none.json"], "/none.json does not exist"),
-    "impossible number": (["--optim.lr", "nan"], "--optim.lr nan: must be above 0"),
+    "impossible number": (["--optim.lr", "nan"], "--optim.lr nan: must be a finite number above 0"),
     "impossible seed": (["--seed", -1], "--seed -1: must be at least 0"),
     "fp16 moments": (
         ["--fsdp.precision", "fp16", "--optim.kind", "anyprecision"],
