@@ -3,15 +3,10 @@
 import atexit
 import ctypes
 import gc
-import io
 import math
 import os
 import platform
-import re
-import signal
 import sys
-import time
-import traceback
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -19,7 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,8 +25,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from minillama.errors import REMEDIES, UserError, disk_text
-from minillama.mapped import tell_of_cut_files
+from minillama.errors import UserError, disk_text
+from minillama.faults import processes, rank, user_errors
 from minillama.model import Llama
 from minillama.recompute import keep_some
 from minillama.rendezvous import fresh_store
@@ -89,11 +84,6 @@ class FsdpConfig:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
-def rank() -> int:
-    """This process's rank as the launcher says, 0 without one; needs no process group."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def say(text: str) -> None:
     """Prints once, on rank 0."""
     if rank() == 0:
@@ -114,135 +104,6 @@ def quiet_but_on_rank_zero() -> Iterator[None]:
             stack.enter_context(redirect_stdout(nowhere))
             stack.enter_context(redirect_stderr(nowhere))
         yield
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Ends the process with code 1 on a UserError, printed without a traceback, and once however many ranks make it; with
-    130 on Ctrl-C, with 141 if nobody reads what it prints. Any other exception is printed once, by the rank that had it.
-    What the terminal's encoding lacks is printed as an escape."""
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started us
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    tell_of_cut_files(_tell)
-    try:
-        yield
-    except KeyboardInterrupt:
-        if rank() == 0:
-            print("\ninterrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
-    except BrokenPipeError:  # whoever reads our output has seen enough
-        _speaks_first()
-        with suppress(io.UnsupportedOperation):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except UserError as error:
-        _end(str(error))
-    except OSError as error:
-        if error.filename is None and error.errno not in REMEDIES:
-            _end_of_fault()
-        _end(disk_text(error))
-    except (RuntimeError, MemoryError) as error:
-        if _someone_erred():  # the others are gone because of a mistake that one has named
-            sys.exit(1)
-        if problem := out_of_memory(error):
-            _end(f"{problem}: share it among more processes, or use what has more memory")
-        if "onnection" in str(error) or isinstance(error, dist.DistError):
-            _end_of_lost(error)
-        _end_of_fault()
-    except Exception:
-        _end_of_fault()
-
-
-def _end(message: str) -> NoReturn:
-    """Ends the process with code 1, and says why unless another rank has."""
-    _tell(message)
-    sys.exit(1)
-
-
-def _tell(message: str) -> None:
-    bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
-    for bar in [*bars]:  # else the message stands in its line
-        bar.close()
-    if _speaks_first():
-        line = "" if rank() == 0 else "\n"  # rank 0's progress bar may be open
-        print(f"{line}error: {message}", file=sys.stderr, flush=True)
-
-
-def _speaks_first() -> bool:
-    """Whether no other rank has said what is wrong: all usually make the same mistake, but sometimes only one does."""
-    if not dist.is_initialized():
-        return rank() == 0
-    try:
-        return dist.distributed_c10d._get_default_store().add("minillama/errors", 1) == 1
-    except dist.DistError:  # rank 0, which keeps the store without torchrun, has ended: it has spoken
-        return False
-
-
-def _end_of_fault() -> NoReturn:
-    """Ends the process with code 1 because of a fault that is not the user's: its traceback, with the rank that had it."""
-    if not _someone_erred() and (_speaks_first() or not dist.is_initialized()):
-        print(f"rank {rank()} has failed; this is a fault of the program, please report it:", file=sys.stderr)
-        traceback.print_exc()
-        sys.stderr.flush()
-    sys.exit(1)
-
-
-_processes: list[tuple[str, int]] = []
-"""(machine, process) of each rank"""
-
-
-def _end_of_lost(error: Exception) -> NoReturn:
-    """Ends the process with code 1 because another is gone; the first rank left on that machine says which."""
-    here, deadline = platform.node(), time.monotonic() + 1
-    mine = [number for number, (machine, _) in enumerate(_processes) if machine == here]
-    gone: dict[int, str | None] = {}
-    while not gone and time.monotonic() < deadline:  # connections close a moment before the process is gone
-        gone = {number: how for number in mine if (how := _end_of_process(_processes[number][1])) is not None}
-        time.sleep(0.05)
-    left = [number for number in mine if number not in gone]
-    if gone and all(how == "" for how in gone.values()):  # it has said why
-        sys.exit(1)
-    if gone and rank() == left[0]:
-        names = ", ".join(f"rank {number}{how and f' ({how})'}" for number, how in gone.items())
-        print(f"\nerror: {names} is gone: out of memory perhaps, or killed by someone; see `dmesg`", file=sys.stderr)
-    elif not gone and rank() == mine[0]:
-        reason = str(error).partition("\n")[0]
-        print(f"\nerror: a process of another machine is gone, see what it printed ({reason})", file=sys.stderr)
-    sys.exit(1)
-
-
-def _end_of_process(number: int) -> str | None:
-    """How a process of this machine ended: "" if by itself, with an error; None if it lives."""
-    try:
-        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "its process has ended"
-    if fields[0] not in "ZX":
-        return None
-    code = int(fields[-1])
-    return f"killed by {signal.Signals(code & 127).name}" if code & 127 else ""
-
-
-def out_of_memory(error: BaseException) -> str | None:
-    """What to say of it if it is PyTorch's or Python's way of saying that memory has run out; None if it is not."""
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-    if not known:
-        return None
-    asked = re.search(r"allocate ([\d.]+) (bytes|[KMG]iB)", str(error))
-    units = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-    return "out of memory" + (
-        f", asked for another {float(asked[1]) * units[asked[2]] / 2**20:.4g} MiB" if asked else ""
-    )
-
-
-def _someone_erred() -> bool:
-    try:
-        return dist.is_initialized() and dist.distributed_c10d._get_default_store().check(["minillama/errors"])
-    except dist.DistError:
-        return False
 
 
 @contextmanager
@@ -273,8 +134,8 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0) -> Ite
     else:  # no launcher, so no address to meet at either
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     finished = False
-    _processes[:] = [("", 0)] * dist.get_world_size()
-    dist.all_gather_object(_processes, (platform.node(), os.getpid()))
+    processes[:] = [("", 0)] * dist.get_world_size()
+    dist.all_gather_object(processes, (platform.node(), os.getpid()))
     try:
         with user_errors():
             yield device

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minillama.distributed import FsdpConfig, local, out_of_memory, rank
+from minillama.distributed import FsdpConfig, local, rank
 from minillama.errors import UserError
+from minillama.faults import out_of_memory
 from minillama.profiling import peak_memory_gib
 
 if TYPE_CHECKING:

@@ -19,16 +19,9 @@ import tyro
 from tqdm import tqdm
 
 from minillama.datasets import DataConfig
-from minillama.distributed import (
-    Device,
-    on_rank_zero,
-    process_group,
-    quiet_but_on_rank_zero,
-    rank,
-    say,
-    user_errors,
-)
+from minillama.distributed import Device, on_rank_zero, process_group, quiet_but_on_rank_zero, rank, say
 from minillama.errors import UserError
+from minillama.faults import user_errors
 from minillama.files import write_json
 from minillama.help import filled
 from minillama.hf import read_config

@@ -25,9 +25,9 @@ from minillama.distributed import (
     say,
     set_dtypes,
     shard,
-    user_errors,
 )
 from minillama.errors import UserError
+from minillama.faults import user_errors
 from minillama.help import filled
 from minillama.hf import check_weights, load_weights, read_config, save_pretrained
 from minillama.hub import find_model

@@ -16,17 +16,9 @@ from typing import Any, Literal
 import tyro
 
 from minillama.datasets import tools_of
-from minillama.distributed import (
-    Device,
-    on_rank_zero,
-    patient_group,
-    process_group,
-    quiet_but_on_rank_zero,
-    rank,
-    say,
-    user_errors,
-)
+from minillama.distributed import Device, on_rank_zero, patient_group, process_group, quiet_but_on_rank_zero, rank, say
 from minillama.errors import UserError
+from minillama.faults import user_errors
 from minillama.generate import check_settings, stream
 from minillama.help import filled
 from minillama.hf import read_config

@@ -36,9 +36,9 @@ from minillama.distributed import (
     say,
     set_dtypes,
     shard,
-    user_errors,
 )
 from minillama.errors import UserError
+from minillama.faults import user_errors
 from minillama.help import filled
 from minillama.hf import check_weights, load_weights, read_config
 from minillama.hub import find_model, model_name

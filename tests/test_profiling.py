@@ -15,8 +15,9 @@ from test_recipes import FAST, RECIPES, check_refused, data, metrics, run  # noq
 from torch.utils.checkpoint import checkpoint
 
 from minillama.attention import BACKENDS
-from minillama.distributed import FsdpConfig, out_of_memory
+from minillama.distributed import FsdpConfig
 from minillama.errors import UserError
+from minillama.faults import out_of_memory
 from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.lora import LoraConfig, apply_lora
 from minillama.memory import FRAGMENTS, REST, held_bytes, remedies

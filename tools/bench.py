@@ -499,7 +499,7 @@ def main(bench: Bench) -> None:
 if __name__ == "__main__":
     import tyro
 
-    from minillama.distributed import user_errors
+    from minillama.faults import user_errors
     from minillama.help import filled
 
     with user_errors():

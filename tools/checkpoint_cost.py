@@ -24,8 +24,8 @@ from minillama.distributed import (
     process_group,
     set_dtypes,
     shard,
-    user_errors,
 )
+from minillama.faults import user_errors
 from minillama.help import filled
 from minillama.model import Llama, LlamaConfig
 from minillama.optim import OptimConfig, make_optimizer

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from minillama.adapters import peft_config, peft_name, write_adapter
 from minillama.checkpoint import CheckpointConfig, Checkpoints
-from minillama.distributed import process_group, user_errors
+from minillama.distributed import process_group
+from minillama.faults import user_errors
 from minillama.help import filled
 from minillama.hf import adapter_parameters, from_pretrained, read_config, weights_fingerprint
 from minillama.lora import LoraConfig, apply_lora

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 import tyro
 
-from minillama.distributed import user_errors
 from minillama.errors import UserError
+from minillama.faults import user_errors
 from minillama.files import check_unused, folder_size, new_folder, size_text, write_json
 from minillama.help import filled
 from minillama.hf import check_weights, companions, copy_files, read_config, write_hf, write_model

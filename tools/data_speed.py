@@ -20,7 +20,7 @@ import tyro
 
 from minillama.cache import open_packed, prepare
 from minillama.datasets import DataConfig, Source, encode_rows
-from minillama.distributed import user_errors
+from minillama.faults import user_errors
 from minillama.help import filled
 from minillama.packing import collate
 from minillama.rows import read_rows

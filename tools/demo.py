@@ -25,8 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import minillama
 from minillama.datasets import BUNDLED
-from minillama.distributed import user_errors
 from minillama.errors import UserError
+from minillama.faults import user_errors
 from minillama.help import filled
 
 ROOT = Path(__file__).parents[1]

@@ -19,8 +19,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from minillama.distributed import user_errors
 from minillama.errors import UserError
+from minillama.faults import user_errors
 from minillama.files import is_plain, size_text
 from minillama.help import filled
 from minillama.hub import HUB_ID, SMALL_FILES, check_found, explained, weight_files

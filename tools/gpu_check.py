@@ -304,7 +304,7 @@ def main(flags: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    from minillama.distributed import user_errors
+    from minillama.faults import user_errors
 
     with user_errors():
         sys.exit(main(parse()))

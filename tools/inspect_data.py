@@ -18,7 +18,8 @@ import tyro
 
 from minillama.cache import open_packed, prepare, refused_rows
 from minillama.datasets import FIELDS, DataConfig, training_sources
-from minillama.distributed import say, user_errors
+from minillama.distributed import say
+from minillama.faults import user_errors
 from minillama.help import filled
 from minillama.hub import find_model
 from minillama.packing import Packed

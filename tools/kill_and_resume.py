@@ -26,7 +26,7 @@ import tyro
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from minillama.distributed import user_errors
+from minillama.faults import user_errors
 from minillama.help import filled
 
 MEASURED = {"tokens_per_s", "tflops", "mfu", "peak_memory_gib", "data_wait_s"}

@@ -28,8 +28,8 @@ from minillama.distributed import (
     say,
     set_dtypes,
     shard,
-    user_errors,
 )
+from minillama.faults import user_errors
 from minillama.help import filled
 from minillama.hf import load_weights, read_config
 from minillama.lora import LoraConfig, apply_lora

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from minillama.distributed import user_errors
+from minillama.faults import user_errors
 from minillama.files import check_unused, folder_size, size_text
 from minillama.help import filled
 from minillama.hub import find_model

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from minillama.distributed import user_errors
 from minillama.errors import UserError
+from minillama.faults import user_errors
 from minillama.help import filled
 from minillama.metrics import plot_loss
 
