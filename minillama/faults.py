@@ -15,7 +15,6 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from minillama.errors import REMEDIES, UserError, disk_text
 from minillama.mapped import tell_of_cut_files
@@ -73,7 +72,8 @@ def _end(message: str) -> NoReturn:
 
 
 def _tell(message: str) -> None:
-    for bar in [*tqdm._instances] if hasattr(tqdm, "_instances") else ():  # else the message stands in its line
+    progress = sys.modules.get("tqdm")  # the model alone does without
+    for bar in [*getattr(progress and progress.tqdm, "_instances", ())]:  # else the message stands in its line
         bar.close()
     if _speaks_first():
         line = "" if rank() == 0 else "\n"  # rank 0's progress bar may be open
