@@ -191,6 +191,8 @@ class Metrics:
         if self.file is None:
             return
         line = {key: value if math.isfinite(value) else None for key, value in line.items()}  # JSON has no NaN
+        if os.fstat(self.file.fileno()).st_nlink == 0:
+            raise UserError(f"{self.file.name} was removed while the run wrote to it: leave --output-dir as it is")
         end, rest = self.file.tell(), (json.dumps(line) + "\n").encode()
         try:
             while rest:

@@ -84,8 +84,11 @@ def test_a_full_disk_is_one_message_and_no_half_line(tmp_path):
             plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    metrics.file.close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole and not (tmp_path / "loss.png").exists()
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics\.jsonl was removed while the run wrote to it"):
+        metrics._write({"step": 2, "loss": 1.0})
+    metrics.file.close()
     (tmp_path / "folder/metrics.jsonl/x").mkdir(parents=True)
     with pytest.raises(UserError, match=r"metrics\.jsonl cannot be .* \(Is a directory\)"):
         _reopen(tmp_path / "folder/metrics.jsonl", Progress(window=1))
