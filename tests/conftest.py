@@ -105,7 +105,7 @@ def _processes(target: Callable[..., Any], world_size: int, *args: Any) -> list[
 
 def _start(target: Callable[..., Any], world_size: int, *args: Any) -> tuple[list[Any], Callable[[], list[Any]]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the server finds preload.py
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # where the server finds preload.py
         forkserver.ensure_running()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
