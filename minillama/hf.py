@@ -334,6 +334,7 @@ def from_pretrained(
         dtype = weights.dtype(name)
     with torch.device("meta"):
         model = Llama(config).to(dtype)
+    check_weights(model, folder)  # before any memory is taken for sizes that the config alone has
     materialise(model, device)
     load_weights(model, folder)
     return model.eval().requires_grad_(False)

@@ -143,17 +143,23 @@ def unreadable_text(folder: Path, problem: str, name: str, rank: int = 0) -> str
 
 
 def _missing(folder: Path, names: list[str]) -> str | None:
-    """What to say of files that no rank has; None if all ranks see all of them, at last. Raises UserError if some do not."""
-    for wait in (*WAITS, None):
+    """What to say of files that no rank has, however often all look; None if all ranks see all of them, at last.
+
+    Raises UserError if some do not.
+    """
+    for tries, wait in enumerate((*WAITS, None)):
         unseen = {name: problem for name in names if (problem := _unseen(folder / name))}
         everywhere = _gather(unseen)
-        nowhere = [name for name in names if all(of_rank.get(name) == ABSENT for of_rank in everywhere)]
-        if nowhere:
-            return f"{nowhere[0]} is missing"
         if not any(everywhere):
             return None
-        if wait is not None:
-            time.sleep(wait)
+        if wait is None:
+            break
+        if tries == 0:
+            name = next(name for of_rank in everywhere for name in of_rank)
+            say(f"{folder / name} is not to be seen everywhere: looking again, for a minute")
+        time.sleep(wait)
+    if nowhere := [name for name in names if all(of_rank.get(name) == ABSENT for of_rank in everywhere)]:
+        return f"{nowhere[0]} is missing"
     rank, of_rank = next((rank, of_rank) for rank, of_rank in enumerate(everywhere) if of_rank)
     name, problem = next(iter(of_rank.items()))
     raise UserError(unreadable_text(folder, problem, name, rank))

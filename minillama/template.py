@@ -33,8 +33,8 @@ MEMORY, MEMORY_A_CHARACTER = 2**27, 64
 """Bytes it may take"""
 LENGTH, LENGTH_A_CHARACTER = 2**24, 16
 """Characters of a text, or items of a list, that it may make"""
-LONGEST = 2**20
-"""Characters of a template"""
+LONGEST = 2**17
+"""Characters of a template: those in use have up to 2**15, and to compile one takes up to 14 seconds a million"""
 BITS = 10_000
 """Of a whole number"""
 UNBOUNDED = ("lipsum", "pprint", "striptags", "urlize", "wordwrap", "xmlattr")
@@ -66,7 +66,7 @@ _limits = _Limits()
 _one_at_a_time = threading.Lock()
 """The bound of memory is the whole process's"""
 _hopeless: dict[str, str] = {}
-"""Templates that have passed a bound, and why: not tried again for each row of a data set"""
+"""Templates that have passed a bound, or cannot be compiled, and why: not tried again for each row of a data set"""
 
 
 def render(
@@ -87,24 +87,28 @@ def render(
         _limits.patience, _limits.deadline = time.monotonic() + _limits.seconds, math.inf
         _limits.length = LENGTH + LENGTH_A_CHARACTER * size
         _limits.marked, _limits.now = marked, now
+        compiled = None
         try:
             with _bounded_memory(MEMORY + MEMORY_A_CHARACTER * size):
-                return _join(_compile(template).generate(variables))
+                compiled = _compile(template)
+                return _join(compiled.generate(variables))
         except _TooMuch as error:
             problem = _hopeless[template] = _stopped(str(error))
-        except MemoryError:
+        except (MemoryError, SystemError):  # the latter where C code of Python's has not said why it failed
             problem = _hopeless[template] = _stopped(f"takes more than {MEMORY >> 20} MiB of memory")
         except RecursionError:
-            problem = (
-                "fails on this conversation: it calls itself without end, or what it is given is nested too deeply"
-            )
+            problem = "it calls itself without end, or what it is given is nested too deeply"
         except TemplateError as error:
-            problem = f"fails on this conversation: {error}"
+            problem = str(error)
         except Exception as error:  # it is code: whatever Python's operators, methods and filters raise
-            problem = f"fails on this conversation: {type(error).__name__}: {error}"
+            problem = f"{type(error).__name__}: {error}"
         finally:
             _limits.patience = _limits.length = math.inf
             _limits.marked = None
+        if template not in _hopeless:
+            problem = f"fails{' on this conversation' if compiled else ''}: {problem}"
+        if compiled is None:
+            _hopeless[template] = problem
     raise UserError(f"{where}: the chat template {problem}")
 
 

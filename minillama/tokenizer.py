@@ -360,10 +360,32 @@ def _pattern(path: Path, pre_tokenizer: dict[str, Any]) -> str:
     isolated = first and first[0].get("behavior") == "Isolated" and not first[0].get("invert")
     if kinds == ["Split", "ByteLevel"] and isolated and not last.get("use_regex", True):
         regex = first[0]["pattern"].get("Regex")
+        if regex is not None and may_hang(regex):
+            raise UserError(
+                f"{path}: the pre-tokenizer's expression {regex!r:.80} may take for ever, and is not supported"
+            )
         pattern = regex if regex is not None else re.escape(first[0]["pattern"]["String"])
         # Text that the expression does not match is a piece too; tiktoken would drop it.
         return pattern if regex == LLAMA3_PATTERN else rf"{pattern}|(?:(?!{pattern})[\s\S])+"
     raise UserError(f"{path}: the pre-tokenizer {' + '.join(kinds)} with these settings is not supported")
+
+
+def may_hang(pattern: str) -> bool:
+    """Whether tiktoken may try exponentially many ways to match a text: where the pattern refers back to a group, or
+    repeats a group that looks around. Also where this reading of it cannot tell."""
+    classes, groups = r"\[\^?\]?(?:\\.|[^\[\]\\])*\]", r"\((?:\?(?:<?[=!]|>|[imsu-]*[:)]|))?"
+    looks = [False]  # whether what is inside looks around, of each open group
+    for part in re.findall(rf"\\.|{classes}|{groups}|\)[*+?{{]?|[\s\S]", pattern):
+        if re.fullmatch(r"\\[1-9kg]|\[|\(\?", part):
+            return True
+        if part.startswith("(") and not part.endswith(")"):  # not flags alone
+            looks.append(part[2:3] in tuple("<=!>"))
+        elif part.startswith(")"):
+            inside = looks.pop()
+            if not looks or (inside and len(part) > 1):
+                return True
+            looks[-1] |= inside
+    return len(looks) > 1
 
 
 def _from_sentencepiece(path: Path, content: bytes, names: dict[str, Any], day: date) -> Tokenizer:
@@ -374,7 +396,8 @@ def _from_sentencepiece(path: Path, content: bytes, names: dict[str, Any], day: 
     except RuntimeError:
         raise UserError(f"{path}: neither a tiktoken nor a sentencepiece file; download it again") from None
     size = model.get_piece_size()
-    special = {model.id_to_piece(n): {"id": n} for n in range(size) if model.is_control(n) or model.is_unknown(n)}
+    pieces = [model.id_to_piece(n) for n in range(size)]  # all: it fails where one is no text
+    special = {pieces[n]: {"id": n} for n in range(size) if model.is_control(n) or model.is_unknown(n)}
     json_file = path.with_name("tokenizer.json")
     data = read_json(json_file) if json_file.exists() else {}
     special |= {token["content"]: token for token in data.get("added_tokens", [])} | names["added_tokens"]

@@ -83,8 +83,8 @@ def space(names: dict[str, Any], data: dict[str, Any]) -> Space:
     ):  # the settings decide, whatever the json has
         if names.get("add_prefix_space") is False:
             return "never"
-        # Of "legacy" transformers 4 makes what the model does, and 5 but where a stretch begins with a space.
-        return "each" if names.get("legacy") else "first"
+        # as transformers 5; of "legacy" 4 made "each", which differs where a stretch begins with a space
+        return "always" if names.get("legacy") else "first"
     steps = [data.get("pre_tokenizer") or {}, data.get("normalizer") or {}]
     steps += [step for outer in steps for step in outer.get("pretokenizers", outer.get("normalizers", []))]
     kinds = {step.get("type"): step for step in steps}

@@ -20,14 +20,14 @@ def tokenizer_json(model: bytes, *, add_bos: bool = True) -> dict[str, Any] | No
 
     try:
         known = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError:
+        ids = range(known.get_piece_size())
+        pieces = [known.id_to_piece(id_) for id_ in ids]
+    except (RuntimeError, UnicodeDecodeError):
         return None
     sample = "\ufb01 \uff21"  # a ligature and a wide letter, which NFKC would replace
     dummy_prefix = known.normalize("a").startswith("▁")
     if known.normalize(sample).removeprefix("▁") != sample.replace(" ", "▁"):
         return None
-    ids = range(known.get_piece_size())
-    pieces = [known.id_to_piece(id_) for id_ in ids]
     special = {id_ for id_ in ids if known.is_control(id_) or known.is_unknown(id_)}
     scores = {
         pieces[id_]: known.get_score(id_)

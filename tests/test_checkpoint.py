@@ -258,6 +258,7 @@ def damage(folder, random):
 
 
 def find_damaged(mesh, out):
+    resume_module.WAITS = ()
     ways = set()
     for seed in range(100):
         random = np.random.default_rng(seed)
@@ -287,6 +288,23 @@ def test_a_hundred_damaged_checkpoints_are_refused_by_name(tiny_folder, tmp_path
     assert {MARK, ".metadata", "__0_0.distcp", "__1_0.distcp", "model", "optimizer", "random"} <= {
         name for _, name in ways
     }
+
+
+def find_what_none_sees_for_a_while(mesh, out):
+    """As where all ranks are on another machine than the one that wrote."""
+    resume_module.WAITS = (0, 0)
+    newest = out / "sharded/checkpoints/step-00000002"
+    real = resume_module._unseen
+    for hidden in (MARK, "__0_0.distcp"):
+        tries = []
+
+        def late(file, hidden=hidden, tries=tries):
+            tries.extend([file.name] if file.name == hidden else ())
+            return resume_module.ABSENT if file.name == hidden and len(tries) < 3 else real(file)
+
+        resume_module._unseen = late
+        assert found(out / "sharded").folder == newest and len(tries) == 3
+    return newest.exists()
 
 
 def find_on_a_slow_disk(mesh, out):
@@ -323,6 +341,7 @@ def find_on_a_slow_disk(mesh, out):
 
 def test_what_one_rank_cannot_see_or_read_is_not_damaged(tiny_folder, tmp_path):
     run_ranks(make_two, 2, tiny_folder, tmp_path)
+    assert run_ranks(find_what_none_sees_for_a_while, 1, tmp_path) == [True]
     first, second = run_ranks(find_on_a_slow_disk, 2, tmp_path)
     assert first == second and first["seen late"] == first["read late"] == 2
     assert "step-00000002/.metadata cannot be read on rank 1 (not there)" in first["never seen"]

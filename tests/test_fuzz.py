@@ -117,7 +117,7 @@ def mutated(content, rng, values=()):
                 (parent[key] + 1, parent[key] * 2, parent[key] // 2, -parent[key], str(parent[key])[:99])
             )
         elif way == 4:
-            parent[key] = rng.choice(([parent[key]], {"a": parent[key]}, nested(rng.choice((20, 100, 900)))))
+            parent[key] = rng.choice(([parent[key]], {"a": parent[key]}, nested(rng.choice((20, 100, 250)))))
         else:
             parent[key] = rng.choice([*VALUES, *values])
     text = json.dumps(content).encode()
@@ -129,7 +129,14 @@ def mutated(content, rng, values=()):
         text = text[:at] + bytes([rng.randrange(256)]) + text[at + 1 :]
     elif way == 2:
         text = rng.choice(
-            (b"", b"\xef\xbb\xbf" + text, text.decode().encode("utf-16"), b"[" * 200_000, b'{"a":' * 200_000)
+            (
+                b"",
+                b"\xef\xbb\xbf" + text,
+                text.decode().encode("utf-16"),
+                b"[" * 900 + b"]" * 900,
+                b"[" * 200_000,
+                b'{"a":' * 200_000,
+            )
         )
     return text
 

@@ -162,6 +162,8 @@ def test_a_single_file_counts_before_an_index(tmp_path, monkeypatch, capsys):
     [
         ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000, and they are of 3 layers"),
         ({"vocab_size": 2**60}, "vocab_size 1152921504606846976: no Llama is that large"),
+        ({"hidden_size": 2**24}, r"the config asks for \[512, 16777216\]"),
+        ({"intermediate_size": 2**24, "vocab_size": 2**24}, r"the config asks for \[16777216, 32\]"),
         ({"num_attention_heads": 2**22, "head_dim": 64}, r"num_attention_heads \* head_dim 268435456: no Llama"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan, where a float belongs"),
         ({"model_type": "mistral"}, "architecture is not supported"),

@@ -57,7 +57,7 @@ STOPPED = {
     "{{ ('a' * 10**7).replace('', 'b' * 10**7) }}": "takes more than 128 MiB",
     "{{ messages | tojson(indent=10**10) }}": "takes more than 128 MiB",
     "{{ (['a' * 10**7] * 99999) | map('upper') | map('length') | sum }}": "computes for more than 0.2 seconds",
-    "a" * (2**20 + 1): "has more than 1,048,576 characters",
+    "a" * (2**17 + 1): "has more than 131,072 characters",
 }
 
 
@@ -82,6 +82,15 @@ def test_what_has_passed_a_bound_is_not_tried_for_each_row(monkeypatch):
         started = time.thread_time()
         with pytest.raises(UserError, match=r"more than 0\.5 seconds"):
             rendered(template, messages)
+        assert time.thread_time() - started < most
+
+
+def test_what_cannot_be_compiled_is_not_tried_for_each_row():
+    template = "{{ a" + ".b" * 40_000 + " }}"
+    for most in (5, 0.05):
+        started = time.thread_time()
+        with pytest.raises(UserError, match="the chat template fails: it calls itself"):
+            rendered(template)
         assert time.thread_time() - started < most
 
 

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer
 
 from minillama.errors import UserError
-from minillama.tokenizer import LLAMA3_PATTERN, load_tokenizer
+from minillama.tokenizer import DIGITS_GPT2_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, load_tokenizer, may_hang
 from minillama.tokenizer_json import tokenizer_json
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -246,6 +246,7 @@ def metaspace(scheme):
     ("settings", "change", "expected"),
     [
         ({"tokenizer_class": "LlamaTokenizer", "legacy": False}, {}, "first"),
+        ({"tokenizer_class": "LlamaTokenizer", "legacy": True}, {}, "always"),
         ({"tokenizer_class": "LlamaTokenizerFast"}, {}, "first"),
         ({"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_prefix_space": False}, {}, "never"),
         ({"legacy": False, "add_prefix_space": False}, {}, "each"),  # without that class tokenizer.json decides
@@ -348,6 +349,31 @@ def test_import_loads_no_engine():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+ENDLESS = (
+    r"(a+)+\1b|.",
+    r"(?:a(?!c)|aa(?!c))+d|.",
+    r"(?:(?:a(?=a|b)|aa)b?)*c",
+    r"(?:a(?>a)|aa)+b",
+    r"(?<x>a+)+\k<x>b|.",
+    r"([[x])]a(?!c)|aa(?!c)[[x](])+d",
+    r"(?x)(# (\n a(?!c)|aa)+d",
+)
+
+
+def expression(regex):
+    return lambda data: data["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=regex)
+
+
+def test_expressions_of_published_tokenizers_may_stay():
+    gpt4o = (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    deepseek = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|\s+(?!\S)|\s+"
+    for regex in (LLAMA3_PATTERN, GPT2_PATTERN, DIGITS_GPT2_PATTERN, gpt4o, deepseek, r"\p{N}{1,3}(?=(?:\p{N}{3})*\b)"):
+        assert not may_hang(regex)
+
+
 def drop_from_vocabulary(data):
     left, right = data["model"]["merges"][-1]
     del data["model"]["vocab"][left + right]
@@ -363,6 +389,7 @@ def merge_again_late(data):
         (lambda data: data["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), "add_prefix_space"),
         (lambda data: data["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"), r"Split \+ ByteLevel"),
         (lambda data: data["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="("), "expression"),
+        *((expression(bad), "may take for ever") for bad in ENDLESS),
         (lambda data: data.update(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
         (lambda data: data["model"].update(unk_token="a"), "unk_token"),
         (lambda data: data["added_tokens"][0].update(single_word=True), "single_word"),
@@ -392,6 +419,11 @@ def test_errors_name_the_file_and_the_remedy(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg==\n")
     with pytest.raises(UserError, match=r"not a tiktoken file"):
         load_tokenizer(tmp_path)
+    model = write_sentencepiece(tmp_path / "pieces") / "tokenizer.model"
+    model.write_bytes(model.read_bytes().replace(b"\xe2\x96\x81the", b"\xe2\x96\xfft\xffe"))
+    with pytest.raises(UserError, match=r"damaged \(UnicodeDecodeError"):
+        load_tokenizer(model)
+    assert tokenizer_json(model.read_bytes()) is None
     folder = write_json(tmp_path / "json", smollm_like())
     with pytest.raises(UserError, match=r"no end-of-text token"):
         load_tokenizer(folder)

@@ -26,6 +26,7 @@ from minillama.distributed import (
     shard,
 )
 from minillama.faults import user_errors
+from minillama.files import check_unused
 from minillama.help import filled
 from minillama.model import Llama, LlamaConfig
 from minillama.optim import OptimConfig, make_optimizer
@@ -48,6 +49,7 @@ class Cost:
 
 
 def measure(cost: Cost) -> None:
+    check_unused(cost.folder)  # whose checkpoints are removed
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
     fsdp = FsdpConfig(strategy="full-shard", precision="mixed")
     with process_group(cost.device) as device:

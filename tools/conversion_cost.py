@@ -24,6 +24,7 @@ from minillama.adapters import peft_config, peft_name, write_adapter
 from minillama.checkpoint import CheckpointConfig, Checkpoints
 from minillama.distributed import process_group
 from minillama.faults import user_errors
+from minillama.files import check_unused
 from minillama.help import filled
 from minillama.hf import adapter_parameters, from_pretrained, read_config, weights_fingerprint
 from minillama.lora import LoraConfig, apply_lora
@@ -102,6 +103,7 @@ def measured(command: list[str]) -> tuple[float, float]:
 
 
 def main(cost: Cost) -> None:
+    check_unused(cost.folder)  # which is removed at the end
     base, adapter = cost.folder / "base", cost.folder / "adapter"
     make_base(base, cost.layers)
     make_adapter(base, adapter)

@@ -21,6 +21,7 @@ import tyro
 from minillama.cache import open_packed, prepare
 from minillama.datasets import DataConfig, Source, encode_rows
 from minillama.faults import user_errors
+from minillama.files import check_unused
 from minillama.help import filled
 from minillama.packing import collate
 from minillama.rows import read_rows
@@ -132,6 +133,7 @@ def measured(work: Callable[[Config, Any], None], config: Config) -> tuple[float
 
 
 def main(config: Config) -> None:
+    check_unused(config.folder)
     config.folder.mkdir(parents=True, exist_ok=True)
     size = write_rows(config, config.folder / "rows.jsonl") / 1e6
     print(f"{size:.0f} MB, {config.processes} processes", flush=True)

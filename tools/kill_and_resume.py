@@ -12,7 +12,6 @@ import json
 import os
 import random
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from minillama.faults import user_errors
+from minillama.files import check_unused
 from minillama.help import filled
 
 MEASURED = {"tokens_per_s", "tflops", "mfu", "peak_memory_gib", "data_wait_s"}
@@ -37,7 +37,7 @@ class Kills:
     """Kill and resume."""
 
     folder: Path
-    """For what the two runs leave; made anew"""
+    """A new folder, for what the two runs leave"""
     model: Path
     """A small one, or it takes long"""
     recipe: Path = Path("recipes/lora_fsdp.py")
@@ -135,8 +135,8 @@ def state(out: Path) -> dict[str, torch.Tensor]:
 
 
 def main(args: Kills) -> None:
-    shutil.rmtree(args.folder, ignore_errors=True)
-    args.folder.mkdir(parents=True)
+    check_unused(args.folder)
+    args.folder.mkdir(parents=True, exist_ok=True)
     whole, killed = args.folder / "whole", args.folder / "killed"
     assert start(args, whole).wait() == 0, f"see {whole}.log"
     hits = disturb(args, killed)

@@ -22,6 +22,7 @@ from minillama.distributed import (
     local,
     make_mesh,
     materialise,
+    on_rank_zero,
     process_group,
     quiet_but_on_rank_zero,
     rank,
@@ -30,6 +31,7 @@ from minillama.distributed import (
     shard,
 )
 from minillama.faults import user_errors
+from minillama.files import check_unused
 from minillama.help import filled
 from minillama.hf import load_weights, read_config
 from minillama.lora import LoraConfig, apply_lora
@@ -57,6 +59,7 @@ class Args:
 
 def make_checkpoint(folder: Path) -> None:
     """Random weights in Hugging Face's format, one file a layer."""
+    check_unused(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SHAPE))
     with torch.device("meta"):
@@ -78,9 +81,8 @@ def anonymous_mib() -> float:
 
 def main(args: Args) -> None:
     with process_group("cpu") as device:
-        if rank() == 0 and not (args.folder / "model.safetensors.index.json").exists():
-            make_checkpoint(args.folder)
-        dist.barrier()
+        if not on_rank_zero(lambda: (args.folder / "model.safetensors.index.json").exists()):
+            on_rank_zero(lambda: make_checkpoint(args.folder))
         with torch.device("meta"):
             model = Llama(read_config(args.folder)).requires_grad_(False)
         apply_lora(model, LoraConfig())
