@@ -205,7 +205,7 @@ def test_template_errors_carry_its_message(tmp_path):
     tokenizer = tokenizer_with(tmp_path, "im_start{{ raise_exception('roles must alternate') }}")
     with pytest.raises(UserError, match=r"tokenizer_config\.json: .*roles must alternate"):
         tokenizer.encode_chat(DIALOG)
-    with pytest.raises(UserError, match="fails on this conversation"):
+    with pytest.raises(UserError, match="the chat template fails: Expected an expression"):
         tokenizer_with(tmp_path, "{% for %}").chat_prompt(DIALOG)
     with pytest.raises(UserError, match="unsafe"):
         tokenizer_with(tmp_path, "{{ messages.__class__.__mro__ }}").chat_prompt(DIALOG)
