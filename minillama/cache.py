@@ -403,7 +403,7 @@ def _built(folder: Path, build: Callable[[Path], None]) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(f"{folder.name}.lock")) as locked:
-            if _is_sound(folder):  # now
+            if folder.exists() and _problem_of(folder) is None:  # now
                 return folder
             if folder.exists():  # runs that have mapped it keep what they have
                 folder.rename(folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part"))

@@ -59,7 +59,7 @@ def user_errors() -> Iterator[None]:
         if problem := out_of_memory(error):
             _end(f"{problem}: share it among more processes, or use what has more memory")
         if "onnection" in str(error) or isinstance(error, dist.DistError):
-            _end_of_lost(error)
+            _end_if_lost(error)
         _end_of_fault()
     except Exception:
         _end_of_fault()
@@ -103,14 +103,19 @@ processes: list[tuple[str, int]] = []
 """(machine, process) of each rank"""
 
 
-def _end_of_lost(error: Exception) -> NoReturn:
-    """Ends the process with code 1 because another is gone; the first rank left on that machine says which."""
+def _end_if_lost(error: Exception) -> None:
+    """Ends the process with code 1 if another is gone; the first rank left on that machine says which.
+
+    Returns if all are on this machine, and there: the connection is not at fault.
+    """
     here, deadline = platform.node(), time.monotonic() + 1
     mine = [number for number, (machine, _) in enumerate(processes) if machine == here]
     gone: dict[int, str | None] = {}
     while not gone and time.monotonic() < deadline:  # connections close a moment before the process is gone
         gone = {number: how for number in mine if (how := _end_of_process(processes[number][1])) is not None}
         time.sleep(0.05)
+    if not gone and len(mine) == len(processes):
+        return
     left = [number for number in mine if number not in gone]
     if gone and all(how == "" for how in gone.values()):  # it has said why
         sys.exit(1)

@@ -21,7 +21,7 @@ def tell_of_cut_files(end: Callable[[str], object]) -> None:
         def on_bus_error(number: int) -> None:
             try:
                 names = ", ".join(cut_files()) or "a file that is being read"
-                end(f"{names} was cut short while it was read, or its disk has failed: write it anew")
+                end(f"{names} was cut short while it was read, or its disk has failed: write it again")
             finally:
                 os._exit(1)
 

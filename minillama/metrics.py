@@ -36,16 +36,16 @@ class LogConfig:
     """Steps between lines of metrics.jsonl. Loss, counts and speed are those of all steps since the last line, lr and
     grad_norm those of the last step."""
     tensorboard: bool = False
-    """Also write TensorBoard files to OUTPUT_DIR/tensorboard (needs minillama[tensorboard])."""
+    """Also write TensorBoard files to OUTPUT_DIR/tensorboard (needs the package tensorboard)."""
     wandb: bool = False
-    """Also log to Weights & Biases, set up by its own environment variables (needs minillama[wandb])."""
+    """Also log to Weights & Biases, set up by its own environment variables (needs the package wandb)."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise UserError(f"--log.every {self.every}: must be at least 1")
         for name in ("tensorboard", "wandb"):
             if getattr(self, name) and find_spec(name) is None:
-                raise UserError(f'--log.{name} needs the package: pip install "minillama[{name}]"')
+                raise UserError(f"--log.{name} needs a package: pip install {name}")
 
 
 LOSSES = {"loss", "eval_loss"}

@@ -443,9 +443,7 @@ def finish_run(config: RunConfig) -> None:
     output, trained = config.output_dir, "--model {0} --adapter {1}/adapter"
     try:
         if not plot_loss(output / "metrics.jsonl", output / "loss.png"):
-            say(
-                f'loss.png: not drawn without matplotlib: pip install "minillama[plot]", tools/plot_metrics.py {output}'
-            )
+            say(f"loss.png: not drawn without matplotlib: pip install matplotlib, tools/plot_metrics.py {output}")
     except UserError as error:
         warn(str(error))
     if not (output / "adapter").is_dir():

@@ -84,7 +84,7 @@ def test_changed_data_is_made_again(tiny_folder, tmp_path, capsys):
     for damage in (lambda: np.zeros_like(expected).tofile(file), lambda: os.truncate(file, 100), file.unlink):
         damage()
         assert prepare(config, tokenizer, 0, validation=False)[0] == folder
-        assert f"the data in {folder.parent} was changed" in capsys.readouterr().err
+        assert capsys.readouterr().err.count(f"the data in {folder.parent} was changed") == 1
         assert np.array_equal(open_packed(folder).documents.tokens, expected)
     prepare(config, tokenizer, 0, validation=False)
     assert capsys.readouterr().err == ""
@@ -112,6 +112,8 @@ with user_errors(), process_group("cpu"):
         os.kill(os.getpid(), signal.SIGKILL)
     if dist.get_rank() == fails and what == "fault":
         raise ValueError("of our own")
+    if dist.get_rank() == fails and what == "elsewhere":
+        raise RuntimeError("Connection refused by a server that is none of ours")
     if what == "on zero":
         on_rank_zero(lambda: [][1])
     dist.barrier()
@@ -142,7 +144,14 @@ def test_a_killed_rank_is_named(tmp_path, rank):
 
 
 @pytest.mark.parametrize(
-    "what, rank, said", [("fault", 0, "ValueError"), ("fault", 1, "ValueError"), ("on zero", 0, "IndexError")]
+    "what, rank, said",
+    [
+        ("fault", 0, "ValueError"),
+        ("fault", 1, "ValueError"),
+        ("on zero", 0, "IndexError"),
+        ("elsewhere", 0, "Connection refused by a server"),
+        ("elsewhere", 1, "Connection refused by a server"),
+    ],
 )
 def test_a_fault_is_told_once_by_the_rank_that_had_it(tmp_path, what, rank, said):
     codes, text = run_script(script(tmp_path, LOST), what, rank, world_size=2, log=tmp_path / "log")

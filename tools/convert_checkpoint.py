@@ -8,7 +8,7 @@
 What SOURCE is decides: a Hugging Face folder becomes a Meta folder; a Meta folder, a GGUF file or a checkpoint a Hugging
 Face folder, with the base that the checkpoint was trained on and LoRA merged into it; a llama-adapter's checkpoint an
 adapter folder. Tensors are read and written a few rows at a time. GGUF needs the gguf package (pip install
-"minillama[gguf]"); what its quantisation lost stays lost.
+gguf); what its quantisation lost stays lost.
 """
 
 import math
@@ -126,7 +126,7 @@ def open_gguf(source: Path) -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise UserError('reading GGUF needs the gguf package: pip install "minillama[gguf]"') from error
+        raise UserError("reading GGUF needs a package: pip install gguf") from error
     if not source.is_file():
         raise UserError(f"{source}: no such file")
     with source.open("rb") as file:
@@ -306,9 +306,7 @@ def read_sentencepiece(fields: dict[str, Any]) -> bytes:
     try:
         from sentencepiece import sentencepiece_model_pb2 as proto
     except ImportError as error:
-        raise UserError(
-            'a sentencepiece tokenizer needs the protobuf package: pip install "minillama[gguf]"'
-        ) from error
+        raise UserError("a sentencepiece tokenizer needs a package: pip install protobuf") from error
     types = need(fields, "tokenizer.ggml.token_type")
     model = proto.ModelProto()
     for piece, score, kind in zip(

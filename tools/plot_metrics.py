@@ -25,7 +25,7 @@ def main(args: Args) -> None:
     if not metrics.exists():
         raise UserError(f"{metrics} does not exist: give the output folder of a run")
     if not plot_loss(metrics, image):
-        raise UserError('drawing needs matplotlib: pip install "minillama[plot]"')
+        raise UserError("drawing needs matplotlib: pip install matplotlib")
     print(image)
 
 
