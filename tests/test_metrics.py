@@ -66,7 +66,7 @@ def test_plot_and_read(tmp_path):
 
 def test_a_logger_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr("minillama.metrics.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--log.wandb needs a package: pip install wandb"):
+    with pytest.raises(UserError, match=r"--log\.wandb needs a package: pip install wandb"):
         LogConfig(wandb=True)
 
 
