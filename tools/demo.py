@@ -90,6 +90,11 @@ def demo(model: Path | None = None) -> None:
      adapter/        the LoRA matrices in PEFT's format; in Python:
                      minillama.load_adapter(minillama.from_pretrained("{folder}"), "{OUTPUT}/adapter")
 
+     Ask it yourself, with the system message of the rows:
+
+     {shlex.quote(sys.executable)} recipes/generate.py --model {folder} --adapter {OUTPUT}/adapter \\
+         --system {shlex.quote(rows[0][0]["content"])} --prompt "Dinner with Anna on Friday at 19:30"
+
      Your own data: lines of {{"messages": [{{"role": "user", "content": ...}}, {{"role": "assistant", ...}}]}}.
      Your own model: a folder in Hugging Face's format. An 8B on four GPUs:
 
