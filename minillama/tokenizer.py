@@ -221,7 +221,7 @@ def load_tokenizer(path: str | Path, *, day: date | None = None) -> Tokenizer:
     """Reads the tokenizer of a checkpoint: its folder, or the tokenizer.json or tokenizer.model in it.
 
     day: what a chat template that asks for the date is told; None: today. Raises UserError if there is none, or one that
-    cannot be read into the same ids as transformers gives.
+    cannot be read into the same ids as transformers gives (for Llama 2's "legacy" tokenizers: as tokenizer.json gives).
     """
     path = Path(path)
     if not path.exists():

@@ -77,14 +77,13 @@ def _templates(folder: Path, listed: Any) -> dict[str, tuple[str, Path]]:
 
 def space(names: dict[str, Any], data: dict[str, Any]) -> Space:
     """Where transformers puts a space before text, by tokenizer_config.json and the content of tokenizer.json, if any."""
-    if names.get("tokenizer_class") in (
-        "LlamaTokenizer",
-        "LlamaTokenizerFast",
-    ):  # the settings decide, whatever the json has
+    if names.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):  # the settings decide before the json
         if names.get("add_prefix_space") is False:
             return "never"
-        # as transformers 5; of "legacy" 4 made "each", which differs where a stretch begins with a space
-        return "always" if names.get("legacy") else "first"
+        if not names.get("legacy"):
+            return "first"
+        # "legacy" is how Llama 2 was trained: with the ids of its tokenizer.json and of sentencepiece, which transformers 4
+        # gives. transformers 5 has other ids where a stretch begins with a space.
     steps = [data.get("pre_tokenizer") or {}, data.get("normalizer") or {}]
     steps += [step for outer in steps for step in outer.get("pretokenizers", outer.get("normalizers", []))]
     kinds = {step.get("type"): step for step in steps}
