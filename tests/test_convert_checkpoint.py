@@ -3,15 +3,13 @@
 import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, save_folder
+from conftest import random_model, run_script, save_folder
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 
@@ -386,12 +384,13 @@ def test_the_target_is_never_overwritten(tmp_path):
 def test_the_command(tmp_path):
     source, target = tmp_path / "tiny.gguf", tmp_path / "new" / "tiny"
     write_gguf(source, tiny_llama(tied=True))
-    command = [sys.executable, str(TOOL), str(source), str(target), "--dtype", "float16"]
-    subprocess.run(command, check=True)
+    command = [TOOL, source, target, "--dtype", "float16"]
+    codes, text = run_script(*command, log=tmp_path / "log")
+    assert codes == [0], text
     assert json.loads((target / "config.json").read_text())["torch_dtype"] == "float16"
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 1
-    assert again.stderr == f"error: {target} exists already; name another target, or remove it first\n"
+    codes, text = run_script(*command, log=tmp_path / "log")
+    assert codes == [1]
+    assert text == f"error: {target} exists already; name another target, or remove it first\n"
 
 
 @pytest.mark.parametrize("files", [1, 2])

@@ -26,7 +26,6 @@ from minillama.packing import collate, pack
 from minillama.train import train_step
 
 CUDA = torch.device("cuda")
-pytestmark = pytest.mark.xdist_group("fake")  # one process that all of them share
 LENGTHS = [300, 1, 150, 61]
 
 

@@ -4,36 +4,29 @@ import argparse
 import importlib.util
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_script
 
 TOOL = Path(__file__).parents[1] / "tools" / "gpu_check.py"
 
 
-def gpu_check(*flags, cwd):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOL.parents[1])}
-    return subprocess.run(
-        [sys.executable, str(TOOL), *map(str, flags)], capture_output=True, text=True, cwd=cwd, env=env
-    )
-
-
 def test_on_a_cpu(tmp_path):
     groups = ["setup", "attention", "loss", "fp16", "checkpoint", "sync", "strategies"]
-    done = gpu_check("--device", "cpu", "--only", *groups, "performance", "--minutes", 0, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    flags = ["--device", "cpu", "--only", *groups, "performance", "--minutes", 0]
+    codes, text = run_script(TOOL, *flags, "--output", tmp_path / "gpu_check.json", log=tmp_path / "log")
+    assert codes == [0], text
     found = json.loads((tmp_path / "gpu_check.json").read_text())
     rows = found["checks"]
     assert {row["group"] for row in rows} == {*groups, "performance"}
     assert found["machine"]["torch"] == torch.__version__ and found["machine"]["device"] == "cpu"
     for row in rows:
         what = f"{row['group']}: {row['check']}"
-        assert what in done.stdout
+        assert what in text
         if row["result"] == "passed":
             assert row["error"] <= row["tolerance"], row
         else:
@@ -43,15 +36,14 @@ def test_on_a_cpu(tmp_path):
     assert found["passed"] == len(passed) and found["failed"] == 0 and found["not_run"] == len(rows) - len(passed)
     for check in ("math, bf16, 8 query heads on 2", "LoRA on the head, fp32", "2 processes, hybrid-shard, full"):
         assert check in passed
-    assert f"{len(passed)} passed, 0 failed" in done.stdout.splitlines()[-1]
+    assert f"{len(passed)} passed, 0 failed" in text.splitlines()[-1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
 def test_without_a_gpu_it_says_so(tmp_path):
-    done = gpu_check(cwd=tmp_path)
-    assert done.returncode == 1 and not list(tmp_path.iterdir())
-    [line] = (done.stdout + done.stderr).splitlines()
-    assert line == "error: this machine has no CUDA device that PyTorch can use; --device cpu checks what a CPU can"
+    codes, text = run_script(TOOL, "--output", tmp_path / "gpu_check.json", log=tmp_path / "log")
+    assert codes == [1] and not (tmp_path / "gpu_check.json").exists()
+    assert text == "error: this machine has no CUDA device that PyTorch can use; --device cpu checks what a CPU can\n"
 
 
 @pytest.fixture

@@ -29,7 +29,6 @@ from minillama.llama_adapter import LlamaAdapterConfig
 from minillama.lora import LoraConfig
 from minillama.resume import hash_of
 
-pytestmark = pytest.mark.xdist_group("mistakes")
 ROOT = Path(__file__).parents[1]
 ROWS = [{"dialogue": f"A: {'hi ' * (i % 5)}\nB: bye {i}", "summary": f"They part, {i}."} for i in range(12)]
 DATA = "--data.path train.json --data.val-path val.jsonl --data.context-length 200"

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -390,41 +388,6 @@ def check_refused(codes, text, out, message, trained=False):
     assert "Traceback" not in text
     assert (out / "metrics.jsonl").exists() == trained
     assert not (out / "adapter").exists() and not (out / "model").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# under torchrun
-
-
-def torchrun(*args):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        *map(str, args),
-    ]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
-
-
-def test_torchrun(tiny_folder, data, tmp_path):
-    flags = [
-        "--model",
-        tiny_folder,
-        "--output-dir",
-        tmp_path / "out",
-        "--data.path",
-        data / "train.json",
-        "--device",
-        "cpu",
-    ]
-    done = torchrun(RECIPE, *flags, "--data.context-length", 200, "--eval.no-enabled", "--train.epochs", 1)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "out/run.json").read_text())["world_size"] == 2
-    assert len(load_file(tmp_path / "out/adapter/adapter_model.safetensors")) == 12
 
 
 def test_a_rank_that_dies_ends_the_run(tiny_folder, data, tmp_path):

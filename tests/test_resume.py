@@ -341,7 +341,7 @@ def when_lines(out, count, running, kind='"loss"'):
 
 
 def test_a_signal_saves_and_a_killed_worker_is_replaced(run, common, tmp_path):
-    flags = ("--train.epochs", 8, "--checkpoint.every", 7, "--checkpoint.keep", 1, "--eval.every", 20)
+    flags = ("--train.epochs", 6, "--checkpoint.every", 7, "--checkpoint.keep", 1, "--eval.every", 20)
     flags = (*flags, "--fsdp.precision", "fp32")  # many steps: bf16 is slow on some machines
     codes, text = run("lora", tmp_path / "whole", *flags)
     assert codes == [0, 0], text
