@@ -265,7 +265,7 @@ def plot_loss(metrics_file: Path, image: Path) -> bool:
     from matplotlib.figure import Figure
 
     trained, evaluated = read_metrics(metrics_file)
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     axes.plot([m["step"] for m in trained], [m["loss"] for m in trained], lw=1, label="training")
     if evaluated:

@@ -16,7 +16,7 @@ import torch.distributed.fsdp
 import torch.distributed.tensor  # noqa: F401
 from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
-matplotlib.figure.Figure(layout="constrained").savefig(io.BytesIO())
+matplotlib.figure.Figure().savefig(io.BytesIO())
 for recipe in ("lora", "full", "llama_adapter"):
     script = Path(__file__).parents[1] / f"recipes/{recipe}_fsdp.py"
     sys.argv = [str(script), "--no-such-flag"]

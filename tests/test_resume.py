@@ -170,7 +170,7 @@ def test_a_finished_run_stays_as_it_is(run, whole, tmp_path):
 @pytest.mark.parametrize("batching", ["packing", "padding"])
 def test_the_samples_of_a_step_do_not_depend_on_who_takes_them(batching):
     random = np.random.default_rng(0)
-    for _ in range(60):
+    for _ in range(25):
         packed = of_packs(batching, int(random.integers(1, 60)))
         config = TrainConfig(epochs=3, batch_size=int(random.integers(1, 5)), accumulate=int(random.integers(1, 4)))
         start = config.begin(int(random.integers(1, 9)))
