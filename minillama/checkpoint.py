@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from minillama.attention import BACKENDS
 from minillama.distributed import all_reduce, on_rank_zero, rank, reshard, say
 from minillama.errors import UserError
 from minillama.files import described
@@ -221,6 +222,7 @@ class Checkpoints:
             "progress": asdict(progress),
             "world_size": dist.get_world_size(),
             "device": self.device,
+            "attention": next((name for name, kind in BACKENDS.items() if kind is self.model.attention), None),
             "format": self.config.checkpoint.format,
             "optimizer": self.config.checkpoint.save_optimizer,
             "scaler": self.scaler and self.scaler.state_dict(),

@@ -35,17 +35,27 @@ class KernelsConfig:
 
 
 def choose_kernels(
-    model: Llama, config: KernelsConfig, dtype: torch.dtype, device: str, cache_dir: Path | None = None
+    model: Llama,
+    config: KernelsConfig,
+    dtype: torch.dtype,
+    device: str,
+    cache_dir: Path | None = None,
+    saved: str | None = None,
 ) -> str:
     """Gives the model the attention that config asks for, to compute in dtype; says which, and why if it had the choice.
 
-    cache_dir: where measurements are remembered. Every rank must call it. Raises UserError for what cannot run here.
+    cache_dir: where measurements are remembered. saved: the attention of the checkpoint that a run resumes from, which
+    "auto" keeps where it can run. Every rank must call it. Raises UserError for what cannot run here.
     """
     name: str = config.attention
     flash = device == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability() >= (8, 0)
     why = ""
     if name == "auto":
-        if device == "cuda":
+        possible = {"math", "flex", "varlen"} if config.compile else set(BACKENDS)
+        possible -= {"flex", "varlen"} if device == "cpu" else set() if flash else {"varlen", "flash"}
+        if saved in possible:
+            name, why = saved, "the checkpoint's"
+        elif device == "cuda":
             name, why = _best_on_gpu(dtype, flash)
         else:
             name, why = _best_on_cpu(config, dtype, cache_dir)

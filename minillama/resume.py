@@ -29,6 +29,7 @@ SHAPE = {
     "format": ("sharded", "full"),
     "world_size": int,
     "device": ("cpu", "cuda"),
+    "attention": (None, str),
     "optimizer": bool,
     "scaler": (None, {"scale": float, "finite_steps": int}),
     "best": (None, [float]),

@@ -29,7 +29,7 @@ from minillama.errors import UserError, disk_text
 from minillama.files import lock, misfit, read_json, write_whole
 from minillama.hf import weights_fingerprint
 from minillama.hub import model_name
-from minillama.kernels import KernelsConfig
+from minillama.kernels import KernelsConfig, choose_kernels
 from minillama.metrics import LogConfig, plot_loss
 from minillama.model import Llama, LlamaConfig
 from minillama.optim import OptimConfig
@@ -127,6 +127,14 @@ def resolve_precision(config: C, device: str, checkpoint: Checkpoint | None) -> 
     saved = checkpoint.content["flags"]["fsdp"]["precision"] if checkpoint else None
     fsdp, precision = choose_precision(config.fsdp, device, saved=saved, cache_dir=config.data.cache_dir)
     return replace(config, fsdp=fsdp), precision
+
+
+def resolve_kernels(
+    config: RunConfig, model: Llama, fsdp: FsdpConfig, device: str, checkpoint: Checkpoint | None
+) -> str:
+    """Gives the model its attention, with auto the checkpoint's; says which and why. fsdp: with its precision resolved."""
+    saved = checkpoint.content["attention"] if checkpoint else None
+    return choose_kernels(model, config.kernels, fsdp.compute_dtype, device, config.data.cache_dir, saved)
 
 
 def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -> Start:

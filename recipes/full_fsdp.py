@@ -31,7 +31,7 @@ from minillama.faults import user_errors
 from minillama.help import filled
 from minillama.hf import check_weights, load_weights, read_config, save_pretrained
 from minillama.hub import find_model
-from minillama.kernels import choose_kernels, compile_blocks
+from minillama.kernels import compile_blocks
 from minillama.memory import out_of_memory_explained
 from minillama.metrics import Metrics
 from minillama.model import Llama
@@ -44,6 +44,7 @@ from minillama.run import (
     find_start,
     finish_run,
     load_data,
+    resolve_kernels,
     resolve_precision,
     saved_flags,
     start_run,
@@ -83,7 +84,7 @@ def main(config: Config) -> None:
         fsdp = choose_strategy(model, config.fsdp, device)
         mesh = make_mesh(fsdp, device)
         precision += compact_base(model, weights, fsdp, mesh)
-        attention = choose_kernels(model, config.kernels, fsdp.compute_dtype, device, config.data.cache_dir)
+        attention = resolve_kernels(config, model, fsdp, device, checkpoint)
 
         tokenizer, train, validation = load_data(config, model)
         start = start_run(config, train, checkpoint)

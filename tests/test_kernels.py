@@ -49,6 +49,22 @@ def test_auto_without_a_choice(monkeypatch):
         assert (name, attention) == (wanted, BACKENDS[wanted.split()[0]])
 
 
+def test_auto_keeps_the_attention_of_a_checkpoint_where_it_can_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for device, dtype, saved, compiled, kept in [
+        ("cpu", torch.float32, "sdpa", False, True),
+        ("cpu", torch.float32, "math", False, True),
+        ("cpu", torch.float32, "sdpa", True, False),
+        ("cpu", torch.float32, "varlen", True, False),
+        ("cuda", torch.bfloat16, "math", False, True),
+        ("cuda", torch.bfloat16, "varlen", True, True),
+        ("cuda", torch.float32, "varlen", False, False),
+    ]:
+        model = random_model()
+        said = choose_kernels(model, KernelsConfig(compile=compiled), dtype, device, saved=saved)
+        assert (said == f"{saved} (auto: the checkpoint's)") == (model.attention is BACKENDS[saved]) == kept
+
+
 @pytest.mark.parametrize(
     "device, config, message",
     [

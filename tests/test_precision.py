@@ -178,15 +178,20 @@ def test_ranks_of_unlike_machines_compute_alike(tmp_path):
     assert one == two and one[0][0].precision == "mixed" and one[1] == "fp16"
 
 
-def remember(folder, rates):
-    """Makes the measurements of a run with --data.cache-dir folder."""
+def remember(folder, rates, attention):
+    """Makes the measurements of a run with --data.cache-dir folder, in which an attention is the fastest."""
     for dtype, rate in rates.items():
         hardware.remembered(f"matmul-{dtype}".replace("torch.", ""), lambda rate=rate: rate, folder)
+        for name in ("math", "sdpa"):
+            rate = 2.0 if name == attention else 1.0
+            hardware.remembered(f"attention-{name}-{dtype}".replace("torch.", ""), lambda rate=rate: rate, folder)
     return folder
 
 
-@pytest.mark.parametrize("first, kept", [(SLOW_BF16, "fp32"), (FAST_BF16, "mixed")])
-def test_a_resumed_run_keeps_its_precision_on_another_machine(tiny_folder, tmp_path, first, kept):
+@pytest.mark.parametrize("first, kept, attention", [(SLOW_BF16, "fp32", "math"), (FAST_BF16, "mixed", "sdpa")])
+def test_a_resumed_run_keeps_its_precision_and_attention_on_another_machine(
+    tiny_folder, tmp_path, first, kept, attention
+):
     other = SLOW_BF16 if first is FAST_BF16 else FAST_BF16
     flags = [flag for flag in FAST if flag not in ("--fsdp.precision", "fp32")]
     flags += ["--model", tiny_folder, "--output-dir", tmp_path / "out", "--device", "cpu", "--resume", "auto"]
@@ -197,12 +202,14 @@ def test_a_resumed_run_keeps_its_precision_on_another_machine(tiny_folder, tmp_p
         codes, text = run_script(RECIPES / "lora_fsdp.py", *every, world_size=2, log=tmp_path / "log")
         return codes, text, json.loads((tmp_path / "out" / "run.json").read_text())["flags"]["fsdp"]["precision"]
 
-    codes, text, resolved = run(remember(tmp_path / "here", first), 1)
+    codes, text, resolved = run(remember(tmp_path / "here", first, attention), 1)
     assert codes == [0, 0] and resolved == kept, text
     assert text.count(f"precision   {kept} (auto: bf16 ") == 1
-    codes, text, resolved = run(remember(tmp_path / "there", other), 2)
+    assert text.count(f"attention   {attention} (auto: 2 tokens/s a core") == 1
+    codes, text, resolved = run(remember(tmp_path / "there", other, "sdpa" if attention == "math" else "math"), 2)
     assert codes == [0, 0] and resolved == kept, text
     assert text.count(f"precision   {kept} (auto: the checkpoint's)") == 1
+    assert text.count(f"attention   {attention} (auto: the checkpoint's)") == 1
     slow = "warning: the checkpoint's precision mixed computes in bfloat16, at 5 GFLOP/s a core here"
     assert text.count("warning: ") == text.count(slow) == (kept == "mixed")
     codes, text, _ = run(tmp_path / "there", 3, "--fsdp.precision", kept)
