@@ -218,7 +218,7 @@ def apply_lora(model: Llama, config: LoraConfig) -> Llama:
     if any(isinstance(module, LoraLinear | LoraEmbedding) for module in model.modules()):
         raise UserError("the model has a LoRA already: apply it once, with all --lora.targets, or merge_lora before")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
-    names = {module: name for name, module in layers.items()}
+    names: dict[nn.Module, str] = {module: name for name, module in layers.items()}
 
     def matches(name: str, target: str) -> bool:
         if target == "all-linear":

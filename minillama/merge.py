@@ -210,7 +210,9 @@ def adapter_of(content: dict[str, Any]) -> AdapterConfig | None:
     kinds: dict[str, type[LoraConfig] | type[LlamaAdapterConfig]] = {"lora": LoraConfig, "adapter": LlamaAdapterConfig}
     for group, kind in kinds.items():
         if flags := content["flags"].get(group):
-            shape = {name: [str] if isinstance(value, tuple) else type(value) for name, value in asdict(kind()).items()}
+            shape: dict[str, Any] = {
+                name: [str] if isinstance(value, tuple) else type(value) for name, value in asdict(kind()).items()
+            }
             shape |= {"ranks": {...: int}, "alphas": {...: float}}
             shape = {name: one for name, one in shape.items() if name in flags}
             if problem := misfit(flags, shape, f"flags.{group}"):
