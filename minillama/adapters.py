@@ -50,6 +50,8 @@ SETTINGS = {
     **dict.fromkeys(("lora_alpha", "lora_dropout"), float),
     **dict.fromkeys(("target_modules", "exclude_modules"), (str, [str])),
     **dict.fromkeys(("use_rslora", "use_dora"), bool),
+    "rank_pattern": {...: int},
+    "alpha_pattern": {...: float},
 }
 """What the settings that we read are, where they are there."""
 
@@ -150,8 +152,8 @@ def peft_config(config: AdapterConfig, base_model: str, num_layers: int) -> dict
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": config.ranks,
+        "alpha_pattern": config.alphas,
     }
 
 
@@ -226,7 +228,7 @@ def continue_adapter(flags: A, folder: str | Path) -> A:
     values = asdict(saved)
     for field in fields(saved):
         value, wanted = getattr(flags, field.name), values[field.name]
-        if value == field.default or value == wanted:
+        if value in (getattr(type(saved)(), field.name), wanted):
             continue
         if field.name != "dropout":
             raise UserError(
@@ -364,13 +366,7 @@ def load_adapter(model: Llama, folder: str | Path) -> Llama:
 
 
 def _lora_config(folder: Path, settings: dict[str, Any]) -> LoraConfig:
-    for key in (
-        "modules_to_save",
-        "rank_pattern",
-        "alpha_pattern",
-        "lora_bias",
-        *OTHER_PEFT,
-    ):
+    for key in ("modules_to_save", "lora_bias", *OTHER_PEFT):
         if settings.get(key):
             raise UserError(f"{folder}: {key} = {settings[key]!r} is not supported")
     if settings.get("init_lora_weights", True) not in KEEPS_BASE:
@@ -381,10 +377,14 @@ def _lora_config(folder: Path, settings: dict[str, Any]) -> LoraConfig:
     regex = isinstance(targets, str) and targets != "all-linear"
     # ensure_weight_tying: the head has the same as the embedding, and targets name one of them
     others = ("layers_to_transform", "exclude_modules", "ensure_weight_tying")
-    if regex or any(settings.get(key) not in (None, [], False) for key in others):
+    other_targets = regex or any(settings.get(key) not in (None, [], False) for key in others)
+    ranks, alphas = (settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
+    if other_targets or ranks or alphas:
         with open_tensors(folder / "adapter_model.safetensors") as tensors:  # which layers are meant, it says plainly
             names = [name for name in tensors.keys() if ".lora_" in name]  # noqa: SIM118
-        targets = sorted({name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in names})
+        layers = sorted({name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in names})
+        targets = layers if other_targets else targets
+        ranks, alphas = (_by_layer(folder, pattern, layers) for pattern in (ranks, alphas))
     numbers = (settings.get("r"), settings.get("lora_alpha"), settings.get("lora_dropout", 0.0))
     if not targets or not all(type(number) in (int, float) for number in numbers):
         raise UserError(
@@ -398,9 +398,27 @@ def _lora_config(folder: Path, settings: dict[str, Any]) -> LoraConfig:
             targets=(targets,) if isinstance(targets, str) else tuple(targets),
             rslora=bool(settings.get("use_rslora")),
             dora=bool(settings.get("use_dora")),
+            ranks=ranks,
+            alphas=alphas,
         )
     except UserError as error:  # in terms of a recipe's flags
         raise UserError(f"{folder}/adapter_config.json: {str(error).replace('--lora.', '')}") from None
+
+
+def _by_layer(folder: Path, pattern: dict[str, Any], layers: list[str]) -> dict[str, Any]:
+    """The values of a rank_pattern or alpha_pattern by the layers' names; of two keys that match, PEFT takes the first."""
+    import regex  # comes with tiktoken: it can be stopped
+
+    found = {}
+    try:
+        keys = [(regex.compile(rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
+        for layer in layers:
+            matching = (value for key, value in keys if key.match(layer, timeout=0.3))
+            if (value := next(matching, None)) is not None:
+                found[layer] = value
+    except (regex.error, TimeoutError) as error:
+        raise UserError(f"{folder}/adapter_config.json: a key of {pattern} is no usable expression: {error}") from None
+    return found
 
 
 def _llama_adapter_config(folder: Path, settings: dict[str, Any]) -> LlamaAdapterConfig:

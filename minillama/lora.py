@@ -1,7 +1,7 @@
 """LoRA (https://arxiv.org/abs/2106.09685) and DoRA (https://arxiv.org/abs/2402.09353), as PEFT computes them."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -32,12 +32,18 @@ class LoraConfig:
     dora: bool = False
     """Train the length of each row of W + scale * B A on its own (DoRA, https://arxiv.org/abs/2402.09353). Slower, and
     with dropout the base's product is computed twice."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Layers whose rank is another, by their whole name in the model: PEFT's rank_pattern."""
+    alphas: dict[str, float] = field(default_factory=dict)
+    """Layers whose alpha is another: PEFT's alpha_pattern."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rank <= LARGEST:
-            raise UserError(f"--lora.rank {self.rank}: must be at least 1, and at most {LARGEST}")
-        if not math.isfinite(self.alpha):
-            raise UserError(f"--lora.alpha {self.alpha}: must be a number")
+        for rank in (self.rank, *self.ranks.values()):
+            if not 1 <= rank <= LARGEST:
+                raise UserError(f"--lora.rank {rank}: must be at least 1, and at most {LARGEST}")
+        for alpha in (self.alpha, *self.alphas.values()):
+            if not math.isfinite(alpha):
+                raise UserError(f"--lora.alpha {alpha}: must be a number")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--lora.dropout {self.dropout}: must be at least 0 and below 1")
         if not self.targets:
@@ -51,6 +57,11 @@ class LoraConfig:
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def of(self, layer: str) -> Self:
+        """That of one layer, by its name in the model: with its own rank and alpha."""
+        rank, alpha = self.ranks.get(layer, self.rank), self.alphas.get(layer, self.alpha)
+        return replace(self, rank=rank, alpha=alpha, ranks={}, alphas={})
 
 
 class ZeroLinear(nn.Linear):
@@ -207,6 +218,7 @@ def apply_lora(model: Llama, config: LoraConfig) -> Llama:
     if any(isinstance(module, LoraLinear | LoraEmbedding) for module in model.modules()):
         raise UserError("the model has a LoRA already: apply it once, with all --lora.targets, or merge_lora before")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    names: dict[nn.Module, str] = {module: name for name, module in layers.items()}
 
     def matches(name: str, target: str) -> bool:
         if target == "all-linear":
@@ -221,10 +233,11 @@ def apply_lora(model: Llama, config: LoraConfig) -> Llama:
             )
 
     def adapted(module: nn.Module) -> nn.Module:
+        own = config.of(names[module])
         if isinstance(module, nn.Embedding):
-            return LoraEmbedding(module, config)
+            return LoraEmbedding(module, own)
         assert isinstance(module, nn.Linear)
-        return (LoraHead if isinstance(module, Head) else LoraLinear)(module, config)
+        return (LoraHead if isinstance(module, Head) else LoraLinear)(module, own)
 
     return replace_modules(model, lambda name, _: any(matches(name, target) for target in config.targets), adapted)
 

@@ -95,7 +95,7 @@ class MergedWeights:
             change = self._trained.rows(self._name(module + CHANGE), start, stop)
             if self._name is peft_name:  # PEFT's is the whole length
                 change = change - row_norms(weight)
-        return merge(weight, a, b, self._lora.scale, change=change)
+        return merge(weight, a, b, self._lora.of(module).scale, change=change)
 
     def _whole(self, name: str) -> Tensor:
         name = self._name(name)
@@ -210,7 +210,10 @@ def adapter_of(content: dict[str, Any]) -> AdapterConfig | None:
     kinds: dict[str, type[LoraConfig] | type[LlamaAdapterConfig]] = {"lora": LoraConfig, "adapter": LlamaAdapterConfig}
     for group, kind in kinds.items():
         if flags := content["flags"].get(group):
-            shape = {name: [str] if isinstance(value, tuple) else type(value) for name, value in asdict(kind()).items()}
+            shape: dict[str, Any] = {
+                name: [str] if isinstance(value, tuple) else type(value) for name, value in asdict(kind()).items()
+            }
+            shape |= {"ranks": {...: int}, "alphas": {...: float}}
             shape = {name: one for name, one in shape.items() if name in flags}
             if problem := misfit(flags, shape, f"flags.{group}"):
                 raise UserError(f"{MARK}: {problem}")

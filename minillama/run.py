@@ -334,6 +334,8 @@ def saved_flags(config_class: type[Config]) -> Config | None:
                 read[name] = Path(value)
             elif get_origin(hint) is tuple and isinstance(value, list) and all(isinstance(v, str) for v in value):
                 read[name] = tuple(value)
+            elif get_origin(hint) is dict and misfit(value, {...: allowed[1]}) is None:
+                read[name] = dict(value)
             elif value in allowed or type(value) in allowed or (float in allowed and type(value) is int):
                 read[name] = value
             else:

@@ -221,7 +221,8 @@ def load_tokenizer(path: str | Path, *, day: date | None = None) -> Tokenizer:
     """Reads the tokenizer of a checkpoint: its folder, or the tokenizer.json or tokenizer.model in it.
 
     day: what a chat template that asks for the date is told; None: today. Raises UserError if there is none, or one that
-    cannot be read into the same ids as transformers gives (for Llama 2's "legacy" tokenizers: as tokenizer.json gives).
+    cannot be read into the same ids as transformers gives (for Llama 2's "legacy" tokenizers: as tokenizer.json gives; for a
+    tokenizer.model without one, whose prefix space transformers 5 forgets: as sentencepiece gives).
     """
     path = Path(path)
     if not path.exists():
@@ -403,7 +404,7 @@ def _from_sentencepiece(path: Path, content: bytes, names: dict[str, Any], day: 
     special |= {token["content"]: token for token in data.get("added_tokens", [])} | names["added_tokens"]
     own = {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id()}
     own = {key: id_ for key, id_ in own.items() if id_ >= 0}
-    return Tokenizer(_SentencePiece(content, space(names, data)), special, own | names, path, day)
+    return Tokenizer(_SentencePiece(content, space(names, data, path.parent)), special, own | names, path, day)
 
 
 class _BytePair:

@@ -20,6 +20,11 @@ SHAPE: dict[str, Any] = {
 }
 """What the settings that we read are, where they are there"""
 
+CLASSES = (
+    *("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"),
+    *(None, "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend"),
+)
+"""What tokenizer_class may be beside a sentencepiece model: those with rules that are known, and those without any"""
 Space = Literal["each", "always", "first", "never"]
 """Before which stretches of a text a space is put: see tokenizer.py"""
 
@@ -75,12 +80,23 @@ def _templates(folder: Path, listed: Any) -> dict[str, tuple[str, Path]]:
         raise UserError(f"{folder}: a chat template is not UTF-8 ({error}): save it as such") from None
 
 
-def space(names: dict[str, Any], data: dict[str, Any]) -> Space:
-    """Where transformers puts a space before text, by tokenizer_config.json and the content of tokenizer.json, if any."""
-    if names.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):  # the settings decide before the json
+def space(names: dict[str, Any], data: dict[str, Any], folder: Path) -> Space:
+    """Where transformers puts a space before text, by tokenizer_config.json and the content of tokenizer.json, if any.
+
+    Without tokenizer.json, where transformers puts none: as sentencepiece does. Raises UserError for a tokenizer_class
+    that has rules of its own.
+    """
+    kind = names.get("tokenizer_class")
+    if kind not in CLASSES:
+        raise UserError(
+            f"{folder}/tokenizer_config.json: the tokenizer_class {kind!r} with a sentencepiece tokenizer.model is not "
+            "supported, as it may have rules of its own; where it only does what tokenizer.json says, write "
+            '"PreTrainedTokenizerFast" there'
+        )
+    if kind in CLASSES[:4]:  # the settings decide before the json
         if names.get("add_prefix_space") is False:
             return "never"
-        if not names.get("legacy"):
+        if not names.get("legacy") or kind in CLASSES[2:4]:
             return "first"
         # "legacy" is how Llama 2 was trained: with the ids of its tokenizer.json and of sentencepiece, which transformers 4
         # gives. transformers 5 has other ids where a stretch begins with a space.

@@ -8,7 +8,7 @@ DIR is a folder in Hugging Face's format or Meta's, or ORG/NAME of the Hugging F
 in PEFT's format, in OUTPUT_DIR/adapter, a line a step in metrics.jsonl, and loss.png. All flags: --help.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -73,6 +73,8 @@ class LoraFlags(LoraConfig):
     """Folder of a LoRA to start from, in PEFT's format; its rank, alpha, targets and dropout are taken too."""
     merge: bool = False
     """At the end, also write base and LoRA as one Hugging Face folder, OUTPUT_DIR/model."""
+    ranks: tyro.conf.Suppress[dict[str, int]] = field(default_factory=dict)
+    alphas: tyro.conf.Suppress[dict[str, float]] = field(default_factory=dict)  # both: of --lora.from only
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,29 @@
 """PEFT's adapter folders that are out of the ordinary: tied adapters, initialisations, copies of the base's weights."""
 
+import json
+
 import pytest
 import torch
 from conftest import random_model, run_ranks, save_folder
 from peft import LoraConfig as PeftConfig
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_model import hf_twin
 from transformers import LlamaForCausalLM
 
-from minillama.adapters import PEFT_PREFIX, continue_adapter, load_adapter, load_adapter_weights, read_adapter_config
+from minillama.adapters import (
+    PEFT_PREFIX,
+    continue_adapter,
+    copies_of_base,
+    load_adapter,
+    load_adapter_weights,
+    peft_name,
+    read_adapter_config,
+    save_adapter,
+)
 from minillama.distributed import FsdpConfig, materialise, shard
 from minillama.errors import UserError
-from minillama.hf import from_pretrained, load_weights
+from minillama.hf import adapter_parameters, from_pretrained, load_weights
 from minillama.lora import LoraConfig, apply_lora
 from minillama.merge import merge_adapter
 from minillama.model import Llama
@@ -57,6 +68,79 @@ def test_initialisations_that_leave_the_base_alone(tmp_path, init):
     with torch.no_grad():
         expected, logits = twin(tokens).logits, load_adapter(random_model(), tmp_path)(tokens)
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+@pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA with rank_pattern", "ignore:The following")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_ranks_and_alphas_of_single_layers(tmp_path, more):
+    """rank_pattern and alpha_pattern, as EVA leaves them; of two keys that match, PEFT takes the first."""
+    base = save_folder(random_model(), tmp_path / "base")
+    targets = ["all-linear"] if "use_dora" in more else ["q_proj", "down_proj", "embed_tokens", "lm_head"]
+    ranks = {r"0\.self_attn\.q_proj": 2, r"[01]\.self_attn\.q_proj": 5, "down_proj|embed_tokens": 3}
+    alphas = {".*layers.1.*": 4.5, "lm_head": 2, "proj": 100, "q_proj": 20}
+    config = PeftConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=targets if len(targets) > 1 else targets[0],
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        task_type="CAUSAL_LM",
+        **more,
+    )
+    twin = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    for parameter in twin.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter.data, mean=float(parameter.ndim == 1), std=0.1)
+    twin.save_pretrained(tmp_path / "a")
+    found = continue_adapter(LoraConfig(), tmp_path / "a")
+    by_layer = [found.of(f"model.layers.{i}.self_attn.q_proj") for i in range(3)]
+    assert [(one.rank, one.alpha) for one in by_layer] == [(2, 20), (5, 4.5), (4, 20)]
+
+    tokens = torch.randint(0, 512, (2, 30))
+    expected, model = twin(tokens).logits, load_adapter(from_pretrained(base), tmp_path / "a")
+    for parameter in adapter_parameters(model).values():
+        parameter.requires_grad_(True)
+    logits = model(tokens)
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    expected.logsumexp(-1).sum().backward()
+    logits.logsumexp(-1).sum().backward()
+    theirs = {
+        name.replace(".default", "").replace("magnitude_vector.weight", "magnitude_vector"): p.grad
+        for name, p in twin.named_parameters()
+    }
+    for name, parameter in adapter_parameters(model).items():
+        grad = theirs[peft_name(name)]
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-5 * grad.abs().max().item(), msg=name)
+
+    save_adapter(model, tmp_path / "ours", found, str(base))
+    again, before = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("ours", "a"))
+    assert again.keys() == before.keys() - copies_of_base(before).keys()
+    again = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "ours")
+    merge_adapter(base, tmp_path / "a", tmp_path / "merged")
+    with torch.no_grad():
+        assert (again(tokens).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+        logits = from_pretrained(tmp_path / "merged")(tokens)
+        assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank_pattern": {"q_proj": 2}}, r"q_proj.lora_A.weight has shape \[4, 32\], not \[2, 32\]"),
+        ({"rank_pattern": {"q_proj": 0}}, "a/adapter_config.json: rank 0: must be at least 1"),
+        ({"rank_pattern": {"q_proj": "2"}}, "rank_pattern.q_proj must be a whole number, found"),
+        ({"alpha_pattern": {"(q_proj": 2}}, r"a key of {'\(q_proj': 2} is no usable expression: missing \)"),
+        ({"alpha_pattern": {"(.|..)+(?<!j)": 2}}, "is no usable expression: regex timed out"),
+    ],
+    ids=str,
+)
+def test_patterns_that_do_not_fit(tmp_path, change, message):
+    get_peft_model(hf_twin(random_model()), PeftConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "a")
+    file = tmp_path / "a/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        load_adapter(random_model(), tmp_path / "a")
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -260,7 +260,6 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     for change, named in (
         ({"use_dora": True}, "q_proj.lora_magnitude_vector is missing"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save = .* is not supported"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern = .* is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not supported"),
         ({"use_qalora": True}, "use_qalora = True is not supported"),
     ):

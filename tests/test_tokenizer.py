@@ -248,6 +248,7 @@ def metaspace(scheme):
         ({"tokenizer_class": "LlamaTokenizerFast"}, {}, "first"),
         ({"tokenizer_class": "LlamaTokenizer", "legacy": True}, metaspace("always"), "always"),
         ({"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_prefix_space": False}, {}, "never"),
+        ({"tokenizer_class": "CodeLlamaTokenizer", "legacy": True}, metaspace("always"), "first"),
         ({"legacy": False, "add_prefix_space": False}, {}, "each"),  # without that class tokenizer.json decides
         ({}, metaspace("first"), "first"),
         ({}, metaspace("always"), "always"),
@@ -275,6 +276,13 @@ def test_where_sentencepiece_puts_a_space(tmp_path, settings, change, expected):
     assert ours.decode(ours.encode("a</s>b")) == "a</s>b"
     assert (ours.encode("</s>b") == ours.encode("</s> b")) == (expected == "always")
     assert (ours.encode(" a") == ours.encode("a")) == (expected in ("first", "always"))
+
+
+def test_tokenizer_classes_with_rules_of_their_own_are_refused(tmp_path):
+    write_sentencepiece(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: the tokenizer_class 'T5Tokenizer' .* not supported"):
+        load_tokenizer(tmp_path)
 
 
 def test_sentencepiece_added_tokens_and_its_json(tmp_path):
