@@ -36,6 +36,8 @@ def user_errors() -> Iterator[None]:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     tell_of_cut_files(_tell)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as the scripts have it until all is imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:

@@ -22,6 +22,11 @@ TORCHTUNE/bin/python:
     TORCHTUNE/bin/pip install torch==2.13.0 torchtune==0.6.1 torchao==0.10.0
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
+
 import contextlib
 import itertools
 import json

@@ -6,6 +6,11 @@
 Prints one table. The files are removed again.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
+
 import shutil
 import time
 from dataclasses import dataclass

@@ -7,6 +7,11 @@ tools/convert_checkpoint.py and tools/merge_lora.py on them as a user would, fro
 removed again.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
+
 import json
 import os
 import shutil

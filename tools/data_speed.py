@@ -6,6 +6,11 @@ Copies FILE's rows, with numbers so that no two are alike, into a file of --mega
 keep it, in turns and in processes of their own. Needs pip install -e ".[hub]".
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
+
 import json
 import multiprocessing
 import re

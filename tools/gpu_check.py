@@ -11,6 +11,11 @@ the others go on. Speed is measured by tools/bench.py, beside transformers + pef
 case after --minutes. All of it is printed and written to --output, as it comes. Ends with code 1 if a check has failed.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
+
 import argparse
 import contextlib
 import importlib.util

@@ -8,6 +8,11 @@ every checkpoint that was complete survived them; then compares parameters, opti
 Exit code 1 if anything differs.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
+
 import json
 import os
 import random

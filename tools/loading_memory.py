@@ -6,6 +6,11 @@ Each rank prints its anonymous memory (RssAnon of /proc/self/status, which leave
 at the peak, and the size of its own shards. Linux, CPU.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
+
 import json
 import threading
 import time
