@@ -146,6 +146,8 @@ def open_gguf(source: Path) -> Any:
 def read_gguf_config(fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
     """config.json of a LlamaForCausalLM; raises for what that class cannot express."""
     architecture = fields.get("general.architecture")
+    if architecture is None:
+        raise UserError("the GGUF file is empty: it has no field general.architecture")
     if architecture != "llama":
         raise UserError(f"the GGUF file holds a {architecture!r} model; only 'llama' can be converted")
     if fields.get("llama.expert_count", 0):
