@@ -16,7 +16,6 @@ from minillama.files import new_folder, read_json, write_json
 from minillama.hf import (
     SAFETENSORS_DTYPES,
     adapter_parameters,
-    check_finite,
     gather,
     open_tensors,
     weights_fingerprint,
@@ -24,6 +23,7 @@ from minillama.hf import (
 )
 from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.lora import LoraConfig, apply_lora, row_norms
+from minillama.meta import finite
 from minillama.model import Llama
 
 PEFT_PREFIX = "base_model.model."
@@ -340,8 +340,7 @@ def load_adapter_weights(model: nn.Module, folder: str | Path) -> set[str]:
     with open_tensors(file) as tensors:
         _check_copies(model, file, tensors)
         for name, parameter in parameters.items():
-            whole = tensors.get_tensor(peft_name(name)).view(parameter.shape)
-            check_finite(whole, name, file)
+            whole = finite(tensors.get_tensor(peft_name(name)).view(parameter.shape), name, file)
             mine = local(like(whole, parameter)).to(local(parameter).device)
             local(parameter).copy_(mine - _lengths(model, name) if name.endswith(CHANGE) else mine)
     return set(parameters)

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from minillama.attention import BACKENDS
 from minillama.distributed import all_reduce, on_rank_zero, rank, reshard, say
-from minillama.errors import UserError
-from minillama.files import described
+from minillama.errors import REMEDIES, UserError, disk_error
+from minillama.files import described, size_text
 from minillama.hf import MAX_FILE_BYTES, split_by_size, write_tensors
 from minillama.index import INDEX, IndexReader, write_index
 from minillama.model import Llama
@@ -274,7 +274,8 @@ class Checkpoints:
         """Writes aside; renames once all is on the disk. May run beside the steps, so it has a group of its own."""
         final = self.folder / f"step-{content['progress']['step']:08}"
         path = final.with_name(final.name + ".partial")
-        failed = f"{final} cannot be written"
+        size = sum(tensor.numel() * tensor.element_size() for part in state.values() for tensor in part.values())
+        failed = f"{final}, of {size_text(size)}, cannot be written"
 
         def write() -> None:
             metadata = dcp.save(state, storage_writer=dcp.FileSystemWriter(path), process_group=self.group)
@@ -428,4 +429,7 @@ def _first_line(error: BaseException) -> str:
     failed_rank = rank()
     if isinstance(error, dcp.api.CheckpointException):
         failed_rank, (error, _) = next(iter(error.failures.items()))
-    return f"{(str(error).strip() or repr(error)).splitlines()[0]} (rank {failed_rank})"
+    text = (str(error).strip() or repr(error)).splitlines()[0]
+    if full_disk := disk_error(error):
+        text = f"{full_disk.strerror}: {REMEDIES[full_disk.errno or 0]}, and go on with --resume auto"
+    return f"{text} (rank {failed_rank})"

@@ -18,6 +18,13 @@ REMEDIES = {
 }
 
 
+def disk_error(error: BaseException) -> OSError | None:
+    """The error if REMEDIES knows it, also where PyTorch, which writes files without a word of why it fails, hides it."""
+    if isinstance(error, RuntimeError) and ("unexpected pos" in str(error) or "PytorchStreamWriter" in str(error)):
+        return OSError(errno.ENOSPC, "the disk is full, or fails")
+    return error if isinstance(error, OSError) and error.errno in REMEDIES else None
+
+
 def disk_text(error: OSError, path: Path | str | None = None, what: str = "") -> str:
     """ "FILE cannot be written (why): what to do". path: where the error itself does not know; what: "cannot be read"."""
     name, reason = path or error.filename or "a file", error.strerror or str(error)

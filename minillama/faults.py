@@ -36,9 +36,12 @@ def user_errors() -> Iterator[None]:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     tell_of_cut_files(_tell)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as the scripts have it until all is imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
+        _close_bars()
         if rank() == 0:
             print("\ninterrupted", file=sys.stderr, flush=True)
         sys.exit(130)
@@ -71,10 +74,28 @@ def _end(message: str) -> NoReturn:
     sys.exit(1)
 
 
-def _tell(message: str) -> None:
+def _close_bars() -> None:
+    """Progress bars end: else what is said next stands in their line, or they are drawn once more below it."""
     progress = sys.modules.get("tqdm")  # the model alone does without
-    for bar in [*getattr(progress and progress.tqdm, "_instances", ())]:  # else the message stands in its line
+    for bar in [*getattr(progress and progress.tqdm, "_instances", ())]:
         bar.close()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Around what asks the store: where that has gone with rank 0, PyTorch would print a stack of its own."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
+def _tell(message: str) -> None:
+    _close_bars()
     if _speaks_first():
         line = "" if rank() == 0 else "\n"  # rank 0's progress bar may be open
         print(f"{line}error: {message}", file=sys.stderr, flush=True)
@@ -85,13 +106,15 @@ def _speaks_first() -> bool:
     if not dist.is_initialized():
         return rank() == 0
     try:
-        return dist.distributed_c10d._get_default_store().add("minillama/errors", 1) == 1
+        with _quiet():
+            return dist.distributed_c10d._get_default_store().add("minillama/errors", 1) == 1
     except dist.DistError:  # rank 0, which keeps the store without torchrun, has ended: it has spoken
         return False
 
 
 def _end_of_fault() -> NoReturn:
     """Ends the process with code 1 because of a fault that is not the user's: its traceback, with the rank that had it."""
+    _close_bars()
     if not _someone_erred() and (_speaks_first() or not dist.is_initialized()):
         print(f"rank {rank()} has failed; this is a fault of the program, please report it:", file=sys.stderr)
         traceback.print_exc()
@@ -117,11 +140,13 @@ def _end_if_lost(error: Exception) -> None:
     if not gone and len(mine) == len(processes):
         return
     left = [number for number in mine if number not in gone]
+    _close_bars()
     if gone and all(how == "" for how in gone.values()):  # it has said why
         sys.exit(1)
     if gone and rank() == left[0]:
         names = ", ".join(f"rank {number}{how and f' ({how})'}" for number, how in gone.items())
-        print(f"\nerror: {names} is gone: out of memory perhaps, or killed by someone; see `dmesg`", file=sys.stderr)
+        why = "out of memory perhaps, or killed by someone, unless it said why; see `dmesg`"
+        print(f"\nerror: {names} is gone: {why}", file=sys.stderr)
     elif not gone and rank() == mine[0]:
         reason = str(error).partition("\n")[0]
         print(f"\nerror: a process of another machine is gone, see what it printed ({reason})", file=sys.stderr)
@@ -153,7 +178,10 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 def _someone_erred() -> bool:
+    if not dist.is_initialized():
+        return False
     try:
-        return dist.is_initialized() and dist.distributed_c10d._get_default_store().check(["minillama/errors"])
+        with _quiet():
+            return dist.distributed_c10d._get_default_store().check(["minillama/errors"])
     except dist.DistError:
         return False

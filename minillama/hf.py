@@ -25,7 +25,7 @@ from tqdm import tqdm
 from minillama.distributed import local, materialise, rank, reshard, say
 from minillama.errors import UserError
 from minillama.files import is_plain, is_rank_zero, new_folder, open_file, read_bytes, read_json, write_json
-from minillama.meta import MetaWeights, Weights, is_meta_folder, read_meta_config
+from minillama.meta import MetaWeights, Weights, finite, is_meta_folder, read_meta_config
 from minillama.model import LLAMA3_ROPE, Llama, LlamaConfig
 from minillama.tokenizer import load_tokenizer
 from minillama.tokenizer_json import is_tiktoken, tokenizer_config, tokenizer_json
@@ -179,9 +179,9 @@ class SafetensorsWeights:
         return self._described[name][1]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """(stop - start, ...)"""
+        """(stop - start, ...). Raises UserError for NaN and infinity."""
         with open_tensors(self._files[name]) as tensors:
-            return tensors.get_slice(name)[start:stop]
+            return finite(tensors.get_slice(name)[start:stop], name, self._files[name])
 
 
 def open_weights(folder: str | Path) -> Weights:
@@ -290,9 +290,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
             for start in range(0, len(target), step):
                 piece = target[start : start + step]
                 place = offset + start, offset + start + len(piece)
-                rows = weights.rows(name, *place)
-                check_finite(rows, name, folder)
-                piece.copy_(rows)
+                piece.copy_(weights.rows(name, *place))
                 if has_twin and name == "model.embed_tokens.weight":
                     _check_twin(weights, folder, *place)
                 bar.update(piece.numel() * piece.element_size())
@@ -301,14 +299,6 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
             for _ in pool.map(load, parameters):
                 pass
     return set(parameters)
-
-
-def check_finite(tensor: Tensor, name: str, where: str | Path) -> None:
-    """Raises UserError for NaN and infinity."""
-    if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
-        raise UserError(
-            f"{where}: {name} holds NaN or infinity: the file is damaged, or was saved after a failed training"
-        )
 
 
 def _row_offset(parameter: Tensor) -> int:

@@ -43,7 +43,7 @@ from minillama.hub import model_name
 from minillama.index import read_index
 from minillama.llama_adapter import LlamaAdapterConfig
 from minillama.lora import LoraConfig, merge, row_norms
-from minillama.meta import Weights
+from minillama.meta import Weights, finite
 from minillama.model import Llama, LlamaConfig
 from minillama.resume import MARK, Damaged, damage_of, read_mark, unreadable_text
 
@@ -149,7 +149,7 @@ class ShardedWeights:
         return self._tensors[name].properties.dtype
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """(stop - start, ...), a copy"""
+        """(stop - start, ...), a copy. Raises UserError for NaN and infinity."""
         found = torch.empty(stop - start, *self.shape(name)[1:], dtype=self.dtype(name))
         for chunk in self._tensors[name].chunks:
             first, count = chunk.offsets[0], chunk.sizes[0]
@@ -161,7 +161,7 @@ class ShardedWeights:
                 found[low - start : high - start] = torch.frombuffer(content, dtype=found.dtype).view(
                     -1, *found.shape[1:]
                 )
-        return found
+        return finite(found, name, self._folder)
 
     def _read(self, name: str, first: int, size: int, part: slice) -> bytes:
         """A part of the bytes of the shard that begins with row `first`."""

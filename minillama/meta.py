@@ -4,7 +4,6 @@ Meta rotates neighbours (0, 1), (2, 3), ... of a head, Hugging Face (0, D / 2), 
 stand in another order. Several files hold equal parts of each tensor, as the processes of Meta's model parallelism do.
 """
 
-import errno
 import math
 import mmap
 import os
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.serialization import set_default_mmap_options, skip_data
 from tqdm import tqdm
 
-from minillama.errors import UserError
+from minillama.errors import UserError, disk_error
 from minillama.files import open_file, read_json, write_json
 from minillama.model import LlamaConfig
 
@@ -62,6 +61,16 @@ class Weights(Protocol):
     def rows(self, name: str, start: int, stop: int) -> Tensor: ...
 
 
+def finite(tensor: Tensor, name: str, where: str | Path) -> Tensor:
+    """The tensor itself. Raises UserError for NaN and infinity."""
+    plain = tensor.dtype.itemsize > 1 and tensor.is_floating_point()  # else it is refused for what it is
+    if plain and tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+        raise UserError(
+            f"{where}: {name} holds NaN or infinity: the file is damaged, or was saved after a failed training"
+        )
+    return tensor
+
+
 def is_meta_folder(folder: Path) -> bool:
     return (folder / "params.json").exists() and not (folder / "config.json").exists()
 
@@ -81,7 +90,7 @@ class MetaWeights:
     def __init__(self, folder: Path) -> None:
         params = read_json(folder / "params.json")
         self.config = read_meta_config(folder)
-        self._parts = _parts(folder)
+        self._folder, self._parts = folder, _parts(folder)
         self._names = meta_names(params["n_layers"])
         known = {theirs for theirs, _ in self._names.values()} | {"rope.freqs"}
         for number, part in enumerate(self._parts):
@@ -109,7 +118,10 @@ class MetaWeights:
         return self._of(name)[1][0].dtype
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """(stop - start, ...): the rows from start to stop, a copy."""
+        """(stop - start, ...): the rows from start to stop, a copy. Raises UserError for NaN and infinity."""
+        return finite(self._read(name, start, stop), name, self._folder)
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
         dim, parts = self._of(name)
         if dim is None:
             return parts[0][start:stop].clone()
@@ -320,8 +332,8 @@ def write_meta(
         try:
             with skip_data():
                 torch.save(empty, file)
-        except RuntimeError as error:  # PyTorch's way of saying that the disk is full
-            raise OSError(errno.ENOSPC, str(error).splitlines()[0], str(file)) from None
+        except RuntimeError as error:
+            raise disk_error(error) or error from None
         del empty
         with file.open("rb+") as opened:  # a full disk is an error here; in mapped memory it would kill the process
             os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)

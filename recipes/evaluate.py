@@ -5,6 +5,11 @@ python recipes/evaluate.py --model Llama-3.1-8B --adapter out/alpaca/adapter --c
 torchrun --nproc_per_node 4 recipes/evaluate.py --model Llama-3.1-70B --tasks mmlu --num-fewshot 5 --output mmlu.json
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
+
 import gc
 import json
 import math

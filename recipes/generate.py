@@ -5,6 +5,11 @@ python recipes/generate.py --model Llama-3.1-8B --adapter out/alpaca/adapter --t
 torchrun --nproc_per_node 4 recipes/generate.py --model Llama-3.1-70B-Instruct --prompts questions.jsonl
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
+
 import io
 import json
 import sys

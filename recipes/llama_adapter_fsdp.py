@@ -8,6 +8,11 @@ a gate in the top layers' attention. Leaves them, as PEFT's AdaptionPrompt, in O
 metrics.jsonl, and loss.png. All flags: --help.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated

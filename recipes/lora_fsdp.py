@@ -8,6 +8,11 @@ DIR is a folder in Hugging Face's format or Meta's, or ORG/NAME of the Hugging F
 in PEFT's format, in OUTPUT_DIR/adapter, a line a step in metrics.jsonl, and loss.png. All flags: --help.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
+
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated

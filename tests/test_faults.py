@@ -1,6 +1,9 @@
 """What no user's mistake is: disks, signals and other processes that come between. One message, and nothing lost."""
 
+import ast
+import itertools
 import os
+import platform
 import re
 import shutil
 import time
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import _processes, random_model, run_script, save_folder
 
+from minillama import faults
 from minillama.adapters import save_adapter
 from minillama.cache import open_packed, prepare
 from minillama.datasets import DataConfig
@@ -120,6 +124,25 @@ with user_errors(), process_group("cpu"):
 """
 
 
+START = """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
+
+"""
+INTERRUPTED = """
+import os, sys
+from tqdm import tqdm
+from minillama.faults import user_errors
+if sys.argv[1] == "importing":
+    os.kill(os.getpid(), signal.SIGINT)
+with user_errors():
+    tqdm(range(3)).update()
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
 def script(tmp_path, text):
     file = tmp_path / "script.py"
     file.write_text(text)
@@ -157,6 +180,27 @@ def test_a_fault_is_told_once_by_the_rank_that_had_it(tmp_path, what, rank, said
     codes, text = run_script(script(tmp_path, LOST), what, rank, world_size=2, log=tmp_path / "log")
     assert codes == [1, 1] and text.count("Traceback") == 1 and f"rank {rank} has failed" in text and said in text, text
     assert "error: " not in text.replace("Error: ", "")
+
+
+def test_a_process_of_another_machine_is_gone(monkeypatch, capsys):
+    monkeypatch.setattr(faults, "processes", [(platform.node(), os.getpid()), ("elsewhere", 1)])
+    monkeypatch.setattr("time.monotonic", itertools.count(step=0.5).__next__)  # it waits a second
+    with pytest.raises(SystemExit), faults.user_errors():
+        raise RuntimeError("Connection closed by peer [10.0.0.2]:5\nand more")
+    assert capsys.readouterr().err == (
+        "\nerror: a process of another machine is gone, see what it printed (Connection closed by peer [10.0.0.2]:5)\n"
+    )
+
+
+def test_ctrl_c(tmp_path):
+    """Of every recipe and tool, also while it imports."""
+    for file in [*ROOT.glob("recipes/*.py"), *ROOT.glob("tools/*.py")]:
+        text = file.read_text()
+        assert "".join(text.splitlines(True)[ast.parse(text).body[0].end_lineno :]).startswith(START), file
+    file = script(tmp_path, START + INTERRUPTED)
+    assert run_script(file, "importing", log=tmp_path / "log") == ([None], "")  # ended by the signal: 130 in a shell
+    codes, text = run_script(file, "running", log=tmp_path / "log")
+    assert codes == [130] and text.endswith("\ninterrupted\n") and "Traceback" not in text
 
 
 STREAMS = """

@@ -11,6 +11,11 @@ adapter folder. Tensors are read and written a few rows at a time. GGUF needs th
 gguf); what its quantisation lost stays lost.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
+
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,7 +31,7 @@ from minillama.help import filled
 from minillama.hf import check_weights, companions, copy_files, read_config, write_hf, write_model
 from minillama.hub import find_model
 from minillama.merge import export_checkpoint
-from minillama.meta import interleaved, is_meta_folder, write_meta
+from minillama.meta import finite, interleaved, is_meta_folder, write_meta
 from minillama.model import Llama
 from minillama.resume import saved_steps
 from minillama.tokenizer_json import added_token, bos_first, tokenizer_json
@@ -141,6 +146,8 @@ def open_gguf(source: Path) -> Any:
 def read_gguf_config(fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
     """config.json of a LlamaForCausalLM; raises for what that class cannot express."""
     architecture = fields.get("general.architecture")
+    if architecture is None:
+        raise UserError("the GGUF file is empty: it has no field general.architecture")
     if architecture != "llama":
         raise UserError(f"the GGUF file holds a {architecture!r} model; only 'llama' can be converted")
     if fields.get("llama.expert_count", 0):
@@ -258,7 +265,7 @@ class GgufWeights:
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             places = interleaved(places, self._head_dim)  # GGUF rotates neighbours, as Meta does
         data = tensor.data[places.numpy()]  # copied: the file is mapped read-only
-        return torch.from_numpy(dequantise(tensor, data)).view(-1, *shape[1:])
+        return finite(torch.from_numpy(dequantise(tensor, data)).view(-1, *shape[1:]), name, "the GGUF file")
 
 
 def dequantise(tensor: Any, data: np.ndarray) -> np.ndarray:

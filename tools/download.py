@@ -8,6 +8,11 @@ stands beside it, in TARGET.download: killed or cut off, the same command goes o
 (--model ORG/NAME, of the recipes, downloads too, into huggingface_hub's cache, which begins a file anew.)
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
+
 import hashlib
 import os
 import shutil

@@ -6,6 +6,11 @@ Takes the recipes' --data flags. Rows that cannot be used are listed instead of 
 cache, and a run with --data.bad-rows skip finds it there.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
+
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -15,6 +15,9 @@ import json
 import random
 from pathlib import Path
 
+from minillama.faults import user_errors
+from minillama.files import write_whole
+
 SEED = 20
 TRAIN_ROWS, VALIDATION_ROWS = 800, 100
 FOLDER = Path(__file__).parents[1] / "minillama" / "data"
@@ -147,8 +150,8 @@ def make_rows() -> tuple[list[dict], list[dict]]:
 
 
 if __name__ == "__main__":
-    FOLDER.mkdir(exist_ok=True)
-    for name, rows in zip(("train", "validation"), make_rows(), strict=True):
-        path = FOLDER / f"chat_{name}.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        print(f"{path.relative_to(FOLDER.parents[1])}: {len(rows)} rows")
+    with user_errors():
+        for name, rows in zip(("train", "validation"), make_rows(), strict=True):
+            path = FOLDER / f"chat_{name}.jsonl"
+            write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            print(f"{path.relative_to(FOLDER.parents[1])}: {len(rows)} rows")

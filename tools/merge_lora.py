@@ -6,6 +6,11 @@ The adapter is ours or PEFT's own: LoRA, rsLoRA or DoRA. W + B A is added in fp3
 small however large the model is. The same as --lora.merge at the end of a run.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
+
 from pathlib import Path
 from typing import Annotated, Literal
 

@@ -1,5 +1,10 @@
 """Draws loss.png of a run: python tools/plot_metrics.py OUTPUT_DIR"""
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
