@@ -418,9 +418,9 @@ def _built(folder: Path, build: Callable[[Path], None]) -> Path:
     except OSError as error:
         if folder.exists():  # no locks here, and another was quicker
             return folder
-        ours = error.filename is None and error.errno in REMEDIES  # a file that was open: a full disk
-        ours = ours or str(error.filename).startswith(str(folder.parent))
-        if not ours:
+        where = Path(error.filename or folder)  # a file that was open has no name: a full disk
+        unnamed = error.filename is None and error.errno not in REMEDIES
+        if unnamed or not (where.is_relative_to(folder.parent) or folder.is_relative_to(where)):
             raise
         text = disk_text(error, folder.parent, "cannot be written")
         raise UserError(f"{text}, or give another place by --data.cache-dir or XDG_CACHE_HOME") from None

@@ -25,7 +25,7 @@ from minillama.distributed import all_reduce, on_rank_zero, rank, reshard, say
 from minillama.errors import REMEDIES, UserError, disk_error
 from minillama.files import described, size_text
 from minillama.hf import MAX_FILE_BYTES, split_by_size, write_tensors
-from minillama.index import INDEX, IndexReader, write_index
+from minillama.index import INDEX, IndexReader, IndexWriter
 from minillama.model import Llama
 from minillama.optim import LossScaler
 from minillama.resume import MARK, Checkpoint, hash_of, saved_steps
@@ -278,9 +278,7 @@ class Checkpoints:
         failed = f"{final}, of {size_text(size)}, cannot be written"
 
         def write() -> None:
-            metadata = dcp.save(state, storage_writer=dcp.FileSystemWriter(path), process_group=self.group)
-            if rank() == 0:
-                write_index(path, metadata)
+            dcp.save(state, storage_writer=IndexWriter(path), process_group=self.group)
 
         try:
             self._together(lambda: _make_empty(path) if rank() == 0 else None, failed)

@@ -27,7 +27,7 @@ def disk_error(error: BaseException) -> OSError | None:
 
 def disk_text(error: OSError, path: Path | str | None = None, what: str = "") -> str:
     """ "FILE cannot be written (why): what to do". path: where the error itself does not know; what: "cannot be read"."""
-    name, reason = path or error.filename or "a file", error.strerror or str(error)
+    name, reason = path or error.filename or "a file, or what is printed,", error.strerror or str(error)
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
     what = what or ("cannot be written" if full else "cannot be used")
     return ": ".join(filter(None, (f"{name} {what} ({reason})", REMEDIES.get(error.errno or 0))))

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -87,13 +88,20 @@ def remembered(what: str, measure: Callable[[], float], cache_dir: Path | None =
         except FileExistsError:
             return read() or rate
         except OSError as error:
-            warn(f"{file} cannot be written ({error.strerror}): the next run measures again, and may choose otherwise")
+            _warn_once(
+                f"{file.parent} cannot be written ({error.strerror}): the next run measures again, and may choose otherwise"
+            )
         finally:
             with suppress(OSError):
                 new.unlink()
         return rate
 
     return on_rank_zero(answer) if dist.is_initialized() else answer()
+
+
+@cache
+def _warn_once(text: str) -> None:
+    warn(text)
 
 
 def training_rate(dtype: torch.dtype) -> float:

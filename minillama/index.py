@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.storage import WriteResult
 
 from minillama.errors import UserError
 from minillama.files import read_json
@@ -31,24 +32,28 @@ DTYPES = {
 }
 
 
-def write_index(folder: Path, metadata: Metadata) -> None:
-    """metadata: what dcp.save returned on rank 0. The tensors are split by rows, if at all."""
-    index = {}
-    for name, tensor in metadata.state_dict_metadata.items():
-        assert isinstance(tensor, TensorStorageMetadata), name
-        parts = []
-        for chunk in tensor.chunks:
-            assert chunk.sizes[1:] == tensor.size[1:], name
-            place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-            row, rows = (chunk.offsets[0], chunk.sizes[0]) if chunk.sizes else (0, 1)
-            if rows:
-                parts.append([row, rows, place.relative_path, place.offset, place.length])
-        dtype = str(tensor.properties.dtype).removeprefix("torch.")
-        index[name] = {"dtype": dtype, "shape": list(tensor.size), "parts": sorted(parts)}
-    with (folder / INDEX).open("w") as file:
-        json.dump(index, file)
-        file.flush()
-        os.fsync(file.fileno())
+class IndexWriter(dcp.FileSystemWriter):
+    """DCP's writer, which writes our index too. The tensors are split by rows, if at all."""
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        places = {written.index: written.storage_data for of_rank in results for written in of_rank}
+        index = {}
+        for name, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata), name
+            parts = []
+            for chunk in tensor.chunks:
+                assert chunk.sizes[1:] == tensor.size[1:], name
+                place = places[MetadataIndex(name, chunk.offsets)]
+                row, rows = (chunk.offsets[0], chunk.sizes[0]) if chunk.sizes else (0, 1)
+                if rows:
+                    parts.append([row, rows, place.relative_path, place.offset, place.length])
+            dtype = str(tensor.properties.dtype).removeprefix("torch.")
+            index[name] = {"dtype": dtype, "shape": list(tensor.size), "parts": sorted(parts)}
+        with (Path(self.path) / INDEX).open("w") as file:
+            json.dump(index, file)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_index(folder: Path) -> Metadata:

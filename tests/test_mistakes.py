@@ -393,7 +393,7 @@ def disk(world, state=""):
         elif kind:
             mode = (world / what).stat().st_mode
             (world / what).chmod({"locked": 0, "kept": 0o500, "home": 0o500}[kind])
-            os.environ["XDG_CACHE_HOME"] = str(world / what) if kind == "home" else before
+            os.environ["XDG_CACHE_HOME"] = str(world / what / ".cache") if kind == "home" else before
             with without_privileges():
                 yield
             (world / what).chmod(mode)
