@@ -1,5 +1,6 @@
 """Adapter folders in PEFT's format, in and out: adapter_config.json and adapter_model.safetensors."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -247,7 +248,7 @@ def other_base(base: Path, adapter: Path) -> str | None:
     if not named:
         return None
     problem = f"{base} is not that model"
-    if Path(named).is_dir():
+    if os.path.isdir(named):  # unlike Path's, of any text
         try:
             if base.samefile(named) or weights_fingerprint(base) == weights_fingerprint(named):
                 return None
@@ -357,7 +358,10 @@ def load_adapter(model: Llama, folder: str | Path) -> Llama:
             f"{folder}: the model has an adapter already ({adapter}): load one, into the base model, or merge_lora "
             "between two"
         )
-    adapt(model, read_adapter_config(folder))
+    config = read_adapter_config(folder)
+    with torch.device("meta"):  # before memory is taken: its numbers may be any
+        check_adapter(adapt(type(model)(model.config), config), folder)
+    adapt(model, config)
     load_adapter_weights(model, folder)
     for parameter in adapter_parameters(model).values():
         parameter.requires_grad_(False)

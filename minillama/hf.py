@@ -170,7 +170,8 @@ class SafetensorsWeights:
                     if name not in there:
                         raise UserError(f"{name} is missing from {file}, where the index says it is")
                     rows = tensors.get_slice(name)
-                    self._described[name] = rows.get_shape(), rows[:0].dtype
+                    shape = rows.get_shape()  # of a single number there are no rows
+                    self._described[name] = shape, (rows[:0] if shape else tensors.get_tensor(name)).dtype
 
     def shape(self, name: str) -> list[int]:
         return list(self._described[name][0])
@@ -207,7 +208,8 @@ def weights_fingerprint(folder: str | Path) -> str:
         names = dict(Llama(config).named_parameters()).keys() & set(weights.names)
     for name in sorted(names):
         digest.update(f"{name} {weights.shape(name)} {weights.dtype(name)}".encode())
-        digest.update(weights.rows(name, 0, 1).contiguous().view(torch.uint8).numpy().data)
+        if weights.shape(name):
+            digest.update(weights.rows(name, 0, 1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -244,8 +246,9 @@ def check_weights(model: nn.Module, folder: str | Path, *, but: Collection[str] 
 
 def _check_twin(weights: Weights, folder: str | Path, start: int, stop: int) -> None:
     """Raises UserError unless these rows of a tied head are those of the embedding."""
-    head, embedding = (weights.rows(name, start, stop) for name in ("lm_head.weight", "model.embed_tokens.weight"))
-    if not torch.equal(head, embedding):
+    twins = ("lm_head.weight", "model.embed_tokens.weight")
+    same_shape = weights.shape(twins[0]) == weights.shape(twins[1])
+    if not same_shape or not torch.equal(*(weights.rows(name, start, stop) for name in twins)):
         raise UserError(
             f"{folder}: lm_head.weight is not the embedding, yet config.json has tie_word_embeddings: set it to false"
         )

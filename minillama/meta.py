@@ -11,6 +11,7 @@ import pickle
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
@@ -172,6 +173,8 @@ def _parts(folder: Path) -> list[dict[str, Tensor]]:
 def _load(file: Path) -> dict[str, Tensor]:
     open_file(file).close()  # says what torch.load does not
     try:
+        if not _is_stored(file):
+            raise ValueError
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise UserError(f"{file} holds more than tensors, which may be code, and is not read") from None
@@ -181,7 +184,31 @@ def _load(file: Path) -> dict[str, Tensor]:
         ) from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{file} does not hold tensors by name")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not _is_plain(name, tensor):
+            raise UserError(f"{file} holds {name!r:.80}, which is no matrix or vector of numbers as a Llama's")
+    # a shape may promise more than the file has; a tied head is there twice
+    if sum(tensor.nbytes for tensor in tensors.values()) > 2 * file.stat().st_size:
+        raise UserError(f"{file} has tensors that are larger than the file: copy it again")
     return tensors
+
+
+def _is_plain(name: str, tensor: Tensor) -> bool:
+    """Whether the tensor has numbers that can be read row by row, as many dimensions as Llama's of that name, and is not
+    empty."""
+    if tensor.is_nested or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return False
+    dimensions = 1 if name.endswith("norm.weight") else 2
+    return tensor.numel() > 0 and (tensor.ndim == dimensions or not name.endswith(".weight"))
+
+
+def _is_stored(file: Path) -> bool:
+    """Whether all of a .pth is as it is in memory: torch.load maps what is compressed as if it were not."""
+    try:
+        with ZipFile(file) as entries:
+            return all(entry.compress_type == ZIP_STORED for entry in entries.infolist())
+    except (BadZipFile, NotImplementedError):
+        return False
 
 
 @lru_cache(maxsize=4)

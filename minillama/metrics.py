@@ -274,7 +274,12 @@ def plot_loss(metrics_file: Path, image: Path) -> bool:
     axes.grid(alpha=0.3)
     axes.legend()
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=120)
+    try:
+        figure.savefig(drawn, dpi=120)
+    except (ArithmeticError, ValueError) as error:
+        raise UserError(
+            f"{metrics_file}: its numbers are too large to be drawn ({error}): remove those lines"
+        ) from None
     try:
         write_whole(image, drawn.getvalue())
     except OSError as error:

@@ -42,6 +42,8 @@ DIGITS_GPT2_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]
 
 # tiktoken's regex engine keeps one stack entry for each character of white space and gives up at a million.
 LONGEST_SPACE = 100_000
+SECONDS, SECONDS_A_CHARACTER = 5.0, 1e-5
+"""What a slower engine, for vocabularies that lack bytes, may take for a text"""
 
 
 class Tokenizer:
@@ -74,6 +76,7 @@ class Tokenizer:
         self._special_text = {id_: text for text, id_ in self._special.items()}
         self._hidden = {token["id"] for token in special.values() if token.get("special", True)}
         self._special_re = _special_regex(special)
+        self._takes_space = {text for text, token in special.items() if token.get("lstrip")}
         self.vocab_size: int = max([engine.highest_id, *self._special.values()]) + 1
         self.bos_id: int | None = self._named_id(names.get("bos_token"), names.get("bos_token_id"))
         self.adds_bos: bool = self.bos_id is not None and names.get("add_bos_token", True)
@@ -177,10 +180,13 @@ class Tokenizer:
         """(start, end, ids): the special tokens in `text` and the stretches between them; offsets in characters."""
         start = 0
         for match in self._special_re.finditer(text):
-            if match.start() > start:
-                yield start, match.start(), self._engine.encode(text[start : match.start()], start == 0)
-            name = match.group()  # may have white space around it (lstrip, rstrip)
-            yield match.start(), match.end(), [self._special[name if name in self._special else name.strip()]]
+            begin, name = match.start(), match.group()
+            name = name if name in self._special else name.rstrip()  # white space behind it (rstrip)
+            while name in self._takes_space and begin > start and text[begin - 1].isspace():
+                begin -= 1  # before it; an expression would look for it from every space on
+            if begin > start:
+                yield start, begin, self._engine.encode(text[start:begin], start == 0)
+            yield begin, match.end(), [self._special[name]]
             start = match.end()
         if start < len(text):
             yield start, len(text), self._engine.encode(text[start:], start == 0)
@@ -438,9 +444,15 @@ class _BytePair:
         """Like `tokenizers`: bytes that are not in the vocabulary (SmolLM2 lacks 21) vanish before the merging."""
         import regex  # comes with tiktoken
 
-        pieces = (
-            match.group().encode().translate(None, self._missing) for match in regex.finditer(self._pattern, text)
-        )
+        seconds = SECONDS + SECONDS_A_CHARACTER * len(text)  # it may try exponentially many ways, unlike tiktoken
+        try:
+            matches = list(regex.finditer(self._pattern, text, timeout=seconds))
+        except TimeoutError:
+            raise UserError(
+                f"the expression of the pre-tokenizer in tokenizer.json takes more than {seconds:.2g} seconds for this "
+                f"text: mend {self._pattern!r:.80}"
+            ) from None
+        pieces = (match.group().encode().translate(None, self._missing) for match in matches)
         return [rank for piece in pieces if piece for rank in self._encoding._encode_single_piece(piece)]
 
     def size(self, text: str, first: bool) -> int:
@@ -500,13 +512,12 @@ class _SentencePiece:
 
 
 def _special_regex(special: dict[str, dict[str, Any]]) -> re.Pattern[str]:
-    """Finds special tokens: the first in the text, and of those the longest."""
+    """Finds special tokens: the first in the text, and of those the longest. With white space behind, if it takes that."""
     alternatives = []
     for text in sorted(special, key=len, reverse=True):
         if special[text].get("single_word"):
             raise UserError(f"the added token {text!r} is marked single_word, which is not supported; remove the mark")
-        left, right = (r"\s*" if special[text].get(side) else "" for side in ("lstrip", "rstrip"))
-        alternatives.append(left + re.escape(text) + right)
+        alternatives.append(re.escape(text) + (r"\s*" if special[text].get("rstrip") else ""))
     return re.compile("|".join(alternatives) or r"(?!)")
 
 

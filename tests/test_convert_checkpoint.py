@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +359,10 @@ def test_refusals(tmp_path):
     for part in (1000, len(content) // 2, len(content) - 1):
         source.write_bytes(content[:part])
         assert f"{source} is a truncated or damaged GGUF file" in refused(source, target), part
+    array, numbers = struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q3sI", 3, b"a.b", 9), struct.pack("<IQ", 0, 2**60)
+    for value in (numbers, struct.pack("<IQ", 9, 1) * 2000 + numbers):  # a long list, and lists in lists
+        source.write_bytes(b"GGUF" + array + value)
+        assert f"{source} is a truncated or damaged GGUF file" in refused(source, target)
     write_gguf(source, None, architecture="qwen2")
     assert "'qwen2'" in refused(source, target)
     write_gguf(source, tiny_llama(tied=True), pre="deepseek-llm")

@@ -20,7 +20,7 @@ from test_model import hf_twin
 from minillama.adapters import load_adapter, load_adapter_weights, peft_config, save_adapter, vllm_refusals
 from minillama.distributed import FsdpConfig, like, local, materialise, set_dtypes, shard
 from minillama.errors import UserError
-from minillama.hf import INDEX, from_pretrained, load_weights, read_config, save_pretrained
+from minillama.hf import INDEX, from_pretrained, load_weights, read_config, save_pretrained, weights_fingerprint
 from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.lora import LoraConfig, apply_lora, merge_lora
 from minillama.model import Llama
@@ -71,6 +71,11 @@ def test_a_tied_config_with_another_head_in_the_file_is_refused(tmp_path):
     folder = save_folder(random_model(), tmp_path, tie_word_embeddings=True)
     with pytest.raises(UserError, match=r"lm_head.weight is not the embedding"):
         from_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    longer = torch.cat((tensors["model.embed_tokens.weight"], torch.ones(1, 32)))
+    save_file(tensors | {"lm_head.weight": longer}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"lm_head.weight is not the embedding"):
+        from_pretrained(folder)
 
 
 def test_large_tensors_are_read_in_pieces(tmp_path, monkeypatch):
@@ -92,6 +97,7 @@ def test_missing_unexpected_and_misshapen_are_named(tmp_path):
         del tensors["model.layers.1.mlp.up_proj.weight"]
         tensors["model.layers.3.mlp.up_proj.weight"] = torch.zeros(1)
         tensors["model.norm.weight"] = torch.zeros(31)
+        tensors["model.layers.0.input_layernorm.weight"] = torch.tensor(1.0)
 
     with pytest.raises(UserError) as error:
         from_pretrained(broken(tmp_path, change))
@@ -99,6 +105,8 @@ def test_missing_unexpected_and_misshapen_are_named(tmp_path):
     assert "model.layers.1.mlp.up_proj.weight is missing" in message
     assert "model.layers.3.mlp.up_proj.weight is not part of the model" in message
     assert "model.norm.weight has shape [31], the config asks for [32]" in message
+    assert "model.layers.0.input_layernorm.weight has shape [], the config asks for [32]" in message
+    assert weights_fingerprint(tmp_path) != weights_fingerprint(save_folder(random_model(), tmp_path / "whole"))
 
 
 def test_rope_frequencies_of_old_files_are_passed_over(tmp_path):
@@ -258,6 +266,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         load_adapter(random_model(), tmp_path / "b")
     settings = json.loads((tmp_path / "a/adapter_config.json").read_text())
     for change, named in (
+        ({"r": 2**24}, r"q_proj.lora_A.weight has shape \[4, 32\], not \[16777216, 32\]"),
         ({"use_dora": True}, "q_proj.lora_magnitude_vector is missing"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save = .* is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not supported"),
@@ -336,6 +345,7 @@ def test_llama_adapters_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"shape \[1, 5, 32\], not \[1, 5, 64\]"):
         load_adapter(random_model(hidden_size=64), tmp_path)
     for change, named in [
+        ({"adapter_len": 2**24}, r"shape \[1, 5, 32\], not \[1, 16777216, 32\]"),
         ({"adapter_len": 6}, r"shape \[1, 5, 32\], not \[1, 6, 32\]"),
         ({"adapter_len": 0}, "needs the whole numbers adapter_len and adapter_layers"),
         ({"adapter_layers": None}, "needs the whole numbers adapter_len and adapter_layers"),

@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -198,6 +199,18 @@ def test_bad_folders(tmp_path, capsys):
         content = (path / "consolidated.00.pth").read_bytes()
         (path / "consolidated.00.pth").write_bytes(content[: len(content) // 2])
 
+    def put(path, tensor, name="output.weight"):
+        file = path / "consolidated.00.pth"
+        torch.save(torch.load(file, weights_only=True) | {name: tensor}, file)
+
+    def packed(path):
+        put(path, torch.ones(64, 32))  # whose checksums are right
+        with ZipFile(path / "consolidated.00.pth") as source:
+            entries = {name: source.read(name) for name in source.namelist()}
+        with ZipFile(path / "consolidated.00.pth", "w", ZIP_DEFLATED) as target:
+            for name, content in entries.items():
+                target.writestr(name, content)
+
     cases = [
         ("gap", lambda p: (p / "consolidated.00.pth").unlink(), "without gaps; there: consolidated.01.pth"),
         ("none", lambda p: [f.unlink() for f in p.glob("*.pth")], "there: none"),
@@ -209,6 +222,13 @@ def test_bad_folders(tmp_path, capsys):
             lambda p: torch.save({"a": Code()}, p / "consolidated.00.pth"),
             "holds more than tensors, which may be code, and is not read$",
         ),
+        ("larger", lambda p: put(p, torch.ones(1).expand(2**24, 32)), "tensors that are larger than the file"),
+        ("nowhere", lambda p: put(p, torch.ones(64, 32, device="meta")), "holds 'output.weight', which is no matrix"),
+        ("sparse", lambda p: put(p, torch.ones(64, 32).to_sparse()), "holds 'output.weight', which is no matrix"),
+        ("scalar", lambda p: put(p, torch.tensor(1.0)), "holds 'output.weight', which is no matrix"),
+        ("nothing", lambda p: put(p, torch.ones(0, 32)), "holds 'output.weight', which is no matrix"),
+        ("number", lambda p: put(p, torch.ones(2), 5), "holds 5, which is no matrix"),
+        ("packed", packed, "consolidated.00.pth cannot be read"),
         ("list", lambda p: torch.save([1], p / "consolidated.00.pth"), "does not hold tensors by name"),
         (
             "lacks",

@@ -92,3 +92,11 @@ def test_a_full_disk_is_one_message_and_no_half_line(tmp_path):
     (tmp_path / "folder/metrics.jsonl/x").mkdir(parents=True)
     with pytest.raises(UserError, match=r"metrics\.jsonl cannot be .* \(Is a directory\)"):
         _reopen(tmp_path / "folder/metrics.jsonl", Progress(window=1))
+
+
+def test_numbers_too_large_to_be_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1e308}')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: its numbers are too large to be drawn"):
+        plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()

@@ -10,6 +10,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
+import minillama.tokenizer
 from minillama.errors import UserError
 from minillama.tokenizer import DIGITS_GPT2_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, load_tokenizer, may_hang
 from minillama.tokenizer_json import tokenizer_json
@@ -171,8 +172,20 @@ def test_added_tokens_longest_first_and_stripping(tmp_path):
     stripping = [AddedToken("<L>", lstrip=True, special=True), AddedToken("<R>", rstrip=True, special=True)]
     reference.add_special_tokens(["<|im", "<|im_end|>!", *stripping])
     tokenizer = load_tokenizer(write_json(tmp_path, reference, eos_token="<|im_end|>"))
-    texts = ["<|im_end|>!!", "<|im_end|>", "<|imx", "a  <L> b", "a <R> \n b", "<R>  <L>", "a<L><R>b"]
-    assert_same(tokenizer, reference, texts, roundtrip=False)
+    texts = ["<|im_end|>!!", "<|im_end|>", "<|imx", "a  <L> b", "a <R> \n b", "<R>  <L>", "a<L><R>b", " <L> <L>"]
+    assert_same(tokenizer, reference, [*texts, " " * 60_000 + "a"], roundtrip=False)  # in a time in proportion to that
+
+
+def test_an_expression_that_takes_too_long(tmp_path, monkeypatch):
+    """Where the vocabulary lacks a byte, an engine that tries all ways to match."""
+    monkeypatch.setattr(minillama.tokenizer, "SECONDS", 0.1)
+    data = json.loads(llama3_like(r"(?:a|aa|a+c?)+b|[\s\S]", ignore_merges=False).to_str())
+    data["model"]["vocab"]["no byte"] = data["model"]["vocab"].pop("Ā")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end_of_text|>"}')
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=r"takes more than 0\.1 seconds for this text"):
+        tokenizer.encode("a" * 40 + "c\x00b")
 
 
 def test_tiktoken_file_gives_the_ids_of_the_same_json(tmp_path):

@@ -137,9 +137,17 @@ def open_gguf(source: Path) -> Any:
     with source.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError(f"{source} is not a GGUF file: give a folder, or a file of that format")
+
+    class Reader(gguf.GGUFReader):  # theirs reads nothing, as often as a length says, where the file has ended
+        def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
+            found = super()._get(offset, dtype, count, *args, **kwargs)
+            if len(found) < count:
+                raise ValueError("the file ends before")
+            return found
+
     try:
-        return gguf.GGUFReader(source)
-    except (ArithmeticError, LookupError, ValueError):
+        return Reader(source)
+    except (ArithmeticError, LookupError, RecursionError, ValueError):
         raise UserError(f"{source} is a truncated or damaged GGUF file, or of an unknown version") from None
 
 
