@@ -336,7 +336,9 @@ def saved_flags(config_class: type[Config]) -> Config | None:
                 read[name] = tuple(value)
             elif get_origin(hint) is dict and misfit(value, {...: allowed[1]}) is None:
                 read[name] = dict(value)
-            elif value in allowed or type(value) in allowed or (float in allowed and type(value) is int):
+            elif get_origin(hint) not in (dict, tuple) and (
+                value in allowed or type(value) in allowed or (float in allowed and type(value) is int)
+            ):
                 read[name] = value
             else:
                 raise UserError(f"--config {file}: {json.dumps(value)} is not a value of --{flag(where, name)}")
