@@ -34,6 +34,7 @@ from typing import IO, Any
 import torch
 
 from minillama.errors import UserError
+from minillama.hardware import processor
 
 TOOLS = Path(__file__).parent
 GROUPS = (
@@ -127,7 +128,7 @@ def correctness(job: dict[str, Any], say: "Report") -> None:
     first, names = 0, None
     while names is None or first < len(names):
         workers = Workers.start(job | {"first": first})
-        begun = None
+        begun, before = None, first
         try:
             names = workers.answer()["names"]
             while first < len(names):
@@ -136,12 +137,12 @@ def correctness(job: dict[str, Any], say: "Report") -> None:
                 say.row(workers.answer()["row"])
                 first += 1
         except Ended as reason:
-            if names is None or (begun is None and not first):  # before any check
-                say.row(failed("setup", "a process that makes checks", None, str(reason)))
-                return
-            if begun is not None:
+            if names is not None and begun is not None:
                 say.row(failed(*names[begun], str(reason)))
                 first = begun + 1
+            elif first == before:  # before any check: no other process would get further
+                say.row(failed("setup", "a process that makes checks", None, str(reason)))
+                return
         finally:
             workers.close()
 
@@ -243,7 +244,7 @@ def machine(device: str, processes: int) -> dict[str, Any]:
         found |= {"name": properties.name, "capability": [properties.major, properties.minor]}
         found |= {"memory_gib": round(properties.total_memory / 2**30, 1), "gpus": torch.cuda.device_count()}
     else:
-        found |= {"name": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        found |= {"name": processor()["processor"], "cores": os.cpu_count()}
     for name in ("triton", "transformers", "peft", "tyro"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
