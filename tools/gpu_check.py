@@ -1,11 +1,11 @@
 """Checks on a GPU whatever minillama computes there, and then measures how fast it is. One command, no files needed:
 
-    python tools/gpu_check.py                                    everything, on all GPUs there are; about half an hour
+    python tools/gpu_check.py                                    everything, on all GPUs there are
     python tools/gpu_check.py --only attention loss              some groups of checks, see GROUPS
     python tools/gpu_check.py --only performance --shapes llama-3.1-8b --methods lora
     python tools/gpu_check.py --device cpu                       what a CPU can, at tiny shapes
 
-Correctness comes first and takes some five minutes: a row a check, with the largest error that passes and the one found.
+Correctness comes first: a row a check, with the largest error that passes and the one found.
 A check that cannot be made here is "not run", with the reason; one that raises, hangs or kills its process has failed, and
 the others go on. Speed is measured by tools/bench.py, beside transformers + peft where these are installed, with no new
 case after --minutes. All of it is printed and written to --output, as it comes. Ends with code 1 if a check has failed.
