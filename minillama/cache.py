@@ -423,7 +423,8 @@ def _built(folder: Path, build: Callable[[Path], None]) -> Path:
         if unnamed or not (where.is_relative_to(folder.parent) or folder.is_relative_to(where)):
             raise
         text = disk_text(error, folder.parent, "cannot be written")
-        raise UserError(f"{text}, or give another place by --data.cache-dir or XDG_CACHE_HOME") from None
+        besides = ", or" if error.errno in REMEDIES else ":"
+        raise UserError(f"{text}{besides} give another place by --data.cache-dir or XDG_CACHE_HOME") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder

@@ -10,7 +10,6 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -33,6 +32,9 @@ SETTINGS = (
 )
 """Environment variables that decide which instructions PyTorch and its libraries use."""
 
+_unwritten: dict[Path, float] = {}
+"""Measurements that no file could be made for, with which this process stays"""
+
 
 def processor() -> dict[str, str]:
     """What tells this machine's processor from another: its model and a hash of its features, on any platform."""
@@ -40,7 +42,9 @@ def processor() -> dict[str, str]:
     if platform.system() == "Linux":
         # x86 has a model name and flags, ARM has numbers and Features; one core stands for all
         kept = ("model name", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU variant", "CPU part")
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        lines = []
+        with suppress(OSError):  # without /proc the architecture must do
+            lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
         described = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         found = {name: described[name] for name in kept if name in described}
         model = found.get("model name", model)
@@ -55,7 +59,7 @@ def remembered(what: str, measure: Callable[[], float], cache_dir: Path | None =
     """measure(), called once for this processor and version of PyTorch, by rank 0: later the answer is read from a file.
 
     So no two runs on this machine differ in what they choose by it. In a process group every rank must call it, and gets
-    the same. A file that cannot be written or used is one warning.
+    the same. A file that cannot be used is one warning, and so is a folder that cannot be written.
     """
     machine = processor() | {"torch": torch.__version__}
     machine |= {name: os.environ[name] for name in SETTINGS if name in os.environ}
@@ -77,7 +81,8 @@ def remembered(what: str, measure: Callable[[], float], cache_dir: Path | None =
         return None
 
     def answer() -> float:
-        if (rate := read()) is not None:
+        rate = _unwritten.get(file) or read()
+        if rate is not None:
             return rate
         rate = measure()
         new = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
@@ -88,20 +93,16 @@ def remembered(what: str, measure: Callable[[], float], cache_dir: Path | None =
         except FileExistsError:
             return read() or rate
         except OSError as error:
-            _warn_once(
-                f"{file.parent} cannot be written ({error.strerror}): the next run measures again, and may choose otherwise"
-            )
+            if not any(other.parent == file.parent for other in _unwritten):
+                problem = f"{file.parent} cannot be written ({error.strerror})"
+                warn(f"{problem}: the next run measures this processor again, and may choose otherwise")
+            _unwritten[file] = rate
         finally:
             with suppress(OSError):
                 new.unlink()
         return rate
 
     return on_rank_zero(answer) if dist.is_initialized() else answer()
-
-
-@cache
-def _warn_once(text: str) -> None:
-    warn(text)
 
 
 def training_rate(dtype: torch.dtype) -> float:
@@ -117,16 +118,20 @@ def training_rate(dtype: torch.dtype) -> float:
 
 
 def fastest(call: Callable[[], object]) -> float:
-    """Seconds that call() takes on one thread: the least of many, as other programs may run meanwhile."""
+    """Seconds that call() takes on one thread: the least of many.
+
+    Of the thread's own time: where other programs share the core, or a container's limit stops it, seconds of the clock
+    are 20 times as many, and what is measured is remembered.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         call()
         seconds: list[float] = []
         while len(seconds) < 20 and sum(seconds) < 0.15:
-            start = time.perf_counter()
+            start = time.thread_time()
             call()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.thread_time() - start)
     finally:
         torch.set_num_threads(threads)
     return min(seconds)

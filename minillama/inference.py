@@ -18,12 +18,14 @@ Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 
 
-def load_model(folder: Path, device: str, *, adapter: Path | None = None, dtype: Dtype = "auto") -> Llama:
+def load_model(
+    folder: Path, device: str, *, adapter: Path | None = None, dtype: Dtype = "auto", cache_dir: Path | None = None
+) -> Llama:
     """A base folder, and an adapter folder for it, as a frozen model that computes in dtype.
 
-    dtype: auto takes what the hardware multiplies fast, as --fsdp.precision auto does. Every rank must call it; on several
-    each holds a part. Raises UserError, before it reads any weight, for a folder that is none, and an adapter of another
-    model.
+    dtype: auto takes what the hardware multiplies fast, as --fsdp.precision auto does; cache_dir: where measurements are
+    remembered. Every rank must call it; on several each holds a part. Raises UserError, before it reads any weight, for a
+    folder that is none, and an adapter of another model.
     """
     with torch.device("meta"):
         model = Llama(read_config(folder)).requires_grad_(False)
@@ -33,10 +35,11 @@ def load_model(folder: Path, device: str, *, adapter: Path | None = None, dtype:
         check_adapter(model, adapter)
         warn_of_other_base(folder, adapter)
         model.requires_grad_(False)
-    fsdp, _ = choose_precision(FsdpConfig(strategy="full-shard", precision=dtype), device, flag="--dtype")
+    fsdp = FsdpConfig(strategy="full-shard", precision=dtype)
+    fsdp, _ = choose_precision(fsdp, device, flag="--dtype", cache_dir=cache_dir)
     set_dtypes(model, fsdp)
     mesh = make_mesh(fsdp, device)
-    choose_kernels(model, KernelsConfig(), fsdp.compute_dtype, device)
+    choose_kernels(model, KernelsConfig(), fsdp.compute_dtype, device, cache_dir)
     if compact_base(model, weights, fsdp, mesh) or mesh.size() > 1:
         shard(model, mesh, fsdp)
     materialise(model, device)

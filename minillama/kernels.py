@@ -83,7 +83,7 @@ def _best_on_gpu(dtype: torch.dtype, flash: bool) -> tuple[str, str]:
     if flash:
         return "varlen", "half precision on CUDA"
     capability = torch.cuda.get_device_capability()
-    if capability >= (7, 0):  # what Triton compiles for
+    if capability >= (7, 0) and dtype != torch.bfloat16:  # what Triton compiles for; bf16, from 8.0, had flash
         return "flex", f"{dtype} on CUDA".removeprefix("torch.")
     return "math", f"compute capability {capability[0]}.{capability[1]}"
 

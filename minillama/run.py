@@ -132,8 +132,12 @@ def resolve_precision(config: C, device: str, checkpoint: Checkpoint | None) -> 
 def resolve_kernels(
     config: RunConfig, model: Llama, fsdp: FsdpConfig, device: str, checkpoint: Checkpoint | None
 ) -> str:
-    """Gives the model its attention, with auto the checkpoint's; says which and why. fsdp: with its precision resolved."""
-    saved = checkpoint.content["attention"] if checkpoint else None
+    """Gives the model its attention, with auto that of a checkpoint from the same kind of device; says which and why.
+
+    fsdp: with its precision resolved.
+    """
+    content = checkpoint.content if checkpoint else {}
+    saved = content["attention"] if content.get("device") == device else None  # a CPU's is slow on a GPU
     return choose_kernels(model, config.kernels, fsdp.compute_dtype, device, config.data.cache_dir, saved)
 
 

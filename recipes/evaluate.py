@@ -124,7 +124,7 @@ def measure(
     config: Config, adapter: Path | None, tokenizer: Any, rows: Packed | None, tasks: Any, device: str
 ) -> dict[str, Any]:
     """What one column of the table says, and what it comes from."""
-    model = load_model(config.model, device, adapter=adapter, dtype=config.dtype)
+    model = load_model(config.model, device, adapter=adapter, dtype=config.dtype, cache_dir=config.data.cache_dir)
     found: dict[str, Any] = {}
     if rows:
         ranks = dist.get_world_size()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model, run_script, save_folder
+from test_precision import FAST_BF16, SLOW_BF16, remember
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import minillama
@@ -222,15 +223,17 @@ def test_base_and_adapted_side_by_side_on_one_process_and_on_two(folder, adapter
 def test_rows_as_training_evaluates_them(folder, tmp_path, precision):
     write_rows(tmp_path / "rows.jsonl")
     data = ["--data.path", tmp_path / "rows.jsonl", "--data.val-fraction", 0.3, "--data.context-length", 200]
+    rates = {"mixed": FAST_BF16, "fp32": SLOW_BF16}[precision]  # which both find there
+    data += ["--data.cache-dir", remember(tmp_path / "cache", rates, "math")]
     run = ["--model", folder, "--output-dir", tmp_path / "run", "--device", "cpu", "--seed", 7, "--train.max-steps", 1]
-    run += ["--fsdp.precision", precision, "--optim.lr", 0.1, "--checkpoint.every", -1]
+    run += ["--optim.lr", 0.1, "--checkpoint.every", -1]
     codes, text = run_script(RECIPES / "lora_fsdp.py", *run, *data, log=tmp_path / "log")
-    assert codes == [0], text
+    assert codes == [0] and f"precision   {precision} (auto: " in text, text
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     before, after = [line for line in lines if "eval_loss" in line]
     assert before["eval_loss"] != after["eval_loss"]
     flags = ["--model", folder, "--adapter", tmp_path / "run" / "adapter", "--compare", "--seed", 7, *data]
-    flags += ["--dtype", {"mixed": "bf16", "fp32": "fp32"}[precision], "--output", tmp_path / "scores.json"]
+    flags += ["--output", tmp_path / "scores.json"]
     codes, text = evaluate(*flags, log=tmp_path / "log")
     assert codes == [0], text
     found = json.loads((tmp_path / "scores.json").read_text())["results"]

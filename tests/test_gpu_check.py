@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +134,26 @@ def test_processes_that_die_or_hang_fail_one_check(tool, tmp_path, monkeypatch, 
     ]
     assert rows[1]["detail"] == "its process ended with code 1: CUDA error: an illegal memory access"
     assert rows[3]["detail"] == "hangs: no answer in 2 s"
+    assert report.count("failed") == 2
+
+
+def test_a_device_that_is_lost_ends_the_checks(tool, tmp_path, monkeypatch):
+    names = {"names": [["group", name, 0.1] for name in ("first", "last")]}
+    answers = [names, {"begins": 0}, tool.Ended("CUDA error: the device is lost"), tool.Ended("CUDA error: no device")]
+
+    def answer():
+        if isinstance(answers[0], Exception):
+            raise answers.pop(0)
+        return answers.pop(0)
+
+    processes = SimpleNamespace(answer=answer, close=lambda: None)
+    monkeypatch.setattr(tool.Workers, "start", lambda job: processes)
+    report = tool.Report(tmp_path / "out.json", {})
+    tool.correctness({"processes": 1}, report)
+    assert [(row["check"], row["detail"]) for row in report.rows] == [
+        ("first", "CUDA error: the device is lost"),
+        ("a process that makes checks", "CUDA error: no device"),
+    ]
     assert report.count("failed") == 2
 
 

@@ -4,6 +4,7 @@ The suite goes without the slowest part, the C++ compiler; `pytest tests/test_ke
 """
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from minillama.distributed import FsdpConfig, initialise, make_mesh, materialise
 from minillama.errors import UserError
 from minillama.hf import load_weights
 from minillama.kernels import KernelsConfig, choose_kernels, compile_blocks
+from minillama.resume import Checkpoint
+from minillama.run import RunConfig, resolve_kernels
 
 
 def chosen(device, dtype, **config):
@@ -42,6 +45,7 @@ def test_auto_without_a_choice(monkeypatch):
         ((9, 0), torch.bfloat16, "varlen (auto: half precision on CUDA)"),
         ((9, 0), torch.float32, "flex (auto: float32 on CUDA)"),
         ((7, 5), torch.float16, "flex (auto: float16 on CUDA)"),
+        ((7, 5), torch.bfloat16, "math (auto: compute capability 7.5)"),
         ((6, 1), torch.float32, "math (auto: compute capability 6.1)"),
     ]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
@@ -63,6 +67,14 @@ def test_auto_keeps_the_attention_of_a_checkpoint_where_it_can_run(monkeypatch):
         model = random_model()
         said = choose_kernels(model, KernelsConfig(compile=compiled), dtype, device, saved=saved)
         assert (said == f"{saved} (auto: the checkpoint's)") == (model.attention is BACKENDS[saved]) == kept
+
+
+def test_a_run_that_goes_on_from_another_kind_of_device_takes_the_attention_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    config, fsdp = RunConfig(Path("model"), Path("out")), FsdpConfig(precision="fp32")
+    for device, said in (("cpu", "flex (auto: float32 on CUDA)"), ("cuda", "math (auto: the checkpoint's)")):
+        checkpoint = Checkpoint(Path("step-00000001"), {"device": device, "attention": "math"})
+        assert resolve_kernels(config, random_model(), fsdp, "cuda", checkpoint) == said
 
 
 @pytest.mark.parametrize(

@@ -106,11 +106,24 @@ def test_a_measurement_that_cannot_be_used_is_made_again(machine, tmp_path, caps
 
 
 def test_a_cache_that_cannot_be_written_is_one_warning(machine, tmp_path, capsys):
-    machine(FAST_BF16)
+    measured = machine(FAST_BF16)
     (tmp_path / "cache").write_text("a file")
-    assert cpu_rate(torch.float32) == 100e9
+    first = choose_precision(AUTO, "cpu")
+    assert first[0].precision == "mixed"
     said = capsys.readouterr().err
-    assert said.count("warning: ") == 1 and "cannot be written (Not a directory)" in said
+    assert said.count("warning: ") == 1 and "measured cannot be written (Not a directory)" in said
+    machine(SLOW_BF16)  # and what this process has measured stays
+    assert choose_precision(AUTO, "cpu") == first and len(measured) == 2 and capsys.readouterr().err == ""
+
+
+def test_what_other_programs_take_of_a_core_is_not_measured():
+    def call():
+        time.sleep(0.004)  # another program has the core
+        start = time.thread_time()
+        while time.thread_time() < start + 0.001:
+            pass
+
+    assert 0.001 <= hardware.fastest(call) < 0.003
 
 
 def test_a_slower_run_at_the_same_time_takes_the_answer_that_is_there(machine, monkeypatch):

@@ -1,11 +1,11 @@
 """Checks on a GPU whatever minillama computes there, and then measures how fast it is. One command, no files needed:
 
-    python tools/gpu_check.py                                    everything, on all GPUs there are; about half an hour
+    python tools/gpu_check.py                                    everything, on all GPUs there are
     python tools/gpu_check.py --only attention loss              some groups of checks, see GROUPS
     python tools/gpu_check.py --only performance --shapes llama-3.1-8b --methods lora
     python tools/gpu_check.py --device cpu                       what a CPU can, at tiny shapes
 
-Correctness comes first and takes some five minutes: a row a check, with the largest error that passes and the one found.
+Correctness comes first: a row a check, with the largest error that passes and the one found.
 A check that cannot be made here is "not run", with the reason; one that raises, hangs or kills its process has failed, and
 the others go on. Speed is measured by tools/bench.py, beside transformers + peft where these are installed, with no new
 case after --minutes. All of it is printed and written to --output, as it comes. Ends with code 1 if a check has failed.
@@ -34,6 +34,7 @@ from typing import IO, Any
 import torch
 
 from minillama.errors import UserError
+from minillama.hardware import processor
 
 TOOLS = Path(__file__).parent
 GROUPS = (
@@ -127,7 +128,7 @@ def correctness(job: dict[str, Any], say: "Report") -> None:
     first, names = 0, None
     while names is None or first < len(names):
         workers = Workers.start(job | {"first": first})
-        begun = None
+        begun, before = None, first
         try:
             names = workers.answer()["names"]
             while first < len(names):
@@ -136,12 +137,12 @@ def correctness(job: dict[str, Any], say: "Report") -> None:
                 say.row(workers.answer()["row"])
                 first += 1
         except Ended as reason:
-            if names is None or (begun is None and not first):  # before any check
-                say.row(failed("setup", "a process that makes checks", None, str(reason)))
-                return
-            if begun is not None:
+            if names is not None and begun is not None:
                 say.row(failed(*names[begun], str(reason)))
                 first = begun + 1
+            elif first == before:  # before any check: no other process would get further
+                say.row(failed("setup", "a process that makes checks", None, str(reason)))
+                return
         finally:
             workers.close()
 
@@ -243,7 +244,7 @@ def machine(device: str, processes: int) -> dict[str, Any]:
         found |= {"name": properties.name, "capability": [properties.major, properties.minor]}
         found |= {"memory_gib": round(properties.total_memory / 2**30, 1), "gpus": torch.cuda.device_count()}
     else:
-        found |= {"name": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        found |= {"name": processor()["processor"], "cores": os.cpu_count()}
     for name in ("triton", "transformers", "peft", "tyro"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)

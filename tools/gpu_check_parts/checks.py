@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from minillama.distributed import process_group
@@ -72,11 +71,6 @@ class Context:
         if self.cuda and dtype == torch.bfloat16 and self.capability < (8, 0):
             return f"bf16 needs compute capability 8.0, this is {'.'.join(map(str, self.capability))}"
         return ""
-
-    @property
-    def lead(self) -> bool:
-        """Whether this process reports."""
-        return not self.joined or dist.get_rank() == 0
 
 
 def run(check: Check) -> dict[str, Any]:

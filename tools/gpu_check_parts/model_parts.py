@@ -207,7 +207,7 @@ def compile_error(context: Context, kind: str, precision: str) -> tuple[float, s
     except UserError as reason:
         raise NotRun(str(reason)) from None
     compiled = gradients(model, batches_of(packed, context.device))
-    times = f"{counters['frames']['total']} compilations"
+    times = f"{counters['stats']['unique_graphs']} compilations"
     eager = gradients(build(context, kind, fsdp, attention=attention), batches_of(packed, context.device))
     if precision == "fp32":
         error, what = worst(differences(compiled, eager))

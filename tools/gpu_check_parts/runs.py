@@ -39,14 +39,14 @@ EVERY_TWO, NO_PROFILE = CheckpointConfig(every=2), ProfileConfig()
 WINDOW = 8
 """Packs a step, however many processes share them"""
 STRATEGIES = {
-    "full-shard": FsdpConfig(strategy="full-shard", precision="mixed"),
-    "shard-grad-op": FsdpConfig(strategy="shard-grad-op", precision="mixed"),
-    "no-shard": FsdpConfig(strategy="no-shard", precision="mixed"),
-    "hybrid-shard": FsdpConfig(strategy="hybrid-shard", precision="mixed"),
-    "auto": FsdpConfig(precision="mixed"),
-    "full-shard, cpu-offload": FsdpConfig(strategy="full-shard", cpu_offload=True, precision="mixed"),
-    "no-shard, cpu-offload": FsdpConfig(strategy="no-shard", cpu_offload=True, precision="mixed"),
-    "full-shard, recompute full": FsdpConfig(strategy="full-shard", recompute="full", precision="mixed"),
+    "full-shard": FsdpConfig(strategy="full-shard"),
+    "shard-grad-op": FsdpConfig(strategy="shard-grad-op"),
+    "no-shard": FsdpConfig(strategy="no-shard"),
+    "hybrid-shard": FsdpConfig(strategy="hybrid-shard"),
+    "auto": FsdpConfig(),
+    "full-shard, cpu-offload": FsdpConfig(strategy="full-shard", cpu_offload=True),
+    "no-shard, cpu-offload": FsdpConfig(strategy="no-shard", cpu_offload=True),
+    "full-shard, recompute full": FsdpConfig(strategy="full-shard", recompute="full"),
 }
 
 
