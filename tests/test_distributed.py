@@ -435,6 +435,8 @@ def test_all_that_any_module_owns_is_filled_alike_sharded_or_not(tiny_folder):
     assert torch.equal(expected["seen"], torch.full((2, 2), 3.0)) and expected["temperature"].dtype == torch.float32
     drawn = [value for name, value in expected.items() if name.endswith(("drawn", "temperature"))]
     assert len({value[0].item() for value in drawn}) == 4
+    if torch.__version__ < "2.12":
+        pytest.skip("FSDP2 of PyTorch 2.11 takes no parameters of integers")
     for strategy in ("full-shard", "no-shard"):
         for found in run_ranks(everything, 2, tiny_folder, strategy):
             assert found.keys() == expected.keys()
