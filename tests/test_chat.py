@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_chat_masks import without_none
+from test_chat_masks import as_cleaned
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -168,7 +168,7 @@ def test_what_a_message_lacks_is_not_none(tmp_path):
     filled = [message | {"tool_calls": None, "name": None} for message in DIALOG]
     assert marked(tokenizer, filled) == marked(tokenizer, DIALOG)
     reference = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    expected = reference.apply_chat_template(without_none(filled), return_dict=False)
+    expected = reference.apply_chat_template(as_cleaned(filled), return_dict=False)
     assert tokenizer.encode_chat(filled)[0] == expected
     call = [DIALOG[0], {"role": "assistant", "content": None, "tool_calls": [{"x": "\ud83d\udc4d"}]}]
     assert marked(tokenizer, call).endswith("assistant\n[[called<|im_end|>]]\n")

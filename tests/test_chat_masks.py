@@ -272,17 +272,18 @@ def conversation(rng: random.Random, *, tools: bool, thoughts: bool, one_call: b
     return messages, schemas
 
 
-def without_none(messages):
-    """What the reference is given: transformers before 5.23 tells templates of keys that are None."""
+def as_cleaned(messages):
+    """What the reference is given: transformers before 5.23 tells templates of None, and of "thinking" by that name."""
     if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):
         return messages
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+    renamed = {"thinking": "reasoning_content"}
+    return [{renamed.get(key, key): value for key, value in m.items() if value is not None} for m in messages]
 
 
 def compare(ours, theirs, messages, tools) -> list[bool]:
     ids, mask = ours.encode_chat(messages, tools)
     reference = theirs.apply_chat_template(
-        without_none(messages), tools=tools, return_assistant_tokens_mask=True, return_dict=True
+        as_cleaned(messages), tools=tools, return_assistant_tokens_mask=True, return_dict=True
     )
     assert ids == reference["input_ids"], messages
     marked = "".join(f"[{ours.decode([i])}]" if m else ours.decode([i]) for i, m in zip(ids, mask, strict=True))
