@@ -276,7 +276,7 @@ def plot_loss(metrics_file: Path, image: Path) -> bool:
     drawn = io.BytesIO()
     try:
         figure.savefig(drawn, dpi=120)
-    except (ArithmeticError, ValueError) as error:
+    except (ArithmeticError, LookupError, ValueError) as error:  # which, depends on the version of matplotlib
         raise UserError(
             f"{metrics_file}: its numbers are too large to be drawn ({error}): remove those lines"
         ) from None

@@ -177,6 +177,7 @@ class Code:
         return print, ("code runs",)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # PyTorch 2.11's own
 def test_bad_folders(tmp_path, capsys):
     source = save_folder(random_model(), tmp_path / "hf")
 
