@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 from codecs import BOM_UTF8, getincrementaldecoder
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,7 +77,7 @@ def shown(value: Any) -> str:
     return json.dumps(value, default=str)[:80]
 
 
-def _lines(path: Path, progress: Progress) -> Iterator[str]:
+def _lines(path: Path, progress: Progress) -> Generator[str, None, None]:
     """Lines with their ends, cut at \\n only as editors count them (str.splitlines also cuts at U+2028)."""
     number = 0
     try:
@@ -175,30 +176,31 @@ def _parsed(line: bytes) -> Any:
 
 
 def _csv_rows(path: Path, progress: Progress) -> Rows:
-    # strict, else a quote left open takes the rest of the file for one field
-    reader, header = csv.reader(_lines(path, progress), strict=True), None
-    limit = csv.field_size_limit()
-    while True:
-        line = reader.line_num + 1  # a quoted field may span lines: name the row's first
-        csv.field_size_limit(2**31 - 1)  # the whole process's; 128 KiB, as Python has it, is short for a document
-        try:
-            values = next(reader, None)
-        except csv.Error as error:
-            raise UserError(f"{path}, line {line}: not CSV ({error}): mend the quotes of this row") from error
-        finally:
-            csv.field_size_limit(limit)
-        if values is None:
-            return
-        if not values:  # a blank line
-            continue
-        if header is None:
-            header = values
-            if len(set(header)) < len(header):
-                raise UserError(f"{path}: the header names a field twice ({', '.join(header)})")
-            if len(header) == 1 and any(other in header[0] for other in ";\t|"):
-                raise UserError(f"{path}: the header is one field, {shown(header[0])}: separate fields by commas")
-            continue
-        yield f"{path}, line {line}", partial(_by_name, header, values)
+    with closing(_lines(path, progress)) as lines:
+        # strict, else a quote left open takes the rest of the file for one field
+        reader, header = csv.reader(lines, strict=True), None
+        limit = csv.field_size_limit()
+        while True:
+            line = reader.line_num + 1  # a quoted field may span lines: name the row's first
+            csv.field_size_limit(2**31 - 1)  # the whole process's; 128 KiB, as Python has it, is short for a document
+            try:
+                values = next(reader, None)
+            except csv.Error as error:
+                raise UserError(f"{path}, line {line}: not CSV ({error}): mend the quotes of this row") from error
+            finally:
+                csv.field_size_limit(limit)
+            if values is None:
+                return
+            if not values:  # a blank line
+                continue
+            if header is None:
+                header = values
+                if len(set(header)) < len(header):
+                    raise UserError(f"{path}: the header names a field twice ({', '.join(header)})")
+                if len(header) == 1 and any(other in header[0] for other in ";\t|"):
+                    raise UserError(f"{path}: the header is one field, {shown(header[0])}: separate fields by commas")
+                continue
+            yield f"{path}, line {line}", partial(_by_name, header, values)
 
 
 def _by_name(header: list[str], values: list[str]) -> dict[str, str]:
