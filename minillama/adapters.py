@@ -226,10 +226,10 @@ def continue_adapter(flags: A, folder: str | Path) -> A:
         )
     if not isinstance(flags, type(saved)):
         raise UserError(f"{folder} holds another kind of adapter: {saved}")
-    values = asdict(saved)
+    values, default = asdict(saved), type(saved)()
     for field in fields(saved):
         value, wanted = getattr(flags, field.name), values[field.name]
-        if value in (getattr(type(saved)(), field.name), wanted):
+        if value in (getattr(default, field.name), wanted):
             continue
         if field.name != "dropout":
             raise UserError(

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 QUERIES = 128
 """Tokens whose scores are computed together at most, of all heads that share a key head."""
@@ -19,7 +18,7 @@ SCORES = 2**20
 """So many fp32 scores stay in a core's cache: fewer tokens where keys are many, more key heads where they are few."""
 
 
-@custom_op("minillama::blockwise_attention", mutates_args=())
+@library.custom_op("minillama::blockwise_attention", mutates_args=())
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
     """q (N, H, D), k and v (N, K, D) -> (N, H, D); bounds: (documents + 1,) int64 on the host, from 0 to N.
 
@@ -38,7 +37,7 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tens
     return out
 
 
-@custom_op("minillama::blockwise_attention_backward", mutates_args=())
+@library.custom_op("minillama::blockwise_attention_backward", mutates_args=())
 def blockwise_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,11 +20,10 @@ SHAPE: dict[str, Any] = {
 }
 """What the settings that we read are, where they are there"""
 
-CLASSES = (
-    *("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"),
-    *(None, "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend"),
-)
-"""What tokenizer_class may be beside a sentencepiece model: those with rules that are known, and those without any"""
+LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
+CODE_LLAMA = ("CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
+NO_RULES = (None, "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
+"""What tokenizer_class may be beside a sentencepiece model: tokenizer.json decides on spaces under NO_RULES"""
 Space = Literal["each", "always", "first", "never"]
 """Before which stretches of a text a space is put: see tokenizer.py"""
 
@@ -87,16 +86,16 @@ def space(names: dict[str, Any], data: dict[str, Any], folder: Path) -> Space:
     that has rules of its own.
     """
     kind = names.get("tokenizer_class")
-    if kind not in CLASSES:
+    if kind not in LLAMA + CODE_LLAMA + NO_RULES:
         raise UserError(
             f"{folder}/tokenizer_config.json: the tokenizer_class {kind!r} with a sentencepiece tokenizer.model is not "
             "supported, as it may have rules of its own; where it only does what tokenizer.json says, write "
             '"PreTrainedTokenizerFast" there'
         )
-    if kind in CLASSES[:4]:  # the settings decide before the json
+    if kind not in NO_RULES:  # the settings decide before the json
         if names.get("add_prefix_space") is False:
             return "never"
-        if not names.get("legacy") or kind in CLASSES[2:4]:
+        if not names.get("legacy") or kind in CODE_LLAMA:
             return "first"
         # "legacy" is how Llama 2 was trained: with the ids of its tokenizer.json and of sentencepiece, which transformers 4
         # gives. transformers 5 has other ids where a stretch begins with a space.

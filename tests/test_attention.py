@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import random_model
-from torch.library import opcheck
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillama.attention import BACKENDS, document_lengths, document_mask
@@ -76,9 +76,9 @@ def test_math_may_split_heads(monkeypatch):
 def test_math_is_an_operator_that_pytorch_can_check():
     q, k, v = (torch.randn(10, h, 8, requires_grad=True) for h in (4, 2, 2))
     bounds = torch.tensor([0, 3, 10])
-    opcheck(torch.ops.minillama.blockwise_attention.default, (q, k, v, bounds))
+    library.opcheck(torch.ops.minillama.blockwise_attention.default, (q, k, v, bounds))
     inputs = (torch.randn(10, 4, 8), *(x.detach() for x in (q, k, v)), bounds)
-    opcheck(torch.ops.minillama.blockwise_attention_backward.default, inputs)
+    library.opcheck(torch.ops.minillama.blockwise_attention_backward.default, inputs)
 
 
 def test_math_has_no_second_derivative_and_says_so():
