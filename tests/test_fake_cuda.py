@@ -302,13 +302,14 @@ def test_the_strategy_that_fits_a_device(fake):
     assert fake(strategy, 80) == "no-shard" and fake(strategy, 1e-4) == "full-shard"
 
 
-def joined(mode, devices, local_rank):
+def joined(mode, devices, local_rank, visible=None):
     """What process_group says of so many devices; it cannot go further than to NCCL, which is not there."""
     import os
 
     from minillama.parallel.processes import process_group
 
     given = {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(local_rank + 1)}
+    given |= {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
     wanted = []
     with (
         answering(devices=devices) as told,
@@ -327,6 +328,7 @@ def joined(mode, devices, local_rank):
 def test_a_process_takes_its_device(fake):
     assert fake(joined, 4, 3) == ("cuda", [3], ("cpu:gloo,cuda:nccl",))
     assert fake(joined, 1, 1) == "2 processes on a machine with 1 GPUs: start one a GPU"
+    assert fake(joined, 1, 3, "3") == ("cuda", [0], ("cpu:gloo,cuda:nccl",))  # a launcher that shows each its own
 
 
 def spread(mode, strategy, offload):
