@@ -16,12 +16,12 @@ import torch.nn.functional as F
 import tyro
 from conftest import random_model
 
-from minillama.cache import open_packed, prepare
-from minillama.datasets import DataConfig, load_collator
-from minillama.lora import LoraConfig
-from minillama.packing import collate
-from minillama.tokenizer import load_tokenizer
-from minillama.train import TrainConfig
+from minillama.adapters.lora import LoraConfig
+from minillama.data.batch import collate
+from minillama.data.cache import open_packed, prepare
+from minillama.data.datasets import DataConfig, load_collator
+from minillama.tokenizer.tokenizer import load_tokenizer
+from minillama.training.plan import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
