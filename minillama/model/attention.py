@@ -173,4 +173,5 @@ BACKENDS: dict[str, Callable[[list[int], torch.device], AttentionContext]] = {
 earlier ones of its own document. Nothing waits for the device.
 
 A fork's own may attend to fewer. Then it has a function `visible(queries, keys)`, of positions (B, T, 1) and (B, 1, S) in
-their documents, that tells which: (B, T, S) bool. Generation, which computes attention over its cache of keys and values, asks it."""
+their documents, that tells which: (B, T, S) bool. Generation, which computes attention over its cache of keys and values,
+asks it."""
