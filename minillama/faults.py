@@ -41,6 +41,10 @@ def user_errors() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
+    except SystemExit as end:
+        if end.code == 2 and rank() == 0:  # the parser of the flags has said which
+            _tell_torchrun("error: wrong flags, as is said above this report")
+        raise
     except KeyboardInterrupt:
         _close_bars()
         if rank() == 0:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import _processes, random_model, run_script, save_folder
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from minillama import faults
 from minillama.adapters import save_adapter
@@ -110,7 +111,9 @@ LOST = """
 import os, signal, sys, time
 import torch.distributed as dist
 from minillama.distributed import on_rank_zero, process_group, user_errors
+from minillama.errors import UserError
 what, fails = sys.argv[1], int(sys.argv[2])
+os.environ["TORCHELASTIC_ERROR_FILE"] = f"{sys.argv[0]}.{os.environ['RANK']}"
 with user_errors(), process_group("cpu"):
     if dist.get_rank() == fails and what == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -118,6 +121,8 @@ with user_errors(), process_group("cpu"):
         raise ValueError("of our own")
     if dist.get_rank() == fails and what == "elsewhere":
         raise RuntimeError("Connection refused by a server that is none of ours")
+    if dist.get_rank() == fails and what == "mistake":
+        raise UserError("a mistake: make none")
     if what == "on zero":
         on_rank_zero(lambda: [][1])
     dist.barrier()
@@ -143,6 +148,12 @@ with user_errors():
 """
 
 
+def torchrun_says(file, codes):
+    """The end of torchrun's report, without its frame, on processes with these exit codes."""
+    failures = {n: ProcessFailure(n, 0, -9 if code is None else code, f"{file}.{n}") for n, code in enumerate(codes)}
+    return str(ChildFailedError("a recipe", failures)).rstrip("=\n").rpartition("traceback : ")[2]
+
+
 def script(tmp_path, text):
     file = tmp_path / "script.py"
     file.write_text(text)
@@ -164,6 +175,7 @@ def test_a_killed_rank_is_named(tmp_path, rank):
     )
     assert len(re.findall(said, text)) == text.count("error: ") == 1, text
     assert "Traceback" not in text
+    assert re.match(said, torchrun_says(tmp_path / "script.py", codes))
 
 
 @pytest.mark.parametrize(
@@ -180,6 +192,13 @@ def test_a_fault_is_told_once_by_the_rank_that_had_it(tmp_path, what, rank, said
     codes, text = run_script(script(tmp_path, LOST), what, rank, world_size=2, log=tmp_path / "log")
     assert codes == [1, 1] and text.count("Traceback") == 1 and f"rank {rank} has failed" in text and said in text, text
     assert "error: " not in text.replace("Error: ", "")
+    assert re.match(rf"rank . has failed, see its traceback above: .*{said}", torchrun_says(tmp_path / "script.py", codes))
+
+
+def test_torchrun_s_report_ends_with_the_message(tmp_path):
+    codes, text = run_script(script(tmp_path, LOST), "mistake", 1, world_size=2, log=tmp_path / "log")
+    assert codes == [1, 1] and text == "\nerror: a mistake: make none\n"
+    assert torchrun_says(tmp_path / "script.py", codes) == "error: a mistake: make none"
 
 
 def test_a_process_of_another_machine_is_gone(monkeypatch, capsys):
