@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from minillama.faults import rank
+from minillama.parallel.failures import rank
 
 SECONDS = 30.0
 """Between two lines in a log"""

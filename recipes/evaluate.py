@@ -21,21 +21,24 @@ from typing import Any
 
 import torch.distributed as dist
 import tyro
-from tqdm import tqdm
 
-from minillama.datasets import DataConfig
-from minillama.distributed import Device, on_rank_zero, process_group, quiet_but_on_rank_zero, rank, say
-from minillama.errors import UserError
-from minillama.faults import user_errors
+from minillama.data.datasets import DataConfig
+from minillama.data.load import load_evaluation_data
+from minillama.data.packing import Packed
+from minillama.errors import UserError, disk_text
 from minillama.files import write_json
+from minillama.formats.hf import read_config
+from minillama.formats.hub import find_model
 from minillama.help import filled
-from minillama.hf import read_config
-from minillama.hub import find_model
-from minillama.inference import Dtype, find_stop_ids, load_model
-from minillama.packing import Packed
-from minillama.run import check_seed, described, load_evaluation_data
-from minillama.tokenizer import load_tokenizer
-from minillama.train import EvalConfig, eval_batches, evaluate
+from minillama.inference.load import Dtype, find_stop_ids, load_model
+from minillama.parallel.failures import user_errors
+from minillama.parallel.processes import Device, on_rank_zero, process_group, quiet_but_on_rank_zero, rank, say
+from minillama.progress import progress
+from minillama.tokenizer.tokenizer import load_tokenizer
+from minillama.training.config import check_seed
+from minillama.training.plan import EvalConfig, eval_batches
+from minillama.training.run import described
+from minillama.training.step import evaluate
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,8 @@ def check_output(output: Path) -> None:
         if output.is_file():
             output.open("ab").close()
     except OSError as error:
-        raise UserError(
-            f"--output {output} cannot be written ({error.strerror}): name a file in a folder that you may write to"
-        ) from None
+        text = disk_text(error, f"--output {output}", "cannot be written")
+        raise UserError(f"{text}: name a file in a folder that you may write to") from None
     if output.exists() and not output.is_file() and not output.is_dir():
         raise UserError(f"--output {output} is a pipe or a device: name a file")
     if output.is_dir():
@@ -114,7 +116,7 @@ def check_output(output: Path) -> None:
 
 def find_tasks(config: Config) -> Any:
     try:
-        from minillama.lm_eval import load_tasks
+        from minillama.inference.lm_eval import load_tasks
     except ImportError as error:
         raise UserError(f'--tasks needs lm-evaluation-harness: pip install -e ".[eval]" ({error})') from None
     return load_tasks(config.tasks, config.include_path)
@@ -132,7 +134,7 @@ def measure(
         batches = eval_batches(rows, settings, tokenizer.pad_id, device, rank(), ranks)
         total = -(-len(rows) // (config.batch_size * ranks))
         total = min(total, config.max_steps or total)
-        result = evaluate(model, tqdm(batches, desc="rows", total=total, disable=rank() != 0 or None, leave=False))
+        result = evaluate(model, progress(batches, desc="rows", total=total, leave=False))
         assert result
         loss, tokens = result
         if not math.isfinite(loss):
@@ -142,7 +144,7 @@ def measure(
         perplexity = math.exp(loss) if loss < 700 else None  # JSON has no infinity
         found |= {"eval_loss": loss, "eval_perplexity": perplexity, "eval_tokens": tokens}
     if tasks:
-        from minillama.lm_eval import HarnessLM, run_tasks
+        from minillama.inference.lm_eval import HarnessLM, run_tasks
 
         lm = HarnessLM(model, tokenizer, find_stop_ids(tokenizer, config.model), config.batch_size)
         limit = config.limit or None

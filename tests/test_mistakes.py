@@ -24,10 +24,10 @@ import torch
 from conftest import TINY, _processes, random_model, save_folder
 from safetensors.torch import load_file, save_file
 
-from minillama.adapters import adapt, save_adapter
-from minillama.llama_adapter import LlamaAdapterConfig
-from minillama.lora import LoraConfig
-from minillama.resume import hash_of
+from minillama.adapters.llama_adapter import LlamaAdapterConfig
+from minillama.adapters.lora import LoraConfig
+from minillama.adapters.peft import adapt, save_adapter
+from minillama.training.resume import hash_of
 
 ROOT = Path(__file__).parents[1]
 ROWS = [{"dialogue": f"A: {'hi ' * (i % 5)}\nB: bye {i}", "summary": f"They part, {i}."} for i in range(12)]
@@ -42,6 +42,7 @@ STARTS = {
     "evaluate": "recipes/evaluate.py --model model --device cpu",
     "generate": "recipes/generate.py --model model --device cpu",
     **{file.stem: f"tools/{file.name}" for file in (ROOT / "tools").glob("*.py")},
+    **{file.stem: f"tools/measure/{file.name}" for file in (ROOT / "tools/measure").glob("*.py")},
 }
 
 # what is given; the script with its flags; what the message names; what it says to do; the state of the disk meanwhile
@@ -256,6 +257,8 @@ fewer questions than none | evaluate EVAL --limit -1 | --limit -1 | at least 0
 fewer tokens than none | generate --prompt a --max-new-tokens -1 | --max-new-tokens -1 | at least 1
 a hub that may not be asked | download ORG/NAME | HF_HUB_OFFLINE is set | unset it
 a package that is missing | lora --log.wandb | --log.wandb needs a package | pip install wandb
+output of numbers below a file | evaluate EVAL --output train.json/x | --output train.json/x | a file is where a folder
+another recipe's run | full --resume run | step-00000001 is of another recipe | the flags of lora
 a damaged checkpoint by hand | lora --resume damaged/checkpoints/step-00000001 | __0_0.distcp was changed | remove
 tasks of no name | evaluate --tasks nope --include-path empty | --tasks nope: no such task | --include-path
 """
