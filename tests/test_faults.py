@@ -279,4 +279,10 @@ def test_what_is_no_reason_to_fail(tiny_folder, tmp_path):
     assert text.count("warning: ") == 2 and "error: " not in text
     assert f"adapter was trained on {stranger}, as its adapter_config.json says" in text
     assert "loss.png cannot be used" in text
-    assert f"next: python recipes/generate.py --model {tiny_folder} --adapter {out}/adapter --template none" in text
+    made = f"--model {tiny_folder} --adapter {out}/adapter"
+    for command in (
+        f"recipes/generate.py {made} --template none --prompt TEXT",
+        f"recipes/evaluate.py {made} --data.dataset samsum --data.path FILE",
+        f"tools/merge_lora.py {tiny_folder} {out}/adapter {out}/model",
+    ):
+        assert text.count(f"\nnext: python {command}\n") == 1

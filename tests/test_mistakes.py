@@ -220,8 +220,8 @@ a seed below 0 | evaluate EVAL --seed -1 | --seed -1 | at least 0
 a device as output | evaluate EVAL --output device | --output device is a pipe or a device | name a file
 a full disk, plotting | plot_metrics run | run/loss.png cannot be written | make room | full 100
 a full disk, measuring | evaluate EVAL --output scores.json | scores.json cannot be written | make room | full 10
-a full disk, merging | merge_lora model adapter target | target cannot be written | make room | full 3000
-a full disk, converting | convert_checkpoint model target | target cannot be written | make room | full 3000
+a full disk, merging | merge_lora model adapter target | target cannot be written | are needed): make room | full 3000
+a full disk, converting | convert_checkpoint model target | target cannot be written | are needed): make room | full 3000
 a full disk, writing the demo's data | make_demo_data | chat_train.jsonl cannot be written | make room | full 100
 a full disk, starting | lora | --output-dir out cannot be written | make room | full 1000
 unreadable: tokenizer | lora | model/tokenizer.model cannot be | permissions | locked model/tokenizer.model
@@ -479,6 +479,8 @@ def problem_of(name, codes, said):
         return f"exit codes {codes}: {said[-300:]}"
     if len(boxes or errors) != 1 or "Traceback" in said:
         return f"{len(errors)} messages: {said[-600:]}"
+    if not boxes and sum(TABLE[name][1][0] in line for line in said.splitlines()) > 1:
+        return f"said twice: {said[-600:]}"
     missing = [part for part in TABLE[name][1] if part not in text]
     return f"{missing} not in: {text}" if missing else None
 
