@@ -311,6 +311,8 @@ def _from_hub(path: str, split: Split) -> Any:
         import datasets
     except ImportError:
         raise UserError(f'{path} needs a package: pip install -e ".[hub]"') from None
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # they would fill a log with redraws
     name, _, given = path.removeprefix(HUB).partition(":")
     if not name.strip("/"):
         raise UserError(f"{path} names no data set: give hub:ORG/NAME")
