@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from minillama.model.llama import Llama
 
-MFU_FORMULA = "FLOPs needed, without recomputation / seconds / (processes x measured matmul FLOP/s)"
-
 
 def step_flops(model: Llama, tokens: int, trained: int, squares: int) -> float:
     """FLOPs that a step needs: a token 4 a weight, 6 if it trains (the head: trained tokens only), a document of L tokens
