@@ -227,8 +227,9 @@ def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., No
 
     def finish() -> None:
         nonlocal begun
+        meanwhile = UserError(f"another process has written {folder} meanwhile, and that stays: name another target")
         if _identity(folder) != before:
-            raise UserError(f"another process has written {folder} meanwhile, and that stays: name another target")
+            raise meanwhile
         begun = False  # from here on it is whole: kept, whatever goes wrong
         old = path.with_name(path.name.replace(PARTIAL, ".minillama-replaced"))
         try:
@@ -236,6 +237,10 @@ def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., No
                 folder.rename(old)  # not removed before the new one is in its place
             path.rename(folder)
         except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):  # since the check above
+                begun = True
+                shutil.rmtree(old, ignore_errors=True)
+                raise meanwhile from None
             raise UserError(f"{path} is complete, but could not be renamed to {folder.name}: {error}") from None
         shutil.rmtree(old, ignore_errors=True)
 

@@ -57,6 +57,25 @@ def test_two_writers_of_one_target(tiny_folder, tmp_path):
     assert not list(tmp_path.glob(f".*{PARTIAL}"))
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_writer_that_finishes_at_the_same_moment_stays(there, tmp_path, monkeypatch):
+    target, rename = tmp_path / "target", Path.rename
+    if there:
+        target.mkdir()
+        (target / "mark").touch()
+
+    def as_another_finishes(path, to):
+        if path.name.endswith(PARTIAL):
+            target.mkdir()
+            (target / "mark").write_text("another's")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", as_another_finishes)
+    with pytest.raises(UserError, match="another process has written .*target meanwhile"), new_folder(target, "mark"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["target"] and (target / "mark").read_text() == "another's"
+
+
 def test_what_is_written_follows_no_link_and_replaces_no_other_s(tmp_path):
     victim, target = tmp_path / "victim", tmp_path / "target"
     victim.mkdir()
