@@ -71,7 +71,7 @@ def test_a_writer_that_finishes_at_the_same_moment_stays(there, tmp_path, monkey
         return rename(path, to)
 
     monkeypatch.setattr(Path, "rename", as_another_finishes)
-    with pytest.raises(UserError, match="another process has written .*target meanwhile"), new_folder(target, "mark"):
+    with pytest.raises(UserError, match=r"another process has written .*target meanwhile"), new_folder(target, "mark"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["target"] and (target / "mark").read_text() == "another's"
 
