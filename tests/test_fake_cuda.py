@@ -108,7 +108,7 @@ def test_a_training_step_waits_for_nothing(fake, kind, attention, precision):
     assert all(non_blocking for _, _, non_blocking in copies), copies
     if precision == "fp16":  # whether the norm is finite decides whether the step is made
         [place] = reads
-        assert place.startswith("train.py") and "isfinite" in place
+        assert place.startswith("step.py") and "isfinite" in place
     else:
         assert reads == []
 
@@ -218,7 +218,7 @@ def test_loading_and_generating(fake, tiny_folder):
 
 def logged(mode, folder):
     """Metrics, profiler, evaluation and prefetching of a run on the device."""
-    from minillama.hardware.rates import matmul_rate
+    from minillama.hardware.benchmark import matmul_rate
     from minillama.parallel.memory import peak_memory_gib
     from minillama.training.config import RunConfig
     from minillama.training.metrics import Metrics

@@ -18,6 +18,7 @@ import tyro
 from conftest import random_model, run_ranks
 from test_layering import ROOMS
 
+import minillama
 from minillama import shard, train_step
 from minillama.adapters.lora import LoraConfig
 from minillama.data.batch import collate
@@ -25,7 +26,9 @@ from minillama.data.cache import open_packed, prepare
 from minillama.data.datasets import DataConfig, load_collator
 from minillama.data.documents import Documents
 from minillama.data.packing import pack
+from minillama.errors import UserError
 from minillama.formats.hf import load_weights, read_config
+from minillama.inference.generate import stream
 from minillama.model.llama import Llama
 from minillama.parallel.initialise import initialise, materialise
 from minillama.parallel.sharding import FsdpConfig, set_dtypes
@@ -210,6 +213,18 @@ def test_another_attention():
         scores = torch.einsum("hd,thd->ht", wide[0][i], wide[1][keys]) / 8**0.5
         expected = torch.einsum("ht,thd->hd", scores.softmax(-1), wide[2][keys])
         assert torch.allclose(found.flatten(0, 1)[i].double(), expected, atol=1e-6)
+    prompts, answers = ([1, 7, 3, 9, 4, 4, 8], [5, 2]), ([], [])
+    for found in stream(model, prompts, max_new_tokens=6):
+        for answer, token in zip(answers, found, strict=True):
+            answer.append(token)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        tokens = list(prompt)
+        for token in answer:  # as the model's own forward attends
+            assert token == model(torch.tensor([tokens]))[0, -1].argmax()
+            tokens.append(token)
+    model.attention = lambda lengths, device: None
+    with pytest.raises(UserError, match=r"has no function visible\(queries, keys\)"):
+        minillama.generate(model, [1], max_new_tokens=1)
 
 
 def test_an_adapter_of_ones_own():
