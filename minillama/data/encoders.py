@@ -164,7 +164,7 @@ def encode_rows(
                 raise UserError(f"a row must be an object, found {shown(row)}")
             ids, mask, own_ends = encode(_renamed(row, columns), tokenizer)
         except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, UTF-8 cannot
-            refused.append(f"{place}: text that is not Unicode ({error}): mend or drop the row")
+            refused.append(f"{place}: text that is not Unicode ({error}): correct or drop the row")
         except UserError as error:
             refused.append(f"{place}: {error}")
         else:
@@ -186,7 +186,7 @@ def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
         if column not in row:
             raise UserError(
                 f"field '{column}', to be {name}, is missing, the fields are {', '.join(map(repr, row)) or 'none'}: "
-                "mend --data.columns or the row"
+                "correct --data.columns or the row"
             )
     return {**row, **{name: row[column] for name, column in columns.items()}} if columns else row
 
@@ -251,7 +251,7 @@ def _field(row: dict[str, Any], name: str) -> Any:
 def _text(row: dict[str, Any], name: str) -> str:
     value = _field(row, name)
     if not isinstance(value, str):
-        raise UserError(f"field '{name}' must be text, found {shown(value)}: mend or drop the row")
+        raise UserError(f"field '{name}' must be text, found {shown(value)}: correct or drop the row")
     return value
 
 

@@ -186,7 +186,7 @@ def _csv_rows(path: Path, progress: Progress) -> Rows:
             try:
                 values = next(reader, None)
             except csv.Error as error:
-                raise UserError(f"{path}, line {line}: not CSV ({error}): mend the quotes of this row") from error
+                raise UserError(f"{path}, line {line}: not CSV ({error}): correct the quotes of this row") from error
             finally:
                 csv.field_size_limit(limit)
             if values is None:
@@ -229,7 +229,7 @@ def _parquet_rows(path: Path, progress: Progress) -> Rows:
                     number += 1
                     yield f"{path}, row {number}", partial(without_absent, row)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: not a Parquet file that can be read ({error}): write it anew") from error
+        raise UserError(f"{path}: not a Parquet file that can be read ({error}): write it again") from error
 
 
 def without_absent(row: Any) -> Any:

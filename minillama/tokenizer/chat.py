@@ -122,7 +122,7 @@ def without_surrogates(value: Any, depth: int = 0) -> Any:
     Raises UserError for what is nested more than DEEPEST times.
     """
     if depth > DEEPEST:
-        raise UserError(f"messages and tools must not be nested more than {DEEPEST} times: mend or drop the row")
+        raise UserError(f"messages and tools must not be nested more than {DEEPEST} times: correct or drop the row")
     if isinstance(value, dict):
         return {without_surrogates(key): without_surrogates(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list):

@@ -61,7 +61,7 @@ class BytePair:
         except TimeoutError:
             raise UserError(
                 f"the expression of the pre-tokenizer in tokenizer.json takes more than {seconds:.2g} seconds for this "
-                f"text: mend {self._pattern!r:.80}"
+                f"text: change {self._pattern!r:.80}"
             ) from None
         pieces = (match.group().encode().translate(None, self._missing) for match in matches)
         return [rank for piece in pieces if piece for rank in self._encoding._encode_single_piece(piece)]

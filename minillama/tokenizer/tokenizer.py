@@ -65,7 +65,7 @@ class Tokenizer:
             text for text, token in special.items() if not (text and type(token["id"]) is int and token["id"] >= 0)
         ]:
             raise UserError(
-                f"{where}: the added token {wrong[0]!r} has the id {special[wrong[0]]['id']!r}; mend the files"
+                f"{where}: the added token {wrong[0]!r} has the id {special[wrong[0]]['id']!r}; correct the files"
             )
         self._special = {text: token["id"] for text, token in special.items()}
         self._special_text = {id_: text for text, id_ in self._special.items()}
@@ -206,7 +206,7 @@ class Tokenizer:
             return id_[0] if isinstance(id_, list) else id_  # config.json may list several EOS
         if not isinstance(token, str):
             raise UserError(
-                f"{self._where}: the special token {token!r} beside it is no text; mend tokenizer_config.json"
+                f"{self._where}: the special token {token!r} beside it is no text; correct tokenizer_config.json"
             )
         found = self._special.get(token)
         found = self._engine.id_of(token) if found is None else found
