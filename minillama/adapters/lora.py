@@ -201,7 +201,7 @@ def add_product(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float, *, change: Tensor | None = None) -> Tensor:
-    """W + scale * B A in fp32; with DoRA each row is scaled to length m. weight: all rows, or some with those of b and change.
+    """W + scale * B A in fp32; with DoRA each row is scaled to length m. weight: all rows, or some, with those of b.
 
     change: DoRA's m - |W|, (out,).
     """
