@@ -115,7 +115,7 @@ def strategy_checks(context: Context) -> list[Check]:
     """Losses and gradient norms of 4 steps against a plain model on one process; those of several processes too."""
     where = "1 process" if context.processes == 1 else f"{context.processes} processes"
     found = []
-    # On one process of a CPU nothing is spread, and nothing else is called.
+    # On one process of a CPU nothing is sharded, and no other code runs.
     for strategy in STRATEGIES if context.cuda or context.processes > 1 else ("full-shard",):
         for kind in KINDS if strategy == "full-shard" else ("full", "lora"):
             found.append(
