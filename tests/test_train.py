@@ -196,7 +196,7 @@ REFUSED = {
     "blocks alone": r"model\.embed_tokens\.weight is a plain parameter",
     "DistributedDataParallel but one": r"model\.layers\.1\.mlp\.up_proj\.weight is a plain parameter",
     "DistributedDataParallel of one process": r"is shared by 1 of the 2 processes",
-    "fully_shard over one process": r"is spread over 1 of the 2 processes",
+    "fully_shard over one process": r"is sharded over 1 of the 2 processes",
 }
 
 

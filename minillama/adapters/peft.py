@@ -303,7 +303,7 @@ def check_copy(file: Path | str, name: str, copy: Tensor, base: Tensor) -> None:
     """Raises UserError unless rows of an adapter's copy of the base's weight `name` are the base's, in either's dtype."""
     if not torch.equal(copy.to(base.dtype), base) and not torch.equal(base.to(copy.dtype), copy):
         raise UserError(
-            f"{file} brings a {name} along that is not the base's: it was trained too, or on another base; merge it in "
+            f"{file} holds a {name} that is not the base's: it was trained too, or on another base; merge it in "
             "peft and give the merged model, or give the base that it was trained on"
         )
 
@@ -326,7 +326,7 @@ def load_adapter_weights(model: nn.Module, folder: str | Path) -> set[str]:
     """Fills the adapter parameters of a materialised model, sharded or not, from a folder in PEFT's format.
 
     DoRA's are relative to the base weights, which must be loaded before. Returns the parameters' names. Raises UserError
-    as check_adapter does, and if a base weight that the folder brings along is not the model's, before it writes anything.
+    as check_adapter does, and if a base weight in the folder is not the model's, before it writes anything.
     """
     check_adapter(model, folder)
     parameters = adapter_parameters(model)

@@ -118,7 +118,7 @@ def encode_own(row: dict[str, Any], tokenizer: Any) -> Encoded:
         return encode_text(row, tokenizer) if "text" in row else encode_chat(row, tokenizer)
     try:
         ids, labels = (np.asarray(_field(row, name)) for name in ("input_ids", "labels"))
-    except ValueError as error:  # lists of unlike lengths
+    except ValueError as error:  # lists of different lengths
         raise UserError(f"input_ids and labels must be lists of integers ({error})") from None
     for name, values in (("input_ids", ids), ("labels", labels)):
         if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer) or not 0 < len(values) == len(ids):

@@ -1,4 +1,4 @@
-"""A model ready to answer: a base, or a base with an adapter, on one process or spread over all."""
+"""A model ready to answer: a base, or a base with an adapter, on one process or sharded over all."""
 
 from pathlib import Path
 from typing import Any, Literal

@@ -62,7 +62,7 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes the gradients in the forward, chunk by chunk, while a chunk's logits are at hand.
+    """Computes the gradients in the forward, chunk by chunk, while a chunk's logits exist.
 
     With p = softmax(x W^T + l U^T) and one-hot y: dloss/dx = (p - y) W and dloss/dW = (p - y)^T x; likewise of l and U.
     """

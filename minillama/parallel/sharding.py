@@ -1,4 +1,4 @@
-"""FSDP2: precision, mesh, and a model spread over the ranks."""
+"""FSDP2: precision, mesh, and a model sharded over the ranks."""
 
 import math
 import os
@@ -120,7 +120,7 @@ def make_mesh(config: FsdpConfig, device: str) -> DeviceMesh:
         least, most = all_reduce([-float(size), float(size)], "max")
         if -least != most or (not config.shard_size and world_size > 1 and "LOCAL_WORLD_SIZE" not in os.environ):
             raise UserError(
-                "--fsdp.shard-size must be given: the machines do not all say, alike, how many processes run"
+                "--fsdp.shard-size must be given: the machines run different numbers of processes, or do not say how many"
             )
         if world_size % size:
             raise UserError(
@@ -203,7 +203,7 @@ def summed_gradients(model: nn.Module) -> list[Tensor]:
         problem = None
         if isinstance(gradient, DTensor):
             if (size := gradient.device_mesh.size()) != processes:
-                problem = f"is spread over {size} of the {processes} processes"
+                problem = f"is sharded over {size} of the {processes} processes"
             elif sum(not placement.is_replicate() for placement in gradient.placements) > 1:
                 problem = "is split along two dimensions of its mesh, and not by samples alone"
         elif replicated and name not in replicated.parameters_to_ignore:

@@ -36,7 +36,7 @@ LLAMA3_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Every digit apart, then GPT-2's pattern on what is between digits. There, white space before a digit ends its piece,
+# Every digit alone, then GPT-2's pattern on the text between digits. There, white space before a digit ends its piece,
 # so it stays whole (possessive: no backtracking through a long run that has no digit behind it).
 DIGITS_GPT2_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s++(?=\p{N})|\s+(?!\S)|\s+"
 
@@ -363,9 +363,7 @@ def _pattern(path: Path, pre_tokenizer: dict[str, Any]) -> str:
     if kinds == ["Split", "ByteLevel"] and isolated and not last.get("use_regex", True):
         regex = first[0]["pattern"].get("Regex")
         if regex is not None and may_hang(regex):
-            raise UserError(
-                f"{path}: the pre-tokenizer's expression {regex!r:.80} may take for ever, and is not supported"
-            )
+            raise UserError(f"{path}: the pre-tokenizer's expression {regex!r:.80} may never end, and is not supported")
         pattern = regex if regex is not None else re.escape(first[0]["pattern"]["String"])
         # Text that the expression does not match is a piece too; tiktoken would drop it.
         return pattern if regex == LLAMA3_PATTERN else rf"{pattern}|(?:(?!{pattern})[\s\S])+"

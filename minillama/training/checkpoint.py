@@ -45,7 +45,7 @@ class CheckpointConfig:
     keep: int = 2
     """The newest checkpoints that stay; 0: all."""
     best: bool = False
-    """Save also after an evaluation with the lowest loss so far, and keep that one beside the newest."""
+    """Save also after an evaluation with the lowest loss so far, and keep that one besides the newest."""
     save_optimizer: bool = True
     """Save the optimizer's state too. Without it a checkpoint is a third of the size, and a resumed run does not continue
     exactly."""

@@ -362,7 +362,7 @@ def numbers_of(context: Context, kind: str, fsdp: FsdpConfig | None) -> dict[str
 
 
 def shared_generation_error(context: Context) -> tuple[float, str]:
-    """How many answers of a model spread over all processes are not those of the whole model, which each makes too."""
+    """How many answers of a model sharded over all processes differ from those of the whole model on each process."""
     spread = answering(context, "fp32")
     whole = adapted(context, "full").requires_grad_(False)
     set_dtypes(whole, FsdpConfig(precision="fp32"))
