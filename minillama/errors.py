@@ -1,4 +1,4 @@
-"""The one exception for what a user can cause and mend, and what to say where a disk fails."""
+"""The one exception for what a user can cause, and what to say when a disk fails."""
 
 import errno
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake in flags, files or data: the text names the thing and the remedy. Recipes print it alone.
+    """A mistake in flags, files or data. The text names the thing and the remedy; recipes print only the text.
 
     Not a ValueError: parsers of flags catch those, and would print it once for each rank.
     """
@@ -22,7 +22,7 @@ REMEDIES = {
 
 
 def disk_error(error: BaseException) -> OSError | None:
-    """The error if REMEDIES knows it, also where PyTorch, which writes files without a word of why it fails, hides it."""
+    """The error if REMEDIES knows it, also behind PyTorch's own, which does not say why a file could not be written."""
     if isinstance(error, RuntimeError) and ("unexpected pos" in str(error) or "PytorchStreamWriter" in str(error)):
         return OSError(errno.ENOSPC, "the disk is full, or fails")
     return error if isinstance(error, OSError) and error.errno in REMEDIES else None

@@ -73,12 +73,12 @@ class Config:
     batch_size: int = 8
     """Packs (padding: rows) and questions that each process takes at a time."""
     dtype: Dtype = "auto"
-    """What the model computes in. auto: what the hardware multiplies fast, as --fsdp.precision auto does: so a training's
-    own evaluation computes on this machine."""
+    """What the model computes in. auto: what the hardware multiplies fast, as --fsdp.precision auto does; a training run's
+    own evaluation computes in the same on this machine."""
     output: Path | None = None
     """A JSON file to write the numbers to."""
     seed: int = 42
-    """That of the training run: which rows --data.val-fraction holds out depends on it."""
+    """The seed of the training run: it decides which rows --data.val-fraction holds out."""
     device: Device = "auto"
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class Config:
 
 
 def check_output(output: Path) -> None:
-    """Makes the folder of the output. Raises UserError unless a file can be written there."""
+    """Creates the folder of the output. Raises UserError unless a file can be written there."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=output.parent):
@@ -125,7 +125,7 @@ def find_tasks(config: Config) -> Any:
 def measure(
     config: Config, adapter: Path | None, tokenizer: Any, rows: Packed | None, tasks: Any, device: str
 ) -> dict[str, Any]:
-    """What one column of the table says, and what it comes from."""
+    """The results of one column of the table, and the settings behind them."""
     model = load_model(config.model, device, adapter=adapter, dtype=config.dtype, cache_dir=config.data.cache_dir)
     found: dict[str, Any] = {}
     if rows:
@@ -153,7 +153,7 @@ def measure(
 
 
 def table(columns: dict[str, dict[str, Any]]) -> str:
-    """A line a number, a column a model."""
+    """One line a number, one column a model."""
     lines: dict[str, dict[str, str]] = {}
     for column, found in columns.items():
         for name, value in found.items():
@@ -185,13 +185,13 @@ def main(config: Config) -> None:
         if config.has_rows:
             rows = load_evaluation_data(config.data, tokenizer, model.vocab_size, config.seed)
             say(f"rows        {described(rows, model, config.batch_size, dist.get_world_size())}")
-        # the adapted first: an adapter that does not fit is found before anything is measured
+        # the adapted model first: an adapter that does not fit is found before anything is measured
         adapters = {"adapted": config.adapter} if config.adapter else {}
         adapters |= {"base": None} if config.compare or not config.adapter else {}
         columns = {}
         for name, adapter in adapters.items():
             columns[name] = measure(config, adapter, tokenizer, rows, tasks, device)
-            gc.collect()  # a sharded model holds itself in reference cycles
+            gc.collect()  # a sharded model is in reference cycles
         columns = dict(reversed(columns.items()))
         say(table(columns))
         if output:

@@ -1,4 +1,4 @@
-"""What no user's mistake is: disks, signals and other processes that come between. One message, and nothing lost."""
+"""Faults that are no user's mistake: disks, signals and other processes. One message, and nothing lost."""
 
 import ast
 import itertools

@@ -1,4 +1,4 @@
-"""Full fine-tuning, LoRA and llama-adapter train alike under every strategy, split and saving of memory.
+"""Full fine-tuning, LoRA and llama-adapter train the same under every strategy, split and memory saving.
 
 The suite runs a choice in which any two settings meet; `pytest tests/test_matrix.py --whole-matrix -s` runs every
 combination, and prints the largest differences from one process with a plain, unsharded model.

@@ -1,11 +1,11 @@
-"""Downloads a model of the Hugging Face hub to a folder of its own, and nothing that is not needed of it.
+"""Downloads a model of the Hugging Face hub to a folder of its own: only the files that are needed.
 
     python tools/download.py meta-llama/Llama-3.2-1B                        to models/Llama-3.2-1B
     python tools/download.py meta-llama/Llama-3.2-1B /data/1B --revision 4e20de3
 
-The folder appears when it is complete and every file has the hash that the hub has for it. Until then what there is
-stands beside it, in TARGET.download: killed or cut off, the same command goes on at the byte where it stopped.
-(--model ORG/NAME, of the recipes, downloads too, into huggingface_hub's cache, which begins a file anew.)
+The folder appears when it is complete and every file has the hub's hash. Until then the files are in TARGET.download. If it
+is interrupted, the same command goes on at the byte where it stopped. (The recipes' --model ORG/NAME downloads too, into
+huggingface_hub's cache, which starts an interrupted file from scratch.)
 """
 
 import signal
@@ -98,7 +98,7 @@ def has_size(file: Path, size: int | None) -> bool:
 
 
 def fetch(repo: str, commit: str | None, folder: Path, files: list[Any]) -> None:
-    """Downloads the files, as model_info lists them, that are not in the folder, and goes on with those begun."""
+    """Downloads the files that model_info lists and the folder lacks, and resumes partial ones."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers, disable_progress_bars

@@ -1,8 +1,4 @@
-"""Rows -> tokenized documents, each token marked as trained or not, and where rows come from.
-
-A dataset is one function from a row (a dict) to the row's token ids and, for each id, whether it is trained.
-The prompts are llama-recipes' letter for letter, so that weights and losses compare with runs made there.
-"""
+"""Where rows come from: files, mixtures, data sets of the hub, the user's own functions."""
 
 import datetime
 import hashlib
@@ -36,10 +32,10 @@ class DataConfig:
     """What to train on."""
 
     dataset: str = "samsum"
-    """Which format the rows have: samsum, alpaca, grammar, chat or text; or FILE.py:FUNCTION, your own."""
+    """The format of the rows: samsum, alpaca, grammar, chat or text; or FILE.py:FUNCTION, your own."""
     path: Path | None = None
     """Training rows: a .json, .jsonl, .csv, .parquet or .txt file, a folder of them, or hub:ORG/NAME[/CONFIG][:SPLIT].
-    None: a small set that comes with minillama, to try things on."""
+    None: a small data set that comes with minillama, to try things."""
     val_path: Path | None = None
     """Rows to evaluate on. Alpaca without one holds out the first twentieth of --data.path, as llama-recipes does."""
     val_fraction: float = 0.0
@@ -51,12 +47,12 @@ class DataConfig:
     columns: tuple[str, ...] = ()
     """What the fields of the format are called in the rows, such as dialogue=text summary=tldr."""
     date: str | None = None
-    """The day that a chat template which asks for it is told, such as Llama 3.2's: 2025-01-31. None: today; a run that
-    resumes keeps its own."""
+    """The date, such as 2025-01-31, for chat templates that ask for it, as Llama 3.2's does. None: today; a resumed run
+    keeps its date."""
     train_on: Literal["answers", "all"] = "answers"
     """all: train on prompts, and on what users say in a chat, too."""
     batching: Literal["packing", "padding"] = "packing"
-    """packing: rows share packs, whole and without seeing each other. padding: rows of like length share a batch."""
+    """packing: whole rows share a pack, and do not attend to each other. padding: rows of similar length share a batch."""
     context_length: int = 4096
     """Tokens in a pack, or in a padded row."""
     too_long: Literal["auto", "drop", "truncate", "split"] = "auto"
@@ -94,7 +90,7 @@ class DataConfig:
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Raises UserError if the tokenizer cannot be that of a model with `vocab_size` rows of embedding.
+    """Raises UserError if the tokenizer has more ids than the embedding has rows, `vocab_size`, or far fewer.
 
     Checkpoints pad the embedding to a round number, so a few rows too many are right; ids beyond it never are.
     """
@@ -170,7 +166,7 @@ class Source:
         return content_hash(self._file())
 
     def size(self) -> int | None:
-        """How much `rows` will tell to `progress` in all; None: unknown."""
+        """The total of what `rows` will report to `progress`; None: unknown."""
         if self.is_own:
             return None
         if (found := self._hub()) is not None:
@@ -189,7 +185,7 @@ class Source:
 
 
 def training_sources(config: DataConfig) -> list[Source]:
-    """What --data.dataset and --data.path, or --data.mixture, name. Raises UserError for a mixture that is none."""
+    """The sources that --data.dataset and --data.path, or --data.mixture, name. Raises UserError for an invalid mixture."""
     if config.mixture is None:
         return [Source(config.dataset, config.path, "train", _columns(config))]
     try:
@@ -223,7 +219,7 @@ def training_sources(config: DataConfig) -> list[Source]:
 
 
 def validation_source(config: DataConfig) -> Source | None:
-    """The rows to evaluate on; None where they are a part of the training rows. Raises UserError if there are none."""
+    """The rows to evaluate on; None if they are a part of the training rows. Raises UserError if there are none."""
     if config.val_path or _OWN.fullmatch(config.dataset):
         if config.val_path and config.path is None and config.mixture is None and config.dataset in ENCODERS:
             raise UserError(
@@ -243,7 +239,7 @@ def validation_source(config: DataConfig) -> Source | None:
 def load_collator(config: DataConfig, tokenizer: Any) -> Callable[[Any], Any] | None:
     """What get_data_collator(tokenizer) in the user's own file returns, None without one.
 
-    Raises UserError if the batches are packs, which it could not make.
+    Raises UserError if the batches are packs: a collator cannot make those.
     """
     if not (own := _OWN.fullmatch(config.dataset)):
         return None

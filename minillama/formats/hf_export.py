@@ -37,9 +37,9 @@ from minillama.tokenizer.export import is_tiktoken, tokenizer_config, tokenizer_
 from minillama.tokenizer.tokenizer import load_tokenizer
 
 WRITE_BYTES = 4 * 2**20
-"""Size of the pieces that are written; small enough to stay in a processor's cache while they are cast and added to."""
+"""Bytes of the pieces that are written: few enough to stay in a CPU's cache while they are cast and added to."""
 MAX_FILE_BYTES = 4 * 2**30
-"""Size of the files that save_pretrained writes (one tensor may be more), and so the host memory it takes on rank 0."""
+"""Bytes of the files that save_pretrained writes (one tensor may have more), and so the host memory it takes on rank 0."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,8 +61,8 @@ def save_pretrained(
     from; the model itself stays as it is. The config and generation settings are copied from `base` too, and so are the
     tokenizer's files, unless `tokenizer` is given: another folder, or the tokenizer.json or tokenizer.model in it.
 
-    unchanged: names of parameters to be copied from `base`, as those are that never trained: in the model they may have
-    been rounded to the dtype it computes in.
+    unchanged: names of parameters that never trained and are copied from `base`: in the model they may have been rounded
+    to the dtype it computes in.
 
     Raises UserError, on every rank, for a model with adapter parameters, a `base` of other shapes or one that `folder`
     would overwrite, and for what goes wrong on the disk.
@@ -85,7 +85,7 @@ def save_pretrained(
     if as_it_is := not untied and not is_meta_folder(base):
         copies["config.json"] = base / "config.json"
 
-    reshard(model)  # first: it is the sharded parameters that stay
+    reshard(model)  # first: only the sharded parameters stay
     parameters = base_parameters(model)
     sizes = {name: p.numel() * dtypes[name].itemsize for name, p in parameters.items()}
     files = split_into_files(sizes)
@@ -169,7 +169,7 @@ def write_hf(weights: Weights, config: dict[str, Any], folder: Path, dtype: torc
 def config_json(
     base: Path, config: LlamaConfig, dtype: torch.dtype, tokenizer: str | Path | None = None
 ) -> dict[str, Any]:
-    """config.json of a model of this config and dtype that was made from `base`: with all that base's own says."""
+    """config.json of a model of this config and dtype that was made from `base`; keeps the other keys of base's own."""
     kind = str(dtype).removeprefix("torch.")
     if not is_meta_folder(base):
         described = read_json(base / "config.json")
@@ -183,7 +183,7 @@ def config_json(
 
 
 def split_into_files(sizes: dict[str, int]) -> dict[str, list[str]]:
-    """Which tensors, of so many bytes each, go into which safetensors file."""
+    """Which tensors go into which safetensors file. sizes: bytes of each."""
     parts = split_by_size(sizes, MAX_FILE_BYTES)
     if len(parts) == 1:
         return {"model.safetensors": parts[0]}
@@ -196,7 +196,7 @@ def _index(files: dict[str, list[str]], sizes: dict[str, int]) -> dict[str, Any]
 
 
 def split_by_size(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """The names, in order, in groups of at most `limit` together, or of one name that is more."""
+    """The names, in order, in groups of at most `limit` bytes, or of one name with more."""
     groups: list[list[str]] = [[]]
     for name, size in sizes.items():
         if groups[-1] and sum(sizes[other] for other in groups[-1]) + size > limit:
@@ -219,12 +219,12 @@ def companions(base: Path, tokenizer: str | Path | None = None) -> dict[str, Pat
     elif not found["tokenizer.model"].exists():
         found["tokenizer.model"] = (
             folder / "original" / "tokenizer.model"
-        )  # where Meta's own Hugging Face folders have it
+        )  # where it is in Meta's own Hugging Face folders
     return found
 
 
 def tokenizer_files(copies: dict[str, Path], target: Path) -> dict[str, dict[str, Any]]:
-    """What to write beside these copies, where a tokenizer.model alone would not do for transformers."""
+    """Files to write besides these copies, if a tokenizer.model alone is not enough for transformers."""
     there = {name for name, path in copies.items() if path.exists()}
     if "tokenizer.model" not in there or there & {"tokenizer.json", "tokenizer_config.json"}:
         return {}
@@ -240,7 +240,7 @@ def tokenizer_files(copies: dict[str, Path], target: Path) -> dict[str, dict[str
 
 
 def copy_files(sources: dict[str, Path], folder: Path, made: Mapping[str, dict[str, Any]] | None = None) -> None:
-    """made: JSON files to write beside the copies."""
+    """made: JSON files to write besides the copies."""
     for file, source in sources.items():
         if source.exists():
             (folder / file).parent.mkdir(exist_ok=True)
@@ -251,7 +251,7 @@ def copy_files(sources: dict[str, Path], folder: Path, made: Mapping[str, dict[s
 
 def gather(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The whole parameter on the host of rank 0, and nothing on the others. Every rank must call it."""
-    whole = parameter.detach().to(dtype or parameter.dtype)  # before it travels: half the bytes, where fp32 is for bf16
+    whole = parameter.detach().to(dtype or parameter.dtype)  # before it is sent: half the bytes from fp32 to bf16
     if isinstance(whole, DTensor):
         whole = whole.full_tensor()
     return whole.cpu().contiguous() if is_rank_zero() else torch.empty(0)
@@ -263,4 +263,4 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from error
-    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
+    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors makes it readable for its owner only

@@ -1,4 +1,4 @@
-"""How a process ends when something is wrong: what is said, and that it is said once however many ranks there are."""
+"""How a process ends when something is wrong: one message, on however many ranks."""
 
 import io
 import json
@@ -28,16 +28,16 @@ def rank() -> int:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Ends the process with code 1 on a UserError, printed without a traceback, and once however many ranks make it; with
-    130 on Ctrl-C, with 141 if nobody reads what it prints. Any other exception is printed once, by the rank that had it.
-    What the terminal's encoding lacks is printed as an escape."""
+    """Ends the process with code 1 on a UserError, printed without a traceback and once for all ranks; with 130 on Ctrl-C;
+    with 141 if nobody reads its output. Any other exception is printed once, by the rank that raised it. Characters that
+    the terminal's encoding lacks are printed as escapes."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started us
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     tell_of_cut_files(_tell)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as the scripts have it until all is imported
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as in the scripts until all is imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -50,7 +50,7 @@ def user_errors() -> Iterator[None]:
         if rank() == 0:
             print("\ninterrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    except BrokenPipeError:  # whoever reads our output has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe
         _speaks_first()
         with suppress(io.UnsupportedOperation):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,7 +62,7 @@ def user_errors() -> Iterator[None]:
             _end_of_fault()
         _end(disk_text(error))
     except (RuntimeError, MemoryError) as error:
-        if _someone_erred():  # the others are gone because of a mistake that one has named
+        if _someone_erred():  # the others ended because of a mistake that one has named
             sys.exit(1)
         if problem := out_of_memory(error):
             _end(f"{problem}: share it among more processes, or use what has more memory")
@@ -80,15 +80,15 @@ def _end(message: str) -> NoReturn:
 
 
 def _close_bars() -> None:
-    """Progress bars end: else what is said next stands in their line, or they are drawn once more below it."""
-    progress = sys.modules.get("tqdm")  # the model alone does without
+    """Closes progress bars: else the next message would be in their line, or they would be drawn again below it."""
+    progress = sys.modules.get("tqdm")  # not imported if only the model is used
     for bar in [*getattr(progress and progress.tqdm, "_instances", ())]:
         bar.close()
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Around what asks the store: where that has gone with rank 0, PyTorch would print a stack of its own."""
+    """Around requests to the store: if it has ended with rank 0, PyTorch would print a stack trace of its own."""
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -124,18 +124,18 @@ def _tell_torchrun(message: str) -> None:
 
 
 def _speaks_first() -> bool:
-    """Whether no other rank has said what is wrong: all usually make the same mistake, but sometimes only one does."""
+    """Whether no other rank has printed the error: usually all have the same one, but sometimes only one has it."""
     if not dist.is_initialized():
         return rank() == 0
     try:
         with _quiet():
             return dist.distributed_c10d._get_default_store().add("minillama/errors", 1) == 1
-    except dist.DistError:  # rank 0, which keeps the store without torchrun, has ended: it has spoken
+    except dist.DistError:  # without torchrun rank 0 keeps the store: it has ended, and printed the error
         return False
 
 
 def _end_of_fault() -> NoReturn:
-    """Ends the process with code 1 because of a fault that is not the user's: its traceback, with the rank that had it."""
+    """Ends the process with code 1 because of a fault that is not the user's: prints its traceback and the rank."""
     _close_bars()
     if not _someone_erred() and (_speaks_first() or not dist.is_initialized()):
         print(f"rank {rank()} has failed; this is a fault of the program, please report it:", file=sys.stderr)
@@ -153,12 +153,12 @@ processes: list[tuple[str, int]] = []
 def _end_if_lost(error: Exception) -> None:
     """Ends the process with code 1 if another is gone; the first rank left on that machine says which.
 
-    Returns if all are on this machine, and there: the connection is not at fault.
+    Returns if all are on this machine and alive: then the connection did not fail because of a dead process.
     """
     here, deadline = platform.node(), time.monotonic() + 1
     mine = [number for number, (machine, _) in enumerate(processes) if machine == here]
     gone: dict[int, str | None] = {}
-    while not gone and time.monotonic() < deadline:  # connections close a moment before the process is gone
+    while not gone and time.monotonic() < deadline:  # connections close a moment before the process ends
         gone = {number: how for number in mine if (how := _end_of_process(processes[number][1])) is not None}
         time.sleep(0.05)
     if not gone and len(mine) == len(processes):
@@ -178,7 +178,7 @@ def _end_if_lost(error: Exception) -> None:
 
 
 def _end_of_process(number: int) -> str | None:
-    """How a process of this machine ended: "" if by itself, with an error; None if it lives."""
+    """How a process of this machine ended: "" if by itself, with an error; None if it is alive."""
     try:
         fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -190,7 +190,7 @@ def _end_of_process(number: int) -> str | None:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What to say of it if it is PyTorch's or Python's way of saying that memory has run out; None if it is not."""
+    """The message if this is PyTorch's or Python's out-of-memory error; None if it is not."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
     if not known:
         return None

@@ -29,7 +29,7 @@ from minillama.training.plan import Progress, Step
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Where the numbers go, besides metrics.jsonl."""
+    """Where numbers are logged, besides metrics.jsonl."""
 
     every: int = 1
     """Steps between lines of metrics.jsonl. Loss, counts and speed are those of all steps since the last line, lr and
@@ -52,7 +52,7 @@ LOSSES = {"loss", "eval_loss"}
 
 
 class Metrics:
-    """Collects what each step did, and every `--log.every` steps makes one line of it, of all ranks together."""
+    """Collects the numbers of each step, and writes a line for all ranks together every `--log.every` steps."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Metrics:
         self.every, self.model, self.device, self.dtype = config.every, model, device, dtype
         self.rate = matmul_rate(device, dtype)
         self.tokens = start.tokens - int(start.unlogged[2])  # of all lines so far
-        self.trained = start.step > 0  # whether any token has been
+        self.trained = start.step > 0  # whether any token has been trained on
         self.evaluated: dict[int, float] = {}  # step -> loss
         self.file = _reopen(output_dir / "metrics.jsonl", start) if rank() == 0 else None
         form = "{desc} {n_fmt}/{total_fmt}{postfix} |{bar}| {elapsed}<{remaining}"  # a narrow terminal cuts the end
@@ -97,7 +97,7 @@ class Metrics:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what makes the step wait for its data."""
+        """Around what waits for data."""
         started = time.perf_counter()
         if self.started is None:
             self.started = started
@@ -106,7 +106,7 @@ class Metrics:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what does not count for the speed of the steps."""
+        """Around what does not count as time of a step."""
         started = time.perf_counter()
         yield
         if self.started is not None:
@@ -116,11 +116,11 @@ class Metrics:
         return self.seconds + (time.perf_counter() - self.started if self.started is not None else 0)
 
     def step(self, step: Step, lr: float, loss: Tensor, norm: Tensor, batches: list[Batch]) -> None:
-        """Notes a step that has been made: its learning rate, what train_step returned, this rank's micro-batches.
+        """Records a step: its learning rate, what train_step returned, this rank's micro-batches.
 
         Raises UserError, where it makes a line, if training has diverged.
         """
-        # exact in fp64: losses have 24 bits, and so the sum does not depend on where a run was interrupted
+        # exact in fp64, as losses have 24 bits: the sum does not depend on where a run was interrupted
         self.loss_sum = self.loss_sum + loss.double() * sum(batch.trained for batch in batches)
         self.norm = norm
         for batch in batches:
@@ -136,7 +136,9 @@ class Metrics:
         self.trained = self.trained or trained > 0
         if not self.trained:  # only a user's own collator can do that
             self.close()
-            raise UserError(f"step {number}: none of its {tokens:.0f} tokens is trained: mend your collator's labels")
+            raise UserError(
+                f"step {number}: none of its {tokens:.0f} tokens is trained: correct your collator's labels"
+            )
         mean_loss = loss_sum / max(1, trained)
         self.tokens += int(tokens)
         memory, waited, seconds = all_reduce([peak_memory_gib(self.device), self.waited, seconds], "max")
@@ -182,7 +184,7 @@ class Metrics:
         return self.tokens + int(counts[0]), [loss_sum, seconds, *counts]
 
     def evaluation(self, done: int, result: tuple[float, int] | None) -> None:
-        """Notes the loss on the validation set after `done` steps: (mean nats a trained token, how many); None: nothing."""
+        """Records the validation loss after `done` steps: (mean nats a trained token, number of tokens); None: nothing."""
         if result is None:
             return
         loss, tokens = result
@@ -208,7 +210,7 @@ class Metrics:
                 rest = rest[self.file.write(rest) :]
         except OSError as error:
             with suppress(OSError):
-                os.truncate(self.file.name, end)  # not half a line
+                os.truncate(self.file.name, end)  # without half a line
             raise UserError(_unwritable(self.file.name, error)) from None
         values = {key: value for key, value in line.items() if key != "step" and value is not None}
         if self.tensorboard is not None:
@@ -232,14 +234,14 @@ def _unwritable(file: Path | str, error: OSError) -> str:
 
 
 def _reopen(file: Path, start: Progress) -> BinaryIO:
-    """metrics.jsonl, to be appended to: without what a run wrote after the checkpoint that it now goes on from."""
+    """metrics.jsonl, open for appending, without the lines after the checkpoint that the run resumes from."""
     kept = []
     for text in read_bytes(file).decode(errors="replace").splitlines() if file.exists() else ():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):  # cut off when the run was killed
             continue
-        if misfit(line, {"step": int}):  # none of ours
+        if misfit(line, {"step": int}):  # not a line of ours
             continue
         if line["step"] < start.step or (line["step"] == start.step and ("loss" in line or not start.evaluate)):
             kept.append(text + "\n")
@@ -287,7 +289,7 @@ def plot_loss(metrics_file: Path, image: Path) -> bool:
     drawn = io.BytesIO()
     try:
         figure.savefig(drawn, dpi=120)
-    except (ArithmeticError, LookupError, ValueError) as error:  # which, depends on the version of matplotlib
+    except (ArithmeticError, LookupError, ValueError) as error:  # the type depends on the version of matplotlib
         raise UserError(
             f"{metrics_file}: its numbers are too large to be drawn ({error}): remove those lines"
         ) from None

@@ -41,11 +41,11 @@ def check_context_fits(packed: Packed, model: Llama, dtype: torch.dtype, device:
 def out_of_memory_explained(
     config: RunConfig, fsdp: FsdpConfig, model: nn.Module, optimizer: torch.optim.Optimizer, metrics: Metrics
 ) -> Iterator[None]:
-    """Around training: makes of an out-of-memory error a UserError that says what this rank holds and what would help.
+    """Around training: turns an out-of-memory error into a UserError that says what this rank holds and what would help.
 
     fsdp: config.fsdp with its strategy resolved. On entry the model must be as between steps, with nothing gathered.
     """
-    parameters = list(model.parameters())  # now, as in a step FSDP puts gathered ones in the place of some
+    parameters = list(model.parameters())  # now: within a step FSDP replaces some by gathered ones
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -53,7 +53,7 @@ def out_of_memory_explained(
         if problem is None:
             raise
         device = "cuda" if isinstance(error, torch.OutOfMemoryError) else "cpu"
-        held = held_bytes(parameters, optimizer, device)  # the traceback keeps alive what the step held
+        held = held_bytes(parameters, optimizer, device)  # the traceback keeps the step's tensors alive
         shares = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items())
         metrics.close()
         raise UserError(
@@ -84,11 +84,11 @@ def held_bytes(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer,
 
 
 def remedies(held: dict[str, int], config: RunConfig, fsdp: FsdpConfig, device: str) -> list[str]:
-    """Flags that would make what is held smaller, those for the largest kind first; none that is given already."""
+    """Flags that would reduce what is held, those for the largest kind first; none that is given already."""
     train, optim = config.train, config.optim
     recompute = [] if fsdp.recompute == "full" else ["--fsdp.recompute full"]
     batch = []
-    if train.batch_size > 1:  # the same samples a step
+    if train.batch_size > 1:  # as many samples a step
         smaller = train.batch_size // 2 if train.batch_size % 2 == 0 else 1
         accumulate = train.accumulate * train.batch_size // smaller
         batch = [f"--train.batch-size {smaller} --train.accumulate {accumulate}"]

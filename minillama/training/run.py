@@ -45,9 +45,9 @@ class Run:
     progress: Progress
     """Where it starts"""
     checkpoint: Checkpoint | None
-    """What it resumes from; None: the base model"""
+    """The checkpoint it resumes from; None: it starts from the base model"""
     fingerprints: dict[str, str]
-    """Of the base model and of the training data: what a run that resumes must find again"""
+    """Of the base model and of the training data; a run that resumes must have the same"""
 
     @property
     def parameter_device(self) -> str:
@@ -56,7 +56,7 @@ class Run:
 
 
 def resolve(config: C, device: str) -> tuple[C, Checkpoint | None, str]:
-    """config with its hub id, precision and date resolved, the checkpoint to resume from, and the precision in words.
+    """config with its hub id, precision and date resolved, the checkpoint to resume from, and the precision as text.
 
     Every rank must call it. Raises UserError for a model that is not there and for --resume without a sound checkpoint.
     """
@@ -68,9 +68,9 @@ def resolve(config: C, device: str) -> tuple[C, Checkpoint | None, str]:
 
 
 def with_date(config: DataConfig, checkpoint: Checkpoint | None) -> DataConfig:
-    """config with the day that chat templates are told: the one given, else that of the checkpoint, else today.
+    """config with the date for chat templates: the one given, else that of the checkpoint, else today.
 
-    Every rank must call it, and gets rank 0's day: on another machine it may be tomorrow already.
+    Every rank must call it, and gets rank 0's date: on another machine it may be tomorrow already.
     """
     saved = checkpoint.content["flags"]["data"].get("date") if checkpoint else None
     return replace(config, date=config.date or saved or on_rank_zero(lambda: date.today().isoformat()))
@@ -81,7 +81,7 @@ def prepare_run(
 ) -> Run:
     """Decides dtypes, strategy, mesh and attention for a model on the meta device, reads the data, writes run.json.
 
-    weights: of the base model; config, checkpoint, precision: as `resolve` returns them. Says what the run is about to do.
+    weights: of the base model; config, checkpoint, precision: as `resolve` returns them. Prints the run's summary.
     Every rank must call it. Raises UserError for what is wrong with data and flags, before any weight is read.
     """
     set_dtypes(model, config.fsdp)
@@ -102,7 +102,7 @@ def prepare_run(
 
 
 def summary(config: RunConfig, run: Run, model: Llama, precision: str, attention: str) -> str:
-    """What a run is about to do, in a few lines. precision, attention: which, and why."""
+    """What a run will do, in a few lines. precision, attention: which, and why."""
     fsdp, mesh = run.fsdp, run.mesh
     total, trained = count_parameters(model)
     spread = fsdp.strategy + (f" of {mesh.size(1)}" if fsdp.strategy == "hybrid-shard" else "")
@@ -131,7 +131,7 @@ def summary(config: RunConfig, run: Run, model: Llama, precision: str, attention
 
 
 def finish_run(config: RunConfig) -> None:
-    """Draws loss.png, and says how to go on. What it cannot draw is no reason to fail: all is saved."""
+    """Draws loss.png, and prints the next command. A failure to draw only warns: everything is saved."""
     if rank() != 0:
         return
     output = config.output_dir
