@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, library, nn
 
 from minillama.errors import UserError
-from minillama.model import Llama
-from minillama.surgery import replace_modules
+from minillama.model.llama import Llama
+from minillama.model.surgery import replace_modules
 
 Kind = Literal["nf4", "int8"]
 
@@ -104,10 +104,14 @@ def _outer_of(scales: Tensor, outer: Tensor, first_row: int) -> Tensor:
     return outer[:, None].expand(-1, OUTER).reshape(-1)[first : first + scales.numel()].view(scales.shape)
 
 
-def outer_maxima(scales: Tensor, mean: Tensor, blocks: int, first_row: int = 0) -> Tensor:
-    """The outer scales as far as these rows tell: the largest distance from the mean in each block; 0 of no row."""
+def outer_maxima(scales: Tensor, mean: Tensor, blocks: int | None = None, first_row: int = 0) -> Tensor:
+    """The largest distance from the mean in each block of scales: the outer scales, of a whole tensor's scales.
+
+    blocks: how many the tensor has, where these are some of its rows: then 0 where none of them is.
+    """
     places = torch.arange(scales.numel(), device=scales.device).add_(first_row * scales.shape[1]) // OUTER
-    return scales.new_zeros(blocks).scatter_reduce_(0, places, (scales - mean).abs().flatten(), "amax")
+    zeros = scales.new_zeros(-(-scales.numel() // OUTER) if blocks is None else blocks)
+    return zeros.scatter_reduce_(0, places, (scales - mean).abs().flatten(), "amax")
 
 
 def pack(codes: Tensor, scales: Tensor) -> Tensor:
@@ -140,6 +144,12 @@ def dequantize(
     both = tables.pairs.view(torch.int64).flatten().index_select(0, codes.int().flatten())
     blocks = both.view(torch.float32).view(rows, width // BLOCK, BLOCK)
     return blocks.mul_(scales[..., None]).view(rows, width).to(dtype)
+
+
+def nf4_tables(outer: Tensor, mean: Tensor) -> Tables:
+    """With the levels of the papers."""
+    levels, scale_levels = (torch.tensor(values, device=outer.device) for values in (NF4, dynamic_levels()))
+    return Tables(pair_table(levels), scale_levels, outer, mean)
 
 
 def pair_table(levels: Tensor) -> Tensor:
@@ -222,6 +232,12 @@ class Quantized(nn.Module):
     def tables(self) -> Tables:
         return Tables(*(getattr(self, name) for name in Tables._fields))
 
+    @property
+    def nbytes(self) -> int:
+        """Of the quantised weight, whole also of a sharded one."""
+        tensors = (self.weight, *self.tables)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
     def reset_parameters(self) -> None:
         """Weights of 0: quantised ones are loaded, and never drawn."""
         for tensor in (self.weight, self.bias, *self.tables):
@@ -232,26 +248,23 @@ class Quantized(nn.Module):
     def fill(self, weight: Tensor) -> None:
         """Quantises a whole weight (out, in)."""
         codes, scales = quantize_rows(weight, self.kind)
-        if self.tables.outer is not None:
+        if self.kind == "nf4":
             mean = scales.mean(dtype=torch.float64).float()
-            self.fill_tables(mean, outer_maxima(scales, mean, len(self.tables.outer)))
-            scales = quantize_scales(scales, self.tables.outer, mean)
-        elif self.tables.pairs is not None:
-            self.fill_tables()
+            outer = outer_maxima(scales, mean)
+            self.set_tables(nf4_tables(outer, mean))
+            scales = quantize_scales(scales, outer, mean)
         self.weight.view(torch.uint8).copy_(pack(codes, scales))
 
     @torch.no_grad()
-    def fill_tables(self, mean: Tensor | None = None, outer: Tensor | None = None) -> None:
-        """With the levels of NF4 and of its quantised scales."""
-        levels, scale_levels = (torch.tensor(values) for values in (NF4, dynamic_levels()))
-        values = Tables(pair_table(levels), scale_levels, outer, mean)
-        for table, value in zip(self.tables, values, strict=True):
-            if table is not None:
-                assert value is not None
-                table.copy_(value)
+    def set_tables(self, tables: Tables) -> None:
+        for own, given in zip(self.tables, tables, strict=True):
+            if own is not None:
+                assert given is not None
+                own.copy_(given)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = quantized_linear(x, self.weight, *self.tables)
+        tables = (None if table is None else table.to(x.device) for table in self.tables)  # offloaded, as weight was
+        y = quantized_linear(x, self.weight, *tables)
         return y if bias is None else y + bias
 
     def base_weight(self) -> Tensor:
@@ -259,11 +272,11 @@ class Quantized(nn.Module):
         return dequantize(self.weight, self.in_features, self.tables)
 
 
-class QuantizedLinear(Quantized, nn.Linear):
+class QuantizedLinear(Quantized, nn.Linear):  # type: ignore[misc]  # Linear has its weight as a Tensor
     """y = W x + b of a frozen W. On the meta device empty, else with the quantised weight of `linear`."""
 
     def __init__(self, linear: nn.Linear, kind: Kind, *, double: bool = True) -> None:
-        """double: whether NF4's scales are quantised too."""
+        """double: whether NF4's scales are quantised too, as they always are here; not so in each folder."""
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         blocks = -(-self.out_features * self.in_features // (BLOCK * OUTER))
@@ -271,7 +284,9 @@ class QuantizedLinear(Quantized, nn.Linear):
         used = () if kind == "int8" else Tables._fields if double else ("pairs",)
         fresh: dict[str, Any] = {"device": linear.weight.device}
         empty = [torch.empty(shapes[name], **fresh) if name in used else None for name in Tables._fields]
-        rows = torch.empty(self.out_features, row_bytes(kind, self.in_features, double=double), dtype=torch.uint8, **fresh)
+        rows = torch.empty(
+            self.out_features, row_bytes(kind, self.in_features, double=double), dtype=torch.uint8, **fresh
+        )
         self.hold(kind, linear.weight.dtype, nn.Parameter(rows, requires_grad=False), Tables(*empty))
         if not rows.is_meta:
             self.fill(linear.weight)
@@ -280,7 +295,9 @@ class QuantizedLinear(Quantized, nn.Linear):
         return self.product(x, self.bias)
 
 
-def apply_quantization(model: Llama, kind: Kind, layers: Collection[str] | None = None, *, double: bool = True) -> Llama:
+def apply_quantization(
+    model: Llama, kind: Kind, layers: Collection[str] | None = None, *, double: bool = True
+) -> Llama:
     """Quantises the linear layers of the blocks; embedding, norms and head stay as they are. Before LoRA and sharding.
 
     On the meta device the weights are to be loaded; a real model's are quantised in place. layers: the names of those to
@@ -295,10 +312,18 @@ def apply_quantization(model: Llama, kind: Kind, layers: Collection[str] | None 
             f"{step}: give {'int8' if kind == 'nf4' and linear[odd].in_features % 4 == 0 else 'none'}"
         )
     return replace_modules(
-        model, lambda name, _: name in chosen, lambda m: QuantizedLinear(m, kind, double=double)  # type: ignore[arg-type]
+        model,
+        lambda name, _: name in chosen,
+        lambda m: QuantizedLinear(m, kind, double=double),  # type: ignore[arg-type]
     )
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Quantized]:
     """Those of the model, by the names of their weights."""
     return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Quantized)}
+
+
+def shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Of each parameter by name; of a quantised weight that of what it stands for."""
+    found = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return found | {n: torch.Size((m.out_features, m.in_features)) for n, m in quantized_layers(model).items()}
