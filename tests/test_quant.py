@@ -238,10 +238,10 @@ def test_other_quantised_folders_are_refused(tmp_path, changes, problem):
 
 
 def test_what_cannot_be_quantised(folder, tiny_folder, tmp_path):
-    with pytest.raises(UserError, match=r"nf4.*32 weights.*64: give int8"):
+    with pytest.raises(UserError, match=r"nf4.*32 weights.*64: quantise as int8"):
         from_pretrained(tiny_folder, quantize="nf4")
     write_model(check_weights(empty(folder), folder), read_config(folder), tmp_path / "nf4", folder, quantize="nf4")
-    with pytest.raises(UserError, match=r"--quantize int8: .* is quantised already, as nf4: leave it out"):
+    with pytest.raises(UserError, match=r"is quantised already, as nf4, and int8 is asked for: leave that flag out"):
         from_pretrained(tmp_path / "nf4", quantize="int8")
     tensors = load_file(tmp_path / "nf4" / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight.absmax"]

@@ -37,7 +37,8 @@ def quantize_base(model: Llama, weights: Weights, quantize: Quantize = "none") -
     if isinstance(weights, BitsandbytesWeights):
         if quantize != "none":
             raise UserError(
-                f"--quantize {quantize}: {weights.folder} is quantised already, as {weights.kind}: leave it out"
+                f"{weights.folder} is quantised already, as {weights.kind}, and {quantize} is asked for: leave that flag "
+                "out, or give the plain model"
             )
         layers = [name.removesuffix(".weight") for name in weights.layers]
         return apply_quantization(model, weights.kind, layers, double=weights.double)

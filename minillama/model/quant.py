@@ -308,8 +308,8 @@ def apply_quantization(
     step = BLOCK if kind == "nf4" else 4
     if odd := next((name for name in chosen if linear[name].in_features % step), None):
         raise UserError(
-            f"--quantize {kind} cannot hold {odd}, whose rows of {linear[odd].in_features} weights are no multiple of "
-            f"{step}: give {'int8' if kind == 'nf4' and linear[odd].in_features % 4 == 0 else 'none'}"
+            f"{kind} cannot hold {odd}, whose rows of {linear[odd].in_features} weights are no multiple of {step}: quantise "
+            f"as {'int8' if kind == 'nf4' and linear[odd].in_features % 4 == 0 else 'none'}"
         )
     return replace_modules(
         model,
