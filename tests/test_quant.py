@@ -1,21 +1,24 @@
 """NF4 and int8 against their papers written out in float64, and against bitsandbytes where it is installed."""
 
 import json
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, run_ranks, save_folder
+from conftest import random_model, run_ranks, run_script, save_folder
 from safetensors.torch import load_file, save_file
 from test_lora import trainable
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from minillama.adapters.lora import LoraConfig, apply_lora, merge_lora
+from minillama.adapters.merge import merge_adapter
+from minillama.adapters.peft import load_adapter
 from minillama.errors import UserError
 from minillama.formats.hf import check_weights, from_pretrained, load_weights, read_config
-from minillama.formats.hf_export import write_model
+from minillama.formats.hf_export import save_pretrained, write_model
 from minillama.formats.quantized import QuantizingWeights, quantize_base
 from minillama.model.config import LlamaConfig
 from minillama.model.llama import Llama
@@ -32,6 +35,7 @@ from minillama.model.quant import (
 from minillama.parallel.initialise import materialise
 from minillama.parallel.sharding import FsdpConfig, local, set_dtypes, shard
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 WIDE = {"hidden_size": 192, "intermediate_size": 320}
 """Rows of 3 and 5 blocks: 256 scales end within a row."""
 
@@ -314,3 +318,85 @@ def test_every_number_of_ranks_has_the_same_codes_and_gathers_bytes(folder, kind
             assert gathered == whole // 3
             for found, layer in zip(weights, list(expected)[:7], strict=True):
                 assert torch.equal(found, layer.base_weight())
+
+
+# --- Runs
+
+
+def test_a_run_on_a_quantised_base(folder, tmp_path):
+    """Trains on two ranks, goes on from a checkpoint on one, and the adapter is what evaluation, merging and peft's format
+    make of it."""
+    rows = [{"dialogue": f"A: hi\nB: bye {i}", "summary": f"They part, {i}."} for i in range(8)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    data = ["--data.path", tmp_path / "rows.json", "--data.val-path", tmp_path / "rows.json"]
+    data += ["--data.context-length", 100, "--device", "cpu"]
+
+    def train(model, out, *flags, world_size=1):
+        flags = ["--model", model, "--output-dir", tmp_path / out, *data, "--fsdp.precision", "fp32", *flags]
+        flags += ["--train.batch-size", 1, "--train.accumulate", 2 // world_size, "--train.max-steps", 4]
+        flags += ["--train.epochs", 9, "--checkpoint.every", 2, "--checkpoint.keep", 0, "--lora.dropout", 0]
+        flags += ["--lora.targets", "all-linear", "--lora.plus-ratio", 4, "--optim.lr", 3e-3]
+        codes, text = run_script(RECIPES / "lora_fsdp.py", *flags, world_size=world_size, log=tmp_path / "log")
+        return codes[0], text
+
+    code, text = train(folder, "out", "--lora.quantize", "nf4", "--fsdp.strategy", "full-shard", world_size=2)
+    assert code == 0, text
+    assert "21 linear layers in nf4" in text
+    checkpoint = tmp_path / "out/checkpoints/step-00000002"
+    code, text = train(folder, "other", "--lora.quantize", "int8", "--resume", checkpoint)
+    assert code != 0 and "--lora.quantize int8 (was nf4)" in text
+    code, text = train(folder, "again", "--lora.quantize", "nf4", "--resume", checkpoint)
+    assert code == 0, text
+    first, again = (load_file(tmp_path / out / "adapter/adapter_model.safetensors") for out in ("out", "again"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(again[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+    weights, config, adapter = check_weights(empty(folder), folder), read_config(folder), tmp_path / "out/adapter"
+    write_model(weights, config, tmp_path / "nf4", folder, quantize="nf4")
+    flags = [
+        "--model",
+        tmp_path / "nf4",
+        "--adapter",
+        adapter,
+        *data,
+        "--dtype",
+        "fp32",
+        "--output",
+        tmp_path / "found.json",
+    ]
+    codes, text = run_script(RECIPES / "evaluate.py", *flags, log=tmp_path / "log")
+    assert codes == [0], text
+    found = json.loads((tmp_path / "found.json").read_text())["results"]["adapted"]["eval_loss"]
+    lines = map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert losses[-1] < losses[0] - 0.1 and found == pytest.approx(losses[-1], abs=1e-5)
+
+    merge_adapter(folder, adapter, tmp_path / "plain")
+    merge_adapter(folder, adapter, tmp_path / "dequantised", from_quantized="nf4")
+    tokens = torch.randint(0, 512, (2, 30))
+    adapted = load_adapter(from_pretrained(folder, quantize="nf4"), adapter)(tokens)
+    onto_plain = load_adapter(from_pretrained(folder), adapter)(tokens)
+    for expected, merged in ((adapted, "dequantised"), (onto_plain, "plain")):
+        torch.testing.assert_close(from_pretrained(tmp_path / merged)(tokens), expected, rtol=0, atol=1e-3)
+    assert (adapted - onto_plain).abs().max() > 0.01
+    with pytest.raises(UserError, match=r"is quantised, and its plain weights are gone"):
+        save_pretrained(from_pretrained(tmp_path / "nf4"), tmp_path / "none", folder)
+    flags = ["--model", tmp_path / "nf4", "--output-dir", tmp_path / "full", *data]
+    codes, text = run_script(RECIPES / "full_fsdp.py", *flags, log=tmp_path / "log")
+    assert codes != [0] and "nf4 is quantised, and its weights cannot be trained: give the plain model" in text
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_compiled_blocks_too(folder, kind):
+    """The input gradient, the only one there is, and no weight that is kept for it."""
+    layer = QuantizedLinear(linear(), kind)
+    compiled = torch.compile(lambda x: layer(torch.sin(x)), fullgraph=True, backend="aot_eager")
+    x = torch.randn(7, 320, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = compiled(x)
+    y.sum().backward()
+    assert max(t.numel() for t in saved if t.is_floating_point()) <= x.numel()
+    weight = layer.base_weight()
+    torch.testing.assert_close(y, torch.sin(x) @ weight.T)
+    torch.testing.assert_close(x.grad, torch.cos(x).detach() * (torch.ones_like(y) @ weight))

@@ -195,8 +195,8 @@ def _quantization(folder: Path) -> dict[str, Any]:
     settings = read_json(folder / "config.json").get("quantization_config") if (folder / "config.json").exists() else {}
     if settings and (problem := settings_problem(settings)):
         raise UserError(
-            f'{folder}: "quantization_config": {problem}: only NF4 and int8 in bitsandbytes\' format are read: give one '
-            "in these, or the plain one"
+            f'{folder}: "quantization_config": {problem}: only NF4 and int8 in bitsandbytes\' format are read: give '
+            "the plain one, or one in these"
         )
     return settings or {}
 
