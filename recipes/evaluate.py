@@ -29,6 +29,7 @@ from minillama.errors import UserError, disk_text
 from minillama.files import write_json
 from minillama.formats.hf import read_config
 from minillama.formats.hub import find_model
+from minillama.formats.quantized import Quantize
 from minillama.help import filled
 from minillama.inference.load import Dtype, find_stop_ids, load_model
 from minillama.parallel.failures import user_errors
@@ -72,6 +73,9 @@ class Config:
     """Batches of rows per process; 0: all."""
     batch_size: int = 8
     """Packs (padding: rows) and questions that each process takes at a time."""
+    quantize: Quantize = "none"
+    """Hold the linear layers of the blocks in 4 bits a weight (nf4, QLoRA's) or 8 (int8); embedding, norms and head stay
+    as they are. none: as the model's folder has them."""
     dtype: Dtype = "auto"
     """What the model computes in. auto: what the hardware multiplies fast, as --fsdp.precision auto does; a training run's
     own evaluation computes in the same on this machine."""
@@ -125,13 +129,14 @@ def find_tasks(config: Config) -> Any:
 def measure(
     config: Config, adapter: Path | None, tokenizer: Any, rows: Packed | None, tasks: Any, device: str
 ) -> dict[str, Any]:
-    """The results of one column of the table, and the settings behind them."""
-    model = load_model(config.model, device, adapter=adapter, dtype=config.dtype, cache_dir=config.data.cache_dir)
+    """What one column of the table says, and what it comes from."""
+    settings: dict[str, Any] = {"dtype": config.dtype, "quantize": config.quantize, "cache_dir": config.data.cache_dir}
+    model = load_model(config.model, device, adapter=adapter, **settings)
     found: dict[str, Any] = {}
     if rows:
         ranks = dist.get_world_size()
-        settings = EvalConfig(max_steps=config.max_steps, batch_size=config.batch_size)
-        batches = eval_batches(rows, settings, tokenizer.pad_id, device, rank(), ranks)
+        limits = EvalConfig(max_steps=config.max_steps, batch_size=config.batch_size)
+        batches = eval_batches(rows, limits, tokenizer.pad_id, device, rank(), ranks)
         total = -(-len(rows) // (config.batch_size * ranks))
         total = min(total, config.max_steps or total)
         result = evaluate(model, progress(batches, desc="rows", total=total, leave=False))

@@ -25,6 +25,7 @@ from minillama.data.rows import read_rows
 from minillama.errors import UserError
 from minillama.formats.hf import read_config
 from minillama.formats.hub import find_model
+from minillama.formats.quantized import Quantize
 from minillama.help import filled
 from minillama.inference.generate import check_settings, stream
 from minillama.inference.load import Dtype, find_stop_ids, load_model
@@ -73,6 +74,9 @@ class Config:
     seed: int = 42
     batch_size: int = 8
     """Prompts of a file that are answered together."""
+    quantize: Quantize = "none"
+    """Hold the linear layers of the blocks in 4 bits a weight (nf4, QLoRA's) or 8 (int8); embedding, norms and head stay
+    as they are. none: as the model's folder has them."""
     dtype: Dtype = "auto"
     """What the model computes in. auto: what the hardware multiplies fast, as --fsdp.precision auto does."""
     device: Device = "auto"
@@ -145,7 +149,7 @@ def main(config: Config) -> None:
                 )
                 warned = True
 
-        model = load_model(config.model, device, adapter=config.adapter, dtype=config.dtype)
+        model = load_model(config.model, device, adapter=config.adapter, dtype=config.dtype, quantize=config.quantize)
         settings: dict[str, Any] = {
             "max_new_tokens": config.max_new_tokens,
             "temperature": config.temperature,

@@ -27,6 +27,9 @@ from safetensors.torch import load_file, save_file
 from minillama.adapters.llama_adapter import LlamaAdapterConfig
 from minillama.adapters.lora import LoraConfig
 from minillama.adapters.peft import adapt, save_adapter
+from minillama.formats.hf import check_weights, read_config
+from minillama.formats.hf_export import write_model
+from minillama.model.llama import Llama
 from minillama.training.resume import hash_of
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +68,14 @@ no architecture | prompt --model other | BertModel | LlamaForCausalLM
 a billion layers | full --model layers | num_hidden_layers 1000000000 | of 3 layers
 a vocabulary of 2^60 | lora --model vocabulary | vocab_size 1152921504606846976 | 16777216 is the most
 a number of another kind | lora --model kind | hidden_size = '32' | int belongs
-quantised | lora --model quantised | quantization_config | give the plain one
+quantised in another way | lora --model quantised | quantization_config | give the plain one
+quantised twice | generate --prompt a --model in_int8 --quantize nf4 | in_int8 is quantised already | leave that flag out
+quantised, converted | convert_checkpoint in_int8 target --quantize int8 | in_int8 is quantised already | the plain model
+quantised, all of it to be trained | full --model in_int8 | in_int8 is quantised | recipes/lora_fsdp.py
+rows that NF4 cannot hold | lora --lora.quantize nf4 | rows of 32 weights | quantise as int8
+rows that NF4 cannot hold, elsewhere | prompt --adapter.quantize nf4 | q_proj | quantise as int8
+B that would not learn | lora --lora.plus-ratio 0 | --lora.plus-ratio 0 | above 0
+a quantised run | convert_checkpoint STEP target --quantize nf4 | --quantize nf4 | convert to such a folder before
 cut-off weights | lora --model cut | cut/model.safetensors | truncated
 a tensor missing | full --model missing | model.norm.weight | is missing
 shards out of the folder | lora --model outside | ../model/model.safetensors | move them there
@@ -298,6 +308,9 @@ def world(tmp_path_factory):
     variant(world, "vocabulary", vocab_size=2**60)
     variant(world, "kind", hidden_size="32")
     variant(world, "quantised", quantization_config={"bits": 4})
+    with torch.device("meta"):
+        weights = check_weights(Llama(read_config(world / "model")), world / "model")
+    write_model(weights, read_config(world / "model"), world / "in_int8", world / "model", quantize="int8")
     os.truncate(variant(world, "cut") / "model.safetensors", 9000)
     tensors = load_file(world / "model/model.safetensors")
     save_file(

@@ -3,6 +3,7 @@
     python tools/bench.py                                        LoRA on SmolLM2-135M's shape, 1 x 1024 tokens
     python tools/bench.py --documents packed --floor             packed documents; and the step's bare matmuls and attention
     python tools/bench.py --method full --precision bf16
+    python tools/bench.py --quantize nf4 --targets all-linear    the same LoRA on a quantised base
     python tools/bench.py --memory-sweep --json m.json --plot m.png     peak memory, 512 to 8192 tokens
     python tools/bench.py --loss                                 the loss alone, compared with PyTorch's own
     python tools/bench.py --generate --model DIR                 greedy text, which must be equal
@@ -59,6 +60,7 @@ SHAPES = {
 Shape = Literal[
     "tiny", "wide-vocabulary", "smollm2-135m", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b"
 ]
+QUANTIZED = ("nf4", "int8")
 Method = Literal["lora", "full", "llama-adapter"]
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all-linear"]
 
@@ -106,9 +108,11 @@ class Bench:
     """As --fsdp.recompute; the peers, which have no selective, then do it in full. auto: none, and again with full if
     that runs out of memory."""
     compile: bool = False
-    """Use torch.compile: ours and torchtune's block by block, transformers' model as a whole."""
-    contenders: tuple[Literal["ours", "hf", "torchtune"], ...] = ("ours", "hf")
-    """torchtune joins when --torchtune-python is given."""
+    """By torch.compile: ours and torchtune's block by block, transformers' model as a whole."""
+    contenders: tuple[Literal["ours", "hf", "torchtune", "nf4", "int8"], ...] = ("ours", "hf")
+    """torchtune joins when --torchtune-python is given. nf4, int8: ours on a base so quantised."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """Compare ours with ours on a base so quantised: --contenders ours nf4, or ours int8."""
     torchtune_python: Path | None = None
     """The python of torchtune's environment."""
     floor: bool = False
@@ -166,6 +170,8 @@ class Bench:
         for flag, file in (("json", self.json), ("plot", self.plot)):
             if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):
                 raise UserError(f"--{flag} {file} cannot be written")
+        if {self.quantize, *self.contenders} & {*QUANTIZED} and "full" in self.method:
+            raise UserError("a quantised base is frozen: give --method lora or llama-adapter")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use")
         if self.model and not self.generate:
@@ -198,6 +204,8 @@ def resolved(bench: Bench) -> Bench:
     if bench.precision == "auto":
         found = choose_precision(FsdpConfig(), device)[0].precision
         bench = replace(bench, precision="mixed" if found == "mixed" else "fp32")
+    if bench.quantize != "none":
+        bench = replace(bench, contenders=("ours", bench.quantize))
     if bench.torchtune_python and not bench.loss and "torchtune" not in bench.contenders:
         bench = replace(bench, contenders=(*bench.contenders, "torchtune"))
     return replace(
@@ -345,7 +353,7 @@ def run_case(bench: Bench, shape: Shape, method: Method, context_length: int) ->
                     results[name] = {"error": failures[name]["error"]}
                 else:
                     result = training_result(answers[name], bench.batch_size * context_length)
-                    theirs = "full" if recompute == "selective" and name != "ours" else recompute
+                    theirs = "full" if recompute == "selective" and name in ("hf", "torchtune") else recompute
                     results[name] = result | {"recompute": theirs}
             left = tuple(name for name in failures if failures[name]["built"] and "memory" in failures[name]["error"])
             if not left:
@@ -370,6 +378,8 @@ def comparison(results: dict[str, Any]) -> dict[str, Any]:
             continue
         cpu = zip(ours["cpu_seconds"], result["cpu_seconds"], strict=True)
         cpu_ratios[name] = spread([theirs / own for own, theirs in cpu])
+        if name in QUANTIZED:  # another base
+            continue
         losses = zip(ours["losses"], result["losses"], strict=True)
         differences[name] = max(abs(a - b) / a for a, b in losses)
     return {"ratios": ratios, "cpu_ratios": cpu_ratios, "loss_difference": differences}
@@ -411,7 +421,8 @@ def rows(case: dict[str, Any]) -> Iterator[str]:
             yield f"{line}{'':8}  {result['mfu']:5.1%}  {parts} a step"
             continue
         line += f"{result['peak_gib']:8.2f}  {result['mfu']:5.1%}  {result['losses'][0]:8.4f} {result['norms'][0]:8.4f}"
-        yield f"{line}  {result['recompute']}"
+        shares = [f"; dequantising {share:.1%} of the step" for share in result["parts_s"].values()]
+        yield f"{line}  {result['recompute']}{''.join(shares)}"
     rates = [result["matmul_tflops"] for result in case["contenders"].values() if "matmul_tflops" in result]
     if rates:
         apart = max(case["loss_difference"].values(), default=0.0)

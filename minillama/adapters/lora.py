@@ -12,6 +12,7 @@ from minillama.errors import UserError
 from minillama.model.config import LARGEST
 from minillama.model.llama import Llama, LMHead
 from minillama.model.loss import Targets, linear_cross_entropy
+from minillama.model.quant import Quantized, QuantizedLinear
 from minillama.model.surgery import replace_modules
 from minillama.parallel.processes import warn
 
@@ -104,18 +105,24 @@ class LoraLinear(nn.Module):
             nn.init.zeros_(self.lora_magnitude_change)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = self.product(x, self.bias)
         dropped = self.dropout(x)
         low = self.lora_A(dropped.to(self.lora_A.weight.dtype))
         branch = self.lora_B(low * self.scale)
         if self.lora_magnitude_change is not None:
             gain = self.gain(self.lora_magnitude_change)
+            base = y if self.bias is None else y - self.bias
             if self.training and self.dropout.p:
-                base = F.linear(dropped, self.weight)
-            else:
-                base = y if self.bias is None else y - self.bias
+                base = self.product(dropped)
             branch = (gain - 1).to(branch.dtype) * base + gain.to(branch.dtype) * branch
         return (y + branch).to(y.dtype)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """W x + bias"""
+        return F.linear(x, self.weight, bias)
+
+    def base_weight(self) -> Tensor:
+        return self.weight
 
     def gain(self, change: Tensor) -> Tensor:
         """DoRA's m / |W + scale * B A|: fp32 (out,). Cached while nothing trains, because it costs more than a token."""
@@ -123,8 +130,9 @@ class LoraLinear(nn.Module):
         if keep and self._gain is not None:
             return self._gain
         with torch.no_grad():
-            length = row_norms(self.weight)
-            adapted = row_norms(add_product(self.weight, self.lora_A.weight, self.lora_B.weight, self.scale))
+            weight = self.base_weight()
+            length = row_norms(weight)
+            adapted = row_norms(add_product(weight, self.lora_A.weight, self.lora_B.weight, self.scale))
         gain = (length + change.float()) / adapted
         self._gain = gain if keep else None
         return gain
@@ -140,10 +148,30 @@ class LoraLinear(nn.Module):
         return linear
 
     def merged_weight(self) -> nn.Parameter:
-        merged = merge(
-            self.weight, self.lora_A.weight, self.lora_B.weight, self.scale, change=self.lora_magnitude_change
-        )
-        return nn.Parameter(merged.to(self.weight.dtype), requires_grad=False)
+        change = self.lora_magnitude_change
+        merged = merge(self.base_weight(), self.lora_A.weight, self.lora_B.weight, self.scale, change=change)
+        return nn.Parameter(merged.to(self.base_dtype), requires_grad=False)
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+
+class QuantizedLoraLinear(Quantized, LoraLinear):  # type: ignore[misc]  # which has its weight as a Tensor
+    """LoRA on a quantised layer: W is what it dequantises to."""
+
+    def __init__(self, linear: QuantizedLinear, config: LoraConfig) -> None:
+        LoraLinear.__init__(self, linear, config)
+        self.hold(linear.kind, linear.dtype, linear.weight, linear.tables)
+
+    def reset_parameters(self) -> None:
+        Quantized.reset_parameters(self)
+        if self.lora_magnitude_change is not None:
+            nn.init.zeros_(self.lora_magnitude_change)
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        return self.dtype
 
 
 class LoraHead(LoraLinear):
@@ -238,6 +266,8 @@ def apply_lora(model: Llama, config: LoraConfig) -> Llama:
         own = config.of(names[module])
         if isinstance(module, nn.Embedding):
             return LoraEmbedding(module, own)
+        if isinstance(module, QuantizedLinear):
+            return QuantizedLoraLinear(module, own)
         assert isinstance(module, nn.Linear)
         return (LoraHead if isinstance(module, LMHead) else LoraLinear)(module, own)
 
@@ -249,6 +279,12 @@ def apply_lora(model: Llama, config: LoraConfig) -> Llama:
             f"LoRA of rank {config.rank} trains {added:,} numbers, and its layers themselves have {whole:,}: give less"
         )
     return model
+
+
+def lora_plus(model: nn.Module, ratio: float) -> dict[Tensor, float]:
+    """LoRA+ (https://arxiv.org/abs/2402.12354): the factor of the learning rate of each B of the linear layers."""
+    layers = (module for module in model.modules() if isinstance(module, LoraLinear))
+    return {layer.lora_B.weight: ratio for layer in layers} if ratio != 1 else {}
 
 
 @torch.no_grad()

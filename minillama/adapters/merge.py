@@ -43,6 +43,7 @@ from minillama.formats.hf import (
 from minillama.formats.hf_export import write_model
 from minillama.formats.hub import model_name
 from minillama.formats.meta import Weights, finite
+from minillama.formats.quantized import Quantize, QuantizingWeights, quantize_base
 from minillama.model.config import LlamaConfig
 from minillama.model.llama import Llama
 from minillama.training.checkpoint_index import read_index
@@ -232,11 +233,14 @@ def merge_adapter(
     *,
     dtype: torch.dtype | None = None,
     any_base: bool = False,
+    from_quantized: Quantize = "none",
 ) -> None:
     """Writes base and LoRA, in PEFT's format, as one Hugging Face folder: added in fp32, a few rows at a time.
 
-    Every rank must call it; rank 0 works. dtype: None keeps the base's. Raises UserError for an adapter that cannot be
-    merged, and for one that does not fit the base, or names another unless any_base.
+    Every rank must call it; rank 0 works. dtype: None keeps the base's. from_quantized: adds to what the base dequantises
+    to, as a QLoRA was trained on, rather than to its own weights; a base in a quantised folder has no others. Raises
+    UserError for an adapter that cannot be merged, and for one that does not fit the base, or names another unless
+    any_base.
     """
     lora, config = read_adapter_config(adapter), read_config(base)
     if not isinstance(lora, LoraConfig):
@@ -246,6 +250,9 @@ def merge_adapter(
     with torch.device("meta"):
         model = Llama(config)
     weights = check_weights(model, base)
+    quantize_base(model, weights, from_quantized)
+    if from_quantized != "none":
+        weights = QuantizingWeights(weights, from_quantized)
     check_adapter(adapt(model, lora), adapter)
     file = adapter / "adapter_model.safetensors"
     trained = SafetensorsWeights(dict.fromkeys(tensor_names(file), file))

@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.adapters.lora import LoraConfig, apply_lora, row_norms
@@ -19,8 +17,9 @@ from minillama.formats.hf import SAFETENSORS_DTYPES, adapter_parameters, open_te
 from minillama.formats.hf_export import gather, write_tensors
 from minillama.formats.meta import finite
 from minillama.model.llama import Llama
+from minillama.model.quant import Quantized, dequantize
 from minillama.parallel.processes import rank, warn
-from minillama.parallel.sharding import like, local, reshard
+from minillama.parallel.sharding import like, local, reshard, row_offset
 
 PEFT_PREFIX = "base_model.model."
 CHANGE = ".lora_magnitude_change"
@@ -76,8 +75,13 @@ def as_peft(name: str, tensor: Tensor) -> Tensor:
 
 
 def _lengths(model: nn.Module, name: str) -> Tensor:
-    """Length of this rank's rows of the weight whose lora_magnitude_change has this name: fp32 (rows,)."""
-    return row_norms(local(model.get_parameter(name.replace(CHANGE, ".weight"))))
+    """Of this rank's rows of the weight whose lora_magnitude_change is called name: fp32 (rows,)."""
+    module = model.get_submodule(name.removesuffix(CHANGE))
+    assert isinstance(module.weight, Tensor)
+    rows = local(module.weight)
+    if isinstance(module, Quantized):
+        rows = dequantize(rows, module.in_features, module.tables, first_row=row_offset(module.weight))
+    return row_norms(rows)
 
 
 def _gather_as_peft(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
@@ -311,11 +315,7 @@ def check_copy(file: Path | str, name: str, copy: Tensor, base: Tensor) -> None:
 def _check_copies(model: nn.Module, file: Path, tensors: Any) -> None:
     for name, copied in copies_of_base(tensors.keys()).items():
         parameter, copy = model.get_parameter(copied), tensors.get_slice(name)
-        first, mine = 0, local(parameter)
-        if isinstance(parameter, DTensor):
-            _, (first, *_) = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
+        first, mine = row_offset(parameter), local(parameter)
         for start in range(0, len(mine), COPY_ROWS):
             part = mine[start : start + COPY_ROWS]
             check_copy(file, copied, copy[first + start : first + start + len(part)].to(part.device), part)

@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from minillama.errors import UserError
 from minillama.files import is_plain, open_file, read_json
+from minillama.formats.bitsandbytes import BitsandbytesWeights, settings_problem
 from minillama.formats.meta import MetaWeights, Weights, finite, is_meta_folder, read_meta_config
+from minillama.formats.quantized import Quantize, QuantizedFill, quantize_base
 from minillama.model.config import LLAMA3_ROPE, LlamaConfig
 from minillama.model.llama import Llama
+from minillama.model.quant import shapes
 from minillama.parallel.initialise import materialise
 from minillama.parallel.processes import say
-from minillama.parallel.sharding import local
+from minillama.parallel.sharding import local, row_offset
 from minillama.progress import progress
 
 READ_BYTES = 32 * 2**20
@@ -73,6 +74,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
         config = LlamaConfig.from_dict(read_json(folder / "config.json"))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
+    _quantization(folder)
     _check_layers(config, folder)
     return config
 
@@ -182,7 +184,21 @@ class SafetensorsWeights:
 def open_weights(folder: str | Path) -> Weights:
     """The tensors of a Hugging Face or Meta folder. Raises UserError for what is missing or damaged."""
     folder = Path(folder)
-    return MetaWeights(folder) if is_meta_folder(folder) else SafetensorsWeights(find_tensors(folder))
+    if is_meta_folder(folder):
+        return MetaWeights(folder)
+    weights, settings = SafetensorsWeights(find_tensors(folder)), _quantization(folder)
+    return BitsandbytesWeights(weights, settings, folder) if settings else weights
+
+
+def _quantization(folder: Path) -> dict[str, Any]:
+    """What config.json says of how the folder is quantised. Raises UserError for what we do not read."""
+    settings = read_json(folder / "config.json").get("quantization_config") if (folder / "config.json").exists() else {}
+    if settings and (problem := settings_problem(settings)):
+        raise UserError(
+            f'{folder}: "quantization_config": {problem}: only NF4 and int8 in bitsandbytes\' format are read: give '
+            "the plain one, or one in these"
+        )
+    return settings or {}
 
 
 def weights_fingerprint(folder: str | Path) -> str:
@@ -222,14 +238,18 @@ def check_weights(model: nn.Module, folder: str | Path, *, but: Collection[str] 
     there = set(weights.names)
     problems = [f"{name} is missing" for name in wanted if name not in {*there, *but}]
     problems += [f"{name} is not part of the model" for name in weights.names if name not in wanted.keys() | spare]
+    whole = shapes(model)
     problems += [
-        f"{name} has shape {weights.shape(name)}, the config asks for {list(parameter.shape)}"
-        for name, parameter in wanted.items()
-        if name in there and weights.shape(name) != list(parameter.shape)
+        f"{name} has shape {weights.shape(name)}, the config asks for {list(whole[name])}"
+        for name in wanted
+        if name in there and weights.shape(name) != list(whole[name])
     ]
     if kinds := {weights.dtype(name) for name in there & wanted.keys()} - SAFETENSORS_DTYPES.keys():
         named = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
-        raise UserError(f"{folder} holds weights of {named}, as where they are quantised: give the plain checkpoint")
+        raise UserError(
+            f"{folder} holds weights of {named}, as where they are quantised: give the plain checkpoint, or "
+            "one in bitsandbytes' format"
+        )
     if problems:
         more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(f"the weights in {folder} do not fit their config: {'; '.join(problems[:8])}{more}")
@@ -265,10 +285,11 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
     """Fills the base parameters of a materialised model, sharded or not, from a Hugging Face folder.
 
     Each rank reads only the rows its own shards hold, in pieces, casting to each parameter's dtype: host memory on top
-    of the model's stays below READERS * READ_BYTES. Returns the names of the parameters filled. Raises UserError as
-    check_weights does.
+    of the model's stays below READERS * READ_BYTES, of layers that are quantised meanwhile some times that. Returns the
+    names of the parameters and buffers filled. Every rank must call it. Raises UserError as check_weights does.
     """
     weights, parameters = check_weights(model, folder), base_parameters(model)
+    quantized = QuantizedFill(model, weights)
     has_twin = "lm_head.weight" not in parameters and "lm_head.weight" in weights.names
     bytes_of = {name: local(p).numel() * p.element_size() for name, p in parameters.items()}
 
@@ -276,12 +297,17 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
     with progress(total=total, desc="loading weights", unit="B", unit_scale=True, leave=False) as bar:
 
         def load(name: str) -> None:
-            target, offset = local(parameters[name]).detach(), _row_offset(parameters[name])
+            target, offset = local(parameters[name]).detach(), row_offset(parameters[name])
             step = max(1, READ_BYTES * len(target) // max(1, bytes_of[name]))
+            if layer := quantized.layers.get(name):  # of which fp32 copies are made
+                step = max(1, READ_BYTES // (4 * layer.in_features))
             for start in range(0, len(target), step):
                 piece = target[start : start + step]
                 place = offset + start, offset + start + len(piece)
-                piece.copy_(weights.rows(name, *place))
+                if layer:
+                    quantized.fill(name, piece, *place)
+                else:
+                    piece.copy_(weights.rows(name, *place))
                 if has_twin and name == "model.embed_tokens.weight":
                     _check_tied(weights, folder, *place)
                 bar.update(piece.numel() * piece.element_size())
@@ -289,23 +315,20 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
         with ThreadPoolExecutor(READERS) as pool:
             for _ in pool.map(load, parameters):
                 pass
-    return set(parameters)
-
-
-def _row_offset(parameter: Tensor) -> int:
-    """The first row of the whole tensor that this rank holds."""
-    if not isinstance(parameter, DTensor):
-        return 0
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return offset[0]
+    return set(parameters) | quantized.finish()
 
 
 def from_pretrained(
-    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    quantize: Quantize = "none",
 ) -> Llama:
     """A model of one process, ready to call, in evaluation mode; needs no process group.
 
-    dtype: of all parameters; None takes that of the embedding in the file. Raises UserError for a bad folder.
+    dtype: of all parameters; None takes that of the embedding in the file. quantize: how the blocks' linear layers are
+    held; none: as in the folder. Raises UserError for a bad folder.
     """
     config = read_config(folder)
     if dtype is None:
@@ -315,7 +338,8 @@ def from_pretrained(
         dtype = weights.dtype(name)
     with torch.device("meta"):
         model = Llama(config).to(dtype)
-    check_weights(model, folder)  # before memory is allocated for sizes that only the config states
+    # before any memory is taken for sizes that the config alone has
+    quantize_base(model, check_weights(model, folder), quantize)
     materialise(model, device)
     load_weights(model, folder)
     return model.eval().requires_grad_(False)

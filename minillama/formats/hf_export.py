@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from minillama.errors import UserError
 from minillama.files import new_folder, read_bytes, read_json, room_for, write_json
+from minillama.formats.bitsandbytes import BitsandbytesTensors, quantization_config
 from minillama.formats.hf import (
     INDEX,
     SAFETENSORS_DTYPES,
@@ -28,14 +29,17 @@ from minillama.formats.hf import (
     read_config,
 )
 from minillama.formats.meta import Weights, is_meta_folder
+from minillama.formats.quantized import Quantize, QuantizingWeights
 from minillama.model.config import LlamaConfig
 from minillama.model.llama import Llama
+from minillama.model.quant import quantized_layers
 from minillama.parallel.processes import is_rank_zero, say
 from minillama.parallel.sharding import reshard
 from minillama.progress import progress
 from minillama.tokenizer.export import is_tiktoken, tokenizer_config, tokenizer_json
 from minillama.tokenizer.tokenizer import load_tokenizer
 
+WRITTEN_DTYPES = SAFETENSORS_DTYPES | {torch.uint8: "U8", torch.int8: "I8"}
 WRITE_BYTES = 4 * 2**20
 """Bytes of the pieces that are written: few enough to stay in a CPU's cache while they are cast and added to."""
 MAX_FILE_BYTES = 4 * 2**30
@@ -85,7 +89,12 @@ def save_pretrained(
     if as_it_is := not untied and not is_meta_folder(base):
         copies["config.json"] = base / "config.json"
 
-    reshard(model)  # first: only the sharded parameters stay
+    if quantized_layers(model):
+        raise UserError(
+            "the model is quantised, and its plain weights are gone: tools/convert_checkpoint.py --quantize writes a "
+            "quantised folder, tools/merge_lora.py one with an adapter in it"
+        )
+    reshard(model)  # first: it is the sharded parameters that stay
     parameters = base_parameters(model)
     sizes = {name: p.numel() * dtypes[name].itemsize for name, p in parameters.items()}
     files = split_into_files(sizes)
@@ -116,16 +125,22 @@ def write_model(
     tokenizer: str | Path | None = None,
     *,
     dtype: torch.dtype | None = None,
+    quantize: Quantize = "none",
 ) -> None:
     """Writes tensors that can be read a few rows at a time as a Hugging Face folder: whole, or not at all.
 
     The files that go with them are those of `base`, and of `tokenizer` if given, as in save_pretrained. Every rank must
-    call it; rank 0 reads and writes. dtype: None keeps each tensor's. Raises UserError for what goes wrong on the disk.
+    call it; rank 0 reads and writes. dtype: None keeps each tensor's. quantize: writes the blocks' linear layers so, in
+    bitsandbytes' format. Raises UserError for what goes wrong on the disk.
     """
     base = Path(base)
     copies = companions(base, tokenizer)
     made = tokenizer_files(copies, Path(folder))
-    described = config_json(base, config, dtype or weights.dtype("model.embed_tokens.weight"), tokenizer)
+    kind = dtype or weights.dtype("model.embed_tokens.weight")
+    described = config_json(base, config, kind, tokenizer)
+    if quantize != "none":
+        weights = BitsandbytesTensors(QuantizingWeights(weights, quantize))
+        described["quantization_config"] = quantization_config(quantize, kind)
     with new_folder(Path(folder), mark="config.json") as (path, on_disk):
         on_disk(copy_files, copies, path, made)
         on_disk(write_hf, weights, described, path, dtype)
@@ -152,7 +167,7 @@ def write_hf(weights: Weights, config: dict[str, Any], folder: Path, dtype: torc
             header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
             end = 0
             for name in inside:
-                kind, shape = SAFETENSORS_DTYPES[dtypes[name]], weights.shape(name)
+                kind, shape = WRITTEN_DTYPES[dtypes[name]], weights.shape(name)
                 header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end := end + sizes[name]]}
             text = json.dumps(header).encode()
             text += b" " * (-len(text) % 8)
@@ -174,6 +189,7 @@ def config_json(
     if not is_meta_folder(base):
         described = read_json(base / "config.json")
         key = "dtype" if "dtype" in described else "torch_dtype"  # transformers 5's name, and 4's
+        described.pop("quantization_config", None)  # what is written is not
         return described | {key: kind, "tie_word_embeddings": config.tie_word_embeddings}
     described = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": kind} | asdict(config)
     if any(path.exists() for path in companions(base, tokenizer).values()):

@@ -13,6 +13,7 @@ from minillama.formats.meta import Weights
 from minillama.hardware import benchmark
 from minillama.hardware.benchmark import matmul_rate
 from minillama.model.llama import Llama
+from minillama.model.quant import quantized_layers
 from minillama.parallel.memory import least_memory, parameter_bytes
 from minillama.parallel.processes import all_reduce, warn
 from minillama.parallel.sharding import DTYPES, STATE, FsdpConfig, Precision, set_dtypes
@@ -67,6 +68,7 @@ def compact_base(model: Llama, weights: Weights, config: FsdpConfig, mesh: Devic
     if (frozen + STATE * trained) / mesh.size(-1) <= least_memory(mesh.device_type) / 2:
         return ""
     base = {name for name, parameter in base_parameters(model).items() if not parameter.requires_grad}
+    base -= quantized_layers(model).keys()
     stored = {name: dtype for name in base & set(weights.names) if (dtype := weights.dtype(name)) in HALF}
     set_dtypes(model, config, stored)
     kept = ", ".join(sorted({str(dtype)[6:] for dtype in stored.values()}))

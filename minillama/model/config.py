@@ -79,8 +79,6 @@ class LlamaConfig:
             raise UserError(
                 f'the architecture is not supported: "architectures" must hold "LlamaForCausalLM", found {found}'
             )
-        if config.get("quantization_config"):
-            raise UserError('"quantization_config": quantized checkpoints are not supported, give the plain one')
         if missing := [key for key in REQUIRED if config.get(key) is None]:
             raise UserError(f"the model's config lacks {', '.join(missing)}")
         values = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}

@@ -9,7 +9,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
 
+from minillama.model.quant import shapes
+
 MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+QUANTIZED = torch.ops.minillama.quantized_linear.default
 ATTENTION = (
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention",
@@ -29,8 +32,8 @@ def keep_some(block: nn.Module) -> Callable[[], tuple[Any, Any]]:
     result. An adapter's products have other shapes and do not count. They are small, or, as B's, cheap to compute for the
     memory that the result takes, so none is kept.
     """
-    # as they enter a matrix product: (in, out)
-    weights = {(p.shape[1], p.shape[0]) for name, p in block.named_parameters() if name.endswith("_proj.weight")}
+    # as a matrix product takes them: (in, out)
+    weights = {(shape[1], shape[0]) for name, shape in shapes(block).items() if name.endswith("_proj.weight")}
     return partial(_contexts, weights)
 
 
@@ -40,7 +43,12 @@ def _contexts(weights: set[tuple[int, int]]) -> tuple[Any, Any]:
 
     def policy(ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         keep = op.name() in ATTENTION
-        if op in MATMULS and (shape := tuple(args[-1].shape)) in weights:
+        shape = None
+        if op in MATMULS:
+            shape = tuple(args[-1].shape)
+        elif op is QUANTIZED:
+            shape = args[0].shape[-1], len(args[1])
+        if shape in weights:
             seen[ctx.is_recompute, shape] += 1
             keep = seen[ctx.is_recompute, shape] % 2 == 0
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

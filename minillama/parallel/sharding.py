@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from minillama.errors import UserError
 from minillama.model.llama import Llama
+from minillama.model.quant import quantized_layers
 from minillama.parallel.memory import least_memory, parameter_bytes
 from minillama.parallel.processes import all_reduce, local_world_size, process_count
 from minillama.parallel.recompute import keep_some
@@ -83,7 +85,7 @@ def set_dtypes(model: Llama, config: FsdpConfig, stored: Mapping[str, torch.dtyp
         for name, parameter in module.named_parameters(recurse=False):
             frozen = (stored or {}).get(f"{path}.{name}", config.compute_dtype)
             dtype = config.trained_dtype if parameter.requires_grad else frozen
-            if parameter.is_floating_point() and parameter.dtype != dtype:  # not the integers of a quantised base
+            if parameter.is_floating_point() and parameter.dtype != dtype:  # not a quantised weight's bytes
                 module.register_parameter(name, nn.Parameter(parameter.to(dtype), parameter.requires_grad))
     model.tie_weights()
 
@@ -145,6 +147,9 @@ def shard(model: Llama, mesh: DeviceMesh, config: FsdpConfig) -> Llama:
     if config.cpu_offload:
         # Pinned copies are asynchronous, and with replicas they race with the all-reduce (PyTorch #160291, #180665).
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda" and mesh.ndim == 1)
+    for module in quantized_layers(model).values():
+        # FSDP of PyTorch 2.11 takes no integers: bytes pass as numbers of the dtype that it gathers in and does not cast.
+        module.weight = nn.Parameter(module.weight.detach().view(config.compute_dtype), requires_grad=False)
     frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
     group = partial(
         fully_shard,
@@ -232,6 +237,14 @@ def like(whole: Tensor, parameter: Tensor) -> Tensor:
         return whole
     whole = whole.to(parameter.device_mesh.device_type)
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def row_offset(parameter: Tensor) -> int:
+    """The first row of the whole tensor that this rank holds."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return offset[0]
 
 
 def local(tensor: Tensor) -> Tensor:

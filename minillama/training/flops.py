@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minillama.model.llama import Llama
+from minillama.model.quant import shapes
 
 
 def step_flops(model: Llama, tokens: int, trained: int, squares: int) -> float:
@@ -24,9 +25,10 @@ def step_flops(model: Llama, tokens: int, trained: int, squares: int) -> float:
     backward = any(p.requires_grad for p in decoder.embed_tokens.parameters())  # whether gradients flow into the block
     for block in decoder.layers:
         backward = backward or any(parameter.requires_grad for parameter in block.parameters())
+        whole = shapes(block)
         for name, parameter in block.named_parameters():
             if parameter.ndim == 2 and "prompt" not in name:
-                body += parameter.numel() * (6 if parameter.requires_grad else 4 if backward else 2)
+                body += whole[name].numel() * (6 if parameter.requires_grad else 4 if backward else 2)
         attention += (6 if backward else 2) * config.num_attention_heads * config.head_dim
     head = sum(p.numel() * (6 if p.requires_grad else 4) for p in model.lm_head.parameters())
     return float(body * tokens + head * trained + attention * squares)
@@ -34,7 +36,8 @@ def step_flops(model: Llama, tokens: int, trained: int, squares: int) -> float:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters, whole ones also of a sharded model."""
-    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    whole = shapes(model)
+    counts = [(whole[name].numel(), parameter.requires_grad) for name, parameter in model.named_parameters()]
     return sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
 
 

@@ -55,7 +55,8 @@ class Loop:
         own_steps = steps(run.train, config.train, config.seed, rank(), run.mesh.size(), run.progress)
         for step, batches in prefetched(own_steps, load):
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(step.number, step.epoch, self.total, config.optim)
+                lr = learning_rate(step.number, step.epoch, self.total, config.optim)
+                group["lr"] = lr * group["lr_factor"]
             with self.metrics.waiting():
                 ready = batches.result()
             yield step, ready

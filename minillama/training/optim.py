@@ -1,7 +1,7 @@
 """The optimizer, the learning rate of each step, the loss scale of fp16."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,17 +48,21 @@ class OptimConfig:
             raise UserError(f"--optim.warmup-steps {self.warmup_steps}: must not be negative")
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable ones of `parameters`. Its state is sharded like them, and exists from the start."""
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimConfig, lr_factors: Mapping[Tensor, float] | None = None
+) -> torch.optim.Optimizer:
+    """AdamW over the trainable ones of `parameters`; its state is sharded as they are, and there from the start.
+
+    lr_factors: of those whose learning rate is another, by how much; a group has it as "lr_factor".
+    """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    alike: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in trainable:
-        (decayed if config.decay_norms or parameter.ndim >= 2 else others).append(parameter)
+        decay = config.weight_decay if config.decay_norms or parameter.ndim >= 2 else 0.0
+        alike.setdefault(((lr_factors or {}).get(parameter, 1.0), decay), []).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": members, "weight_decay": decay}
-        for members, decay in ((decayed, config.weight_decay), (others, 0.0))
-        if members
+        {"params": members, "weight_decay": decay, "lr": config.lr * factor, "lr_factor": factor}
+        for (factor, decay), members in sorted(alike.items(), key=lambda group: group[0][0] != 1)
     ]
     if config.kind == "adamw" and all(parameter.dtype == torch.float32 for parameter in trainable):
         adamw = torch.optim.AdamW(groups, lr=config.lr, fused=True)

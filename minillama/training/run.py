@@ -17,6 +17,7 @@ from minillama.hardware.kernels import choose_kernels
 from minillama.hardware.precision import choose_precision, compact_base
 from minillama.model.config import LlamaConfig
 from minillama.model.llama import Llama
+from minillama.model.quant import quantized_layers
 from minillama.parallel.processes import on_rank_zero, rank, say, warn
 from minillama.parallel.sharding import FsdpConfig, choose_strategy, make_mesh, set_dtypes
 from minillama.tokenizer.tokenizer import load_tokenizer
@@ -115,6 +116,11 @@ def summary(config: RunConfig, run: Run, model: Llama, precision: str, attention
         f"precision   {precision}",
         f"attention   {attention}{'; blocks compiled' if config.kernels.compile else ''}",
     ]
+    if layers := quantized_layers(model).values():
+        size = sum(layer.nbytes for layer in layers) / sum(layer.in_features * layer.out_features for layer in layers)
+        lines.insert(
+            1, f"base        {len(layers)} linear layers in {next(iter(layers)).kind}, {size:.3f} bytes a weight"
+        )
     train, optim = config.train, config.optim
     steps = count_steps(run.train, train, run.progress.packs_per_step)
     text = described(run.train, model.config, train.batch_size, mesh.size(), train.accumulate)

@@ -31,7 +31,7 @@ def make_contender(job: Job, stack: contextlib.ExitStack) -> Any:
 
         return Loss(job, stack)
     match job["contender"], job["generate"]:
-        case "ours", False:
+        case "ours" | "nf4" | "int8", False:
             from ours import Ours as Contender
         case "ours", True:
             from ours import OursGenerating as Contender
@@ -70,6 +70,8 @@ def train(contender: Any, job: Job, first: int, count: int) -> dict[str, Any]:
         synchronise(job)
         seconds.append(time.perf_counter() - began)
         cpu_seconds += time.process_time() - cpu_began
+        if job["contender"] in ("nf4", "int8"):
+            parts.append({"dequantising": contender.dequantising_seconds() / seconds[-1]})
     found = {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
