@@ -1,6 +1,7 @@
 """The one exception for what a user can cause, and what to say when a disk fails."""
 
 import errno
+import json
 from pathlib import Path
 
 
@@ -11,9 +12,11 @@ class UserError(Exception):
     """
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A disk, a quota or the size of a file is at its limit"""
 REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "see to its permissions, and those of the folders above it"),
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room on its disk"),
+    **dict.fromkeys(FULL, "make room on its disk"),
     errno.EROFS: "name a place that can be written",
 }
 
@@ -28,6 +31,20 @@ def disk_error(error: BaseException) -> OSError | None:
 def disk_text(error: OSError, path: Path | str | None = None, what: str = "") -> str:
     """ "FILE cannot be written (why): what to do". path: where the error itself does not know; what: "cannot be read"."""
     name, reason = path or error.filename or "a file, or what is printed,", error.strerror or str(error)
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        reason = "a file is where a folder should be"
+    full = error.errno in (*FULL, errno.EROFS)
     what = what or ("cannot be written" if full else "cannot be used")
     return ": ".join(filter(None, (f"{name} {what} ({reason})", REMEDIES.get(error.errno or 0))))
+
+
+def json_problem(text: str, error: Exception) -> str:
+    """What is wrong with a text that json.loads refused with this error: that it is empty, or truncated, or else."""
+    if not text.strip():
+        return "empty, not JSON"
+    if isinstance(error, json.JSONDecodeError):
+        unterminated = error.msg.startswith("Unterminated string")  # which is said of where it begins
+        if unterminated or error.pos >= len(text.rstrip()):
+            end = text.count("\n", 0, len(text.rstrip())) + 1
+            return f"truncated, line {end} is not its last ({error.msg})"
+    return f"not JSON ({error})"

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import torch.distributed as dist
 
-from minillama.errors import UserError, disk_text
+from minillama.errors import FULL, UserError, disk_text, json_problem
 from minillama.parallel.processes import group_without_timeout, on_rank_zero
 
 PARTIAL = ".minillama-partial"
@@ -60,13 +60,15 @@ def described(file: Path) -> dict[str, Any]:
 
 
 def read_any_json(path: Path) -> Any:
-    """What a JSON file holds. Raises UserError, naming it, if it is not JSON or is nested too deeply."""
+    """What a JSON file holds. Raises UserError, naming it, for what is none, and for what is too deep to go through."""
+    text = ""
     try:
-        content = json.loads(read_bytes(path).decode("utf-8"))
+        text = read_bytes(path).decode("utf-8")
+        content = json.loads(text)
     except UnicodeDecodeError:
         raise UserError(f"{path} cannot be read: it is not JSON, nor any other text in UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: not JSON ({error})") from None
+        raise UserError(f"{path} cannot be read: {json_problem(text, error)}") from None
     if is_deep(content):
         raise UserError(f"{path} cannot be read: more than {DEPTH} lists and objects inside each other")
     return content
@@ -87,8 +89,14 @@ def read_json(path: Path, shape: Mapping[str, Any] | None = None) -> dict[str, A
 
 
 def cache_folder(given: Path | None = None) -> Path:
-    """Where minillama caches things: `given`, or minillama in $XDG_CACHE_HOME or ~/.cache."""
-    return given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama"
+    """Where minillama keeps what it can make again: `given`, or minillama in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises UserError where there is no home.
+    """
+    try:
+        return given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama"
+    except RuntimeError:
+        raise UserError("there is no home folder to keep data in: set HOME, or XDG_CACHE_HOME to another") from None
 
 
 def is_deep(value: Any) -> bool:
@@ -219,15 +227,20 @@ def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., No
 
     def finish() -> None:
         nonlocal begun
+        meanwhile = UserError(f"another process has written {folder} meanwhile, and that stays: name another target")
         if _identity(folder) != before:
-            raise UserError(f"another process has written {folder} meanwhile, and that stays: name another target")
-        begun = False  # from here on it is whole, and is kept if anything goes wrong
+            raise meanwhile
+        begun = False  # from here on it is whole: kept, whatever goes wrong
         old = path.with_name(path.name.replace(PARTIAL, ".minillama-replaced"))
         try:
             if before:
                 folder.rename(old)  # not removed before the new one is in its place
             path.rename(folder)
         except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):  # since the check above
+                begun = True
+                shutil.rmtree(old, ignore_errors=True)
+                raise meanwhile from None
             raise UserError(f"{path} is complete, but could not be renamed to {folder.name}: {error}") from None
         shutil.rmtree(old, ignore_errors=True)
 
@@ -267,6 +280,23 @@ def write_whole(file: Path, content: str | bytes) -> None:
         raise OSError(error.errno, error.strerror, str(file)) from None
     finally:
         new.unlink(missing_ok=True)
+
+
+@contextmanager
+def room_for(size: int, folder: Path) -> Iterator[None]:
+    """Around writing so many bytes into a folder: an OSError of a full disk says how many are needed.
+
+    Raises one before anything is written if the disk has not that many.
+    """
+    needed = f"{size_text(size)} are needed"
+    try:
+        if (free := shutil.disk_usage(folder).free) < size:
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {size_text(free)} are free", str(folder))
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(error.errno, f"{error.strerror}; {needed}", error.filename or str(folder)) from None
 
 
 def check_unused(target: Path, *sources: Path) -> None:

@@ -21,12 +21,11 @@ from typing import Any
 
 import torch.distributed as dist
 import tyro
-from tqdm import tqdm
 
 from minillama.data.datasets import DataConfig
 from minillama.data.load import load_evaluation_data
 from minillama.data.packing import Packed
-from minillama.errors import UserError
+from minillama.errors import UserError, disk_text
 from minillama.files import write_json
 from minillama.formats.hf import read_config
 from minillama.formats.hub import find_model
@@ -34,6 +33,7 @@ from minillama.help import filled
 from minillama.inference.load import Dtype, find_stop_ids, load_model
 from minillama.parallel.failures import user_errors
 from minillama.parallel.processes import Device, on_rank_zero, process_group, quiet_but_on_rank_zero, rank, say
+from minillama.progress import progress
 from minillama.tokenizer.tokenizer import load_tokenizer
 from minillama.training.config import check_seed
 from minillama.training.plan import EvalConfig, eval_batches
@@ -106,9 +106,8 @@ def check_output(output: Path) -> None:
         if output.is_file():
             output.open("ab").close()
     except OSError as error:
-        raise UserError(
-            f"--output {output} cannot be written ({error.strerror}): name a file in a folder that you may write to"
-        ) from None
+        text = disk_text(error, f"--output {output}", "cannot be written")
+        raise UserError(f"{text}: name a file in a folder that you may write to") from None
     if output.exists() and not output.is_file() and not output.is_dir():
         raise UserError(f"--output {output} is a pipe or a device: name a file")
     if output.is_dir():
@@ -135,7 +134,7 @@ def measure(
         batches = eval_batches(rows, settings, tokenizer.pad_id, device, rank(), ranks)
         total = -(-len(rows) // (config.batch_size * ranks))
         total = min(total, config.max_steps or total)
-        result = evaluate(model, tqdm(batches, desc="rows", total=total, disable=rank() != 0 or None, leave=False))
+        result = evaluate(model, progress(batches, desc="rows", total=total, leave=False))
         assert result
         loss, tokens = result
         if not math.isfinite(loss):

@@ -13,6 +13,7 @@ from minillama.model.config import LARGEST
 from minillama.model.llama import Llama, LMHead
 from minillama.model.loss import Targets, linear_cross_entropy
 from minillama.model.surgery import replace_modules
+from minillama.parallel.processes import warn
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,14 @@ def apply_lora(model: Llama, config: LoraConfig) -> Llama:
         assert isinstance(module, nn.Linear)
         return (LoraHead if isinstance(module, LMHead) else LoraLinear)(module, own)
 
-    return replace_modules(model, lambda name, _: any(matches(name, target) for target in config.targets), adapted)
+    replace_modules(model, lambda name, _: any(matches(name, target) for target in config.targets), adapted)
+    made = [module for module in model.modules() if isinstance(module, LoraLinear | LoraEmbedding)]
+    added = sum(p.numel() for module in made for name, p in module.named_parameters() if name.startswith("lora_"))
+    if added > (whole := sum(module.weight.numel() for module in made)):
+        warn(
+            f"LoRA of rank {config.rank} trains {added:,} numbers, and its layers themselves have {whole:,}: give less"
+        )
+    return model
 
 
 @torch.no_grad()

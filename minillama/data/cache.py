@@ -32,7 +32,8 @@ from minillama.data.packing import Packed, Part, pack, pad
 from minillama.data.permutation import permuted
 from minillama.errors import REMEDIES, UserError, disk_text
 from minillama.files import cache_folder, described, read_json, write_json
-from minillama.parallel.processes import rank, warn
+from minillama.parallel.processes import warn
+from minillama.progress import progress
 
 DOCUMENTS = {"tokens": np.int32, "trained": np.bool_, "offsets": np.int64}
 PARTS = ("tokens", "trained", "lengths")
@@ -64,6 +65,8 @@ def prepare(
     held out, as llama-recipes does. Raises UserError for what is wrong with flags, files and rows, or the cache's folder.
     """
     sources = training_sources(config)
+    for source in sources:
+        source.size()  # a file that is not there is said before what else is missing
     other = validation_source(config) if validation else None
     documents = _documents(sources, config, tokenizer, processes)
     if not validation:
@@ -229,15 +232,11 @@ class Chunk:
 
 
 def _tokenize(folder: Path, sources: list[Source], config: DataConfig, tokenizer: Any, processes: int) -> None:
-    from tqdm import tqdm
-
     sizes = [source.size() for source in sources]
     total = None if None in sizes else sum(size or 0 for size in sizes)
     if total is None or total < LARGE:
         processes = 1
-    with tqdm(
-        total=total, desc="tokenizing", unit_scale=True, delay=1, disable=rank() != 0 or None, leave=False
-    ) as bar:
+    with progress(total=total, desc="tokenizing", unit_scale=True, delay=1, leave=False) as bar:
         if processes == 1:
             alone = Job(folder, sources, config, tokenizer, 1, lambda k, read: bar.update(read), Value("q", NEVER))
             shares = [_share(alone, 0)]

@@ -5,7 +5,9 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.util import module_from_spec, spec_from_file_location
@@ -16,7 +18,7 @@ from typing import Any, Literal
 from minillama.data.encoders import ENCODERS, FIELDS
 from minillama.data.rows import Progress, Rows, content_hash, data_files, itself, read_rows, shown, without_absent
 from minillama.errors import UserError
-from minillama.files import misfit, read_any_json
+from minillama.files import misfit, open_file, read_any_json
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 HUB = "hub:"
@@ -138,12 +140,13 @@ class Source:
     def rows(self, config: DataConfig, tokenizer: Any, progress: Progress = lambda count: None) -> Rows:
         """Raises UserError for what cannot be read."""
         if function := _own_function(self.dataset):
-            made = function(config, tokenizer, self.split)
-            if not isinstance(made, Iterable):
-                raise UserError(f"{self.dataset} must return rows, a list or a generator, not {shown(made)}")
-            read = without_absent if hasattr(made, "features") else itself  # a datasets.Dataset holds Arrow's rows
-            for number, row in enumerate(made, 1):
-                yield f"{self.dataset}, row {number}", partial(read, row)
+            with _own_code(self.dataset.rpartition(".py")[0] + ".py"):
+                made = function(config, tokenizer, self.split)
+                if not isinstance(made, Iterable):
+                    raise UserError(f"{self.dataset} must return rows, a list or a generator, not {shown(made)}")
+                read = without_absent if hasattr(made, "features") else itself  # a datasets.Dataset holds Arrow's rows
+                for number, row in enumerate(made, 1):
+                    yield f"{self.dataset}, row {number}", partial(read, row)
         elif (found := self._hub()) is not None:
             for number in range(len(found)):
                 progress(1)
@@ -243,7 +246,8 @@ def load_collator(config: DataConfig, tokenizer: Any) -> Callable[[Any], Any] | 
     make = getattr(_module(own[1]), "get_data_collator", None)
     if make and config.batching == "packing":
         raise UserError(f"{own[1]} has a get_data_collator, which is for --data.batching padding: give that")
-    collator = make and make(tokenizer)
+    with _own_code(own[1]):
+        collator = make and make(tokenizer)
     if make and not callable(collator):
         raise UserError(f"{own[1]}: get_data_collator must return a function, not {shown(collator)}")
     return collator
@@ -271,12 +275,29 @@ def _module(file: str) -> ModuleType:
     """The user's file, run once."""
     if not Path(file).is_file():
         raise UserError(f"--data.dataset {file}: no such file")
+    open_file(Path(file)).close()
     name = f"minillama_own_{Path(file).stem}"
     spec = spec_from_file_location(name, file)
     assert spec and spec.loader
-    sys.modules[name] = module = module_from_spec(spec)  # dataclasses look up their module there
-    spec.loader.exec_module(module)
+    sys.modules[name] = module = module_from_spec(spec)  # its dataclasses look themselves up there
+    with _own_code(file):
+        spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def _own_code(file: str) -> Iterator[None]:
+    """Around what runs in the user's file: makes a UserError of what fails there, with where it did."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        places = traceback.extract_tb(error.__traceback__)
+        own = next((number for number, place in enumerate(places) if place.filename == file), 0)
+        trace = "".join(traceback.format_list(places[own:]) + traceback.format_exception_only(error))
+        what = traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
+        raise UserError(f"--data.dataset {file} fails ({what}): mend it there\n{trace.rstrip()}") from None
 
 
 @cache
@@ -286,6 +307,8 @@ def _from_hub(path: str, split: Split) -> Any:
         import datasets
     except ImportError:
         raise UserError(f'{path} needs a package: pip install -e ".[hub]"') from None
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # they would fill a log with redraws
     name, _, given = path.removeprefix(HUB).partition(":")
     if not name.strip("/"):
         raise UserError(f"{path} names no data set: give hub:ORG/NAME")

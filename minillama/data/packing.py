@@ -201,6 +201,7 @@ def _pieces(
 def _best_fit(sizes: np.ndarray, context_length: int) -> list[list[int]]:
     """Packs of indices into sizes (n,), none of which is above context_length."""
     packs: list[list[int]] = []
+    context_length = min(context_length, int(sizes.sum()))  # more room than that no pack needs, and it costs memory
     with_room: list[list[int]] = [[] for _ in range(context_length + 1)]  # packs, by the room they have left
     rooms = 0  # the set of r for which with_room[r] is not empty, as the bits of an integer
     by_size = np.argsort(-sizes, kind="stable")

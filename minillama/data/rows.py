@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from minillama.errors import UserError, disk_text
+from minillama.errors import UserError, disk_text, json_problem
 
 Rows = Iterator[tuple[str, Callable[[], Any]]]
 """(place, function that returns the row or raises UserError); lines and rows are counted from 1"""
@@ -95,11 +95,14 @@ def _json_rows(path: Path, progress: Progress) -> Rows:
             for number, row in enumerate(_items(file, progress), 1):
                 yield f"{path}, row {number}", partial(itself, row)
     except (ValueError, RecursionError):
-        # Parsing the whole file tells what is wrong, and in which line.
+        # What is wrong, and in which line, is easier to say of the whole.
+        text = "".join(_lines(path, lambda count: None))
         try:
-            rows = json.loads("".join(_lines(path, lambda count: None)))
+            rows = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not JSON ({error}): a file of one object a line must end in .jsonl") from error
+            problem, by_line = json_problem(text, error), text.lstrip().startswith("{") and "Extra data" in str(error)
+            remedy = "one object a line is for .jsonl" if by_line else "give a whole list of objects"
+            raise UserError(f"{path}: {problem}: {remedy}") from error
         raise UserError(f"{path} must be a list of objects, found {shown(rows)}") from None
 
 

@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from tqdm import tqdm
 
 from minillama.errors import UserError
 from minillama.files import is_plain, open_file, read_json
@@ -24,8 +23,9 @@ from minillama.formats.meta import MetaWeights, Weights, finite, is_meta_folder,
 from minillama.model.config import LLAMA3_ROPE, LlamaConfig
 from minillama.model.llama import Llama
 from minillama.parallel.initialise import materialise
-from minillama.parallel.processes import rank, say
+from minillama.parallel.processes import say
 from minillama.parallel.sharding import local
+from minillama.progress import progress
 
 READ_BYTES = 32 * 2**20
 """Bytes of the pieces in which tensors are read: loading takes READERS times as much host memory on top of the model."""
@@ -272,14 +272,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
     has_twin = "lm_head.weight" not in parameters and "lm_head.weight" in weights.names
     bytes_of = {name: local(p).numel() * p.element_size() for name, p in parameters.items()}
 
-    with tqdm(
-        total=sum(bytes_of.values()),
-        desc="loading weights",
-        unit="B",
-        unit_scale=True,
-        disable=rank() != 0 or None,
-        leave=False,
-    ) as bar:
+    total = sum(bytes_of.values())
+    with progress(total=total, desc="loading weights", unit="B", unit_scale=True, leave=False) as bar:
 
         def load(name: str) -> None:
             target, offset = local(parameters[name]).detach(), _row_offset(parameters[name])

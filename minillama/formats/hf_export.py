@@ -15,10 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from minillama.errors import UserError
-from minillama.files import new_folder, read_bytes, read_json, write_json
+from minillama.files import new_folder, read_bytes, read_json, room_for, write_json
 from minillama.formats.hf import (
     INDEX,
     SAFETENSORS_DTYPES,
@@ -33,6 +32,7 @@ from minillama.model.config import LlamaConfig
 from minillama.model.llama import Llama
 from minillama.parallel.processes import is_rank_zero, say
 from minillama.parallel.sharding import reshard
+from minillama.progress import progress
 from minillama.tokenizer.export import is_tiktoken, tokenizer_config, tokenizer_json
 from minillama.tokenizer.tokenizer import load_tokenizer
 
@@ -90,8 +90,9 @@ def save_pretrained(
     sizes = {name: p.numel() * dtypes[name].itemsize for name, p in parameters.items()}
     files = split_into_files(sizes)
 
-    def write_with_copies(file: Path, tensors: dict[str, Tensor], copied: list[str]) -> None:
-        write_tensors(file, tensors | {name: weights.rows(name, 0, weights.shape(name)[0]) for name in copied})
+    def write_with_copies(file: Path, tensors: dict[str, Tensor], copied: list[str], needed: int) -> None:
+        with room_for(needed, file.parent):
+            write_tensors(file, tensors | {name: weights.rows(name, 0, weights.shape(name)[0]) for name in copied})
 
     with new_folder(folder, mark="config.json") as (path, on_disk):
         on_disk(copy_files, copies, path, made)
@@ -100,9 +101,11 @@ def save_pretrained(
             on_disk(write_json, path / "config.json", described)
         if len(files) > 1:
             on_disk(write_json, path / INDEX, _index(files, sizes))
+        needed = sum(sizes.values())
         for file, names in files.items():
             tensors = {name: gather(parameters[name], dtypes[name]) for name in names if name not in unchanged}
-            on_disk(write_with_copies, path / file, tensors, [name for name in names if name in unchanged])
+            on_disk(write_with_copies, path / file, tensors, [name for name in names if name in unchanged], needed)
+            needed -= sum(sizes[name] for name in names)
 
 
 def write_model(
@@ -141,25 +144,26 @@ def write_hf(weights: Weights, config: dict[str, Any], folder: Path, dtype: torc
     write_json(folder / "config.json", config)
     if len(files) > 1:
         write_json(folder / INDEX, _index(files, sizes))
-    bar = tqdm(total=sum(sizes.values()), desc="writing", unit="B", unit_scale=True, leave=False, disable=None)
-    for file, inside in files.items():
-        # The format: 8 bytes with the length of a JSON header, the header, then all tensors' bytes as it says.
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in inside:
-            kind, shape = SAFETENSORS_DTYPES[dtypes[name]], weights.shape(name)
-            header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end := end + sizes[name]]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with (folder / file).open("wb") as opened:
-            opened.write(len(text).to_bytes(8, "little") + text)
+    total = sum(sizes.values())
+    bar = progress(total=total, desc="writing", unit="B", unit_scale=True, leave=False)
+    with bar, room_for(total, folder):
+        for file, inside in files.items():
+            # The format: 8 bytes with the length of a JSON header, the header, then all tensors' bytes as it says.
+            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+            end = 0
             for name in inside:
-                height = weights.shape(name)[0]
-                step = max(1, WRITE_BYTES * height // max(1, sizes[name]))
-                for start in range(0, height, step):
-                    rows = weights.rows(name, start, min(start + step, height)).to(dtypes[name]).contiguous()
-                    bar.update(opened.write(rows.view(torch.uint8).numpy().data))
-    bar.close()
+                kind, shape = SAFETENSORS_DTYPES[dtypes[name]], weights.shape(name)
+                header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end := end + sizes[name]]}
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)
+            with (folder / file).open("wb") as opened:
+                opened.write(len(text).to_bytes(8, "little") + text)
+                for name in inside:
+                    height = weights.shape(name)[0]
+                    step = max(1, WRITE_BYTES * height // max(1, sizes[name]))
+                    for start in range(0, height, step):
+                        rows = weights.rows(name, start, min(start + step, height)).to(dtypes[name]).contiguous()
+                        bar.update(opened.write(rows.view(torch.uint8).numpy().data))
 
 
 def config_json(

@@ -2,6 +2,7 @@
 
 import errno
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from minillama.errors import UserError
 from minillama.formats.hf import INDEX, TOKENIZER_FILES, read_config, read_index
 from minillama.formats.meta import is_meta_folder
 from minillama.parallel.processes import on_each_node
+from minillama.progress import Lines
 
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))\b[\w.-]+\b/\b[\w.-]+\b", re.ASCII)
 """ORG/NAME, as huggingface_hub's validate_repo_id has it."""
@@ -109,6 +111,8 @@ def explained(repo: str, revision: str = "main", local: str = "") -> Iterator[No
                 f"{local}{page} cannot be asked ({reason}), and {constants.HF_HUB_CACHE} does not hold all of it: download "
                 "it where there is a network, and copy that folder or give --model a local folder"
             )
+        elif isinstance(error, errors.OfflineModeIsEnabled):
+            text = f"{page} cannot be asked (HF_HUB_OFFLINE is set): unset it, or copy the model's folder here"
         elif isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
             text = (
                 f"{repo} is not whole, the disk is full: free some space; huggingface_hub's cache is where HF_HOME says"
@@ -129,11 +133,12 @@ def _find(model: Path, weights: bool) -> Path:
     with explained(repo, local=f"there is no folder {repo} here, and "):
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(repo, allow_patterns=list(SMALL_FILES)))
+        bar = None if sys.stderr.isatty() else Lines  # None: huggingface_hub's own
+        folder = Path(snapshot_download(repo, allow_patterns=list(SMALL_FILES), tqdm_class=bar))
         if weights:
             found: list[str] = []
             for patterns in weight_files(folder, repo):
-                snapshot_download(repo, revision=folder.name, allow_patterns=[*SMALL_FILES, *patterns])
+                snapshot_download(repo, revision=folder.name, allow_patterns=[*SMALL_FILES, *patterns], tqdm_class=bar)
                 if found := [file.name for pattern in patterns for file in folder.glob(pattern)]:
                     break
             check_found(repo, found)

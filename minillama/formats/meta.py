@@ -16,11 +16,11 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 import torch
 from torch import Tensor
 from torch.serialization import set_default_mmap_options, skip_data
-from tqdm import tqdm
 
 from minillama.errors import UserError, disk_error
-from minillama.files import open_file, read_json, write_json
+from minillama.files import open_file, read_json, room_for, write_json
 from minillama.model.config import LlamaConfig
+from minillama.progress import progress
 
 PIECE_BYTES = 32 * 2**20
 """Bytes read or written at a time"""
@@ -346,33 +346,32 @@ def write_meta(
         source = "model.embed_tokens.weight" if ours not in weights.names else ours
         size = math.prod(weights.shape(source)) * (dtype or weights.dtype(source)).itemsize
         total += size * (files if dim is None else 1)
-    bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, leave=False, disable=None)
-    for number in range(files):
-        file = folder / f"consolidated.{number:02}.pth"
-        empty = {}
-        for ours, (theirs, dim) in names.items():
-            source = "model.embed_tokens.weight" if ours not in weights.names else ours  # the tied head
-            shape = weights.shape(source)
-            if dim is not None:
-                shape[dim] //= files
-            empty[theirs] = torch.empty(shape, dtype=dtype or weights.dtype(source))  # never touched, so costs nothing
-        try:
-            with skip_data():
-                torch.save(empty, file)
-        except RuntimeError as error:
-            raise disk_error(error) or error from None
-        del empty
-        with file.open(
-            "rb+"
-        ) as opened:  # allocates the space: a full disk is an error here, in mapped memory it would kill the process
-            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
-        with set_default_mmap_options(mmap.MAP_SHARED):  # what is written to these goes to the file
-            tensors = torch.load(file, weights_only=True, mmap=True)
-        for ours, (theirs, dim) in names.items():
-            source = "model.embed_tokens.weight" if ours not in weights.names else ours
-            _fill(tensors[theirs], weights, source, dim, number, files, config.head_dim or 0)
-            bar.update(tensors[theirs].nbytes)
-    bar.close()
+    bar = progress(total=total, desc="writing", unit="B", unit_scale=True, leave=False)
+    with bar, room_for(total, folder):
+        for number in range(files):
+            file = folder / f"consolidated.{number:02}.pth"
+            empty = {}
+            for ours, (theirs, dim) in names.items():
+                source = "model.embed_tokens.weight" if ours not in weights.names else ours  # the tied head
+                shape = weights.shape(source)
+                if dim is not None:
+                    shape[dim] //= files
+                # never touched, so costs nothing
+                empty[theirs] = torch.empty(shape, dtype=dtype or weights.dtype(source))
+            try:
+                with skip_data():
+                    torch.save(empty, file)
+            except RuntimeError as error:
+                raise disk_error(error) or error from None
+            del empty
+            with file.open("rb+") as opened:  # a full disk is an error here; in mapped memory it would kill the process
+                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+            with set_default_mmap_options(mmap.MAP_SHARED):  # what is written to these goes to the file
+                tensors = torch.load(file, weights_only=True, mmap=True)
+            for ours, (theirs, dim) in names.items():
+                source = "model.embed_tokens.weight" if ours not in weights.names else ours
+                _fill(tensors[theirs], weights, source, dim, number, files, config.head_dim or 0)
+                bar.update(tensors[theirs].nbytes)
     write_json(folder / "params.json", params)
 
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from minillama.errors import UserError
 from minillama.inference.generate import stream
 from minillama.model.llama import Llama
-from minillama.parallel.processes import all_reduce, quiet_but_on_rank_zero, rank, say
+from minillama.parallel.processes import all_reduce, quiet_but_on_rank_zero, say
+from minillama.progress import progress
 
 LOGIT_ROWS = 8192
 """A batch of several sequences has at most so many positions with logits."""
@@ -93,7 +94,7 @@ class HarnessLM(TemplateLM):
         batches = list(self._batches(wanted))
         values, greedy = [0.0] * len(requests), [0.0] * len(requests)
         own, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        for first in _bar(range(0, len(batches), ranks), "loglikelihoods", disable_tqdm):
+        for first in progress(range(0, len(batches), ranks), desc="loglikelihoods", disable=disable_tqdm, leave=False):
             mine = first + own
             # All ranks must call a sharded model equally often: if batches are left over, one is computed twice.
             batch = batches[min(mine, len(batches) - 1)]
@@ -163,7 +164,9 @@ class HarnessLM(TemplateLM):
                 batch = numbers[start : start + self.batch_size]
                 batches.append((batch, [prompts[n] for n in batch], settings, until))
         answers = [""] * len(requests)
-        for seed, (batch, contexts, settings, until) in enumerate(_bar(batches, "answers", disable_tqdm)):
+        for seed, (batch, contexts, settings, until) in enumerate(
+            progress(batches, desc="answers", disable=disable_tqdm, leave=False)
+        ):
             columns = stream(self.model, contexts, seed=seed, stop_ids=self.stop_ids, **settings)
             for number, answer in zip(batch, self._answers(columns, len(batch), until), strict=True):
                 answers[number] = answer
@@ -256,9 +259,3 @@ def run_tasks(
     return {
         task: {k: v.item() if isinstance(v, np.generic) else v for k, v in m.items()} for task, m in results.items()
     }
-
-
-def _bar(items: Sequence[Any], what: str, disable: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(items, desc=what, disable=disable or rank() != 0 or None, leave=False)

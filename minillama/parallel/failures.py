@@ -1,6 +1,7 @@
 """How a process ends when something is wrong: one message, on however many ranks."""
 
 import io
+import json
 import os
 import platform
 import re
@@ -40,6 +41,10 @@ def user_errors() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
+    except SystemExit as end:
+        if end.code == 2 and rank() == 0:  # the parser of the flags has said which
+            _tell_torchrun("error: wrong flags, as is said above this report")
+        raise
     except KeyboardInterrupt:
         _close_bars()
         if rank() == 0:
@@ -98,7 +103,24 @@ def _tell(message: str) -> None:
     _close_bars()
     if _speaks_first():
         line = "" if rank() == 0 else "\n"  # rank 0's progress bar may be open
-        print(f"{line}error: {message}", file=sys.stderr, flush=True)
+        _print_error(f"{line}error: {message}")
+
+
+def _print_error(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+    _tell_torchrun(text.strip())
+
+
+def _tell_torchrun(message: str) -> None:
+    """Has torchrun, which prints a report of its own when a process fails, end that with this message.
+
+    The file and its format are those of torch.distributed.elastic.multiprocessing.errors.record.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        when = int(time.time()) - 1  # the first to fail is the cause: before the ranks that end because of this one
+        content = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(when)}}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": content}))
 
 
 def _speaks_first() -> bool:
@@ -119,6 +141,8 @@ def _end_of_fault() -> NoReturn:
         print(f"rank {rank()} has failed; this is a fault of the program, please report it:", file=sys.stderr)
         traceback.print_exc()
         sys.stderr.flush()
+        what = traceback.format_exception_only(sys.exception())[0].strip()
+        _tell_torchrun(f"rank {rank()} has failed, see its traceback above: {what}")
     sys.exit(1)
 
 
@@ -146,10 +170,10 @@ def _end_if_lost(error: Exception) -> None:
     if gone and rank() == left[0]:
         names = ", ".join(f"rank {number}{how and f' ({how})'}" for number, how in gone.items())
         why = "out of memory perhaps, or killed by someone, unless it said why; see `dmesg`"
-        print(f"\nerror: {names} is gone: {why}", file=sys.stderr)
+        _print_error(f"\nerror: {names} is gone: {why}")
     elif not gone and rank() == mine[0]:
         reason = str(error).partition("\n")[0]
-        print(f"\nerror: a process of another machine is gone, see what it printed ({reason})", file=sys.stderr)
+        _print_error(f"\nerror: a process of another machine is gone, see what it printed ({reason})")
     sys.exit(1)
 
 

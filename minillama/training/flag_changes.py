@@ -1,7 +1,7 @@
 """How the flags of a run that resumes differ from those its checkpoint was made with."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch.distributed as dist
@@ -32,6 +32,12 @@ def compare_flags(config: RunConfig, checkpoint: Checkpoint, fingerprints: dict[
     Raises UserError if it cannot continue: other data, samples a step, seed, base model, adapter, precision.
     """
     saved, progress = checkpoint.content, checkpoint.progress
+    shared = {field.name for field in fields(RunConfig)}
+    if others := (saved["flags"].keys() ^ {field.name for field in fields(config)}) - shared:
+        raise UserError(
+            f"{checkpoint.folder} is of another recipe, only one of the two has the flags of {min(others)}: resume it by "
+            "that recipe, or give this one another --output-dir"
+        )
     before, now = _flat(saved["flags"]), _flat(json.loads(json.dumps(asdict(config), default=str)))
     changed = {
         name: f"--{name.replace('_', '-')} {now.get(name)} (was {before.get(name)})"

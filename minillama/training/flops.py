@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from minillama.model.llama import Llama
 
-MFU_FORMULA = "FLOPs needed, without recomputation / seconds / (processes x measured matmul FLOP/s)"
-
 
 def step_flops(model: Llama, tokens: int, trained: int, squares: int) -> float:
     """FLOPs that a step needs: 4 a token and weight, 6 if the weight trains (the head: trained tokens only), and

@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from minillama.data.batch import Batch
 from minillama.errors import UserError, disk_text
@@ -23,6 +22,7 @@ from minillama.hardware.benchmark import matmul_rate
 from minillama.model.llama import Llama
 from minillama.parallel.memory import peak_memory_gib
 from minillama.parallel.processes import all_reduce, rank
+from minillama.progress import progress
 from minillama.training.flops import step_flops
 from minillama.training.plan import Progress, Step
 
@@ -33,7 +33,8 @@ class LogConfig:
 
     every: int = 1
     """Steps between lines of metrics.jsonl. Loss, counts and speed are those of all steps since the last line, lr and
-    grad_norm those of the last step."""
+    grad_norm those of the last step. mfu is the FLOPs needed, without recomputation, / seconds / (processes x the FLOP/s
+    of matrix products, measured at the start)."""
     tensorboard: bool = False
     """Also write TensorBoard files to OUTPUT_DIR/tensorboard (needs the package tensorboard)."""
     wandb: bool = False
@@ -70,8 +71,8 @@ class Metrics:
         self.trained = start.step > 0  # whether any token has been trained on
         self.evaluated: dict[int, float] = {}  # step -> loss
         self.file = _reopen(output_dir / "metrics.jsonl", start) if rank() == 0 else None
-        form = "step {n_fmt}/{total_fmt}{postfix} |{bar}| {elapsed}<{remaining}"  # a narrow terminal cuts the end
-        self.bar = tqdm(total=steps, initial=start.step, bar_format=form, disable=rank() != 0)
+        form = "{desc} {n_fmt}/{total_fmt}{postfix} |{bar}| {elapsed}<{remaining}"  # a narrow terminal cuts the end
+        self.bar = progress(total=steps, initial=start.step, desc="step", bar_format=form, leave=True)
         self.tensorboard = self.wandb = None
         if rank() == 0 and config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -273,6 +274,7 @@ def plot_loss(metrics_file: Path, image: Path) -> bool:
     if find_spec("matplotlib") is None:
         return False
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     trained, evaluated = read_metrics(metrics_file)
     figure = Figure(figsize=(7, 4))
@@ -281,6 +283,7 @@ def plot_loss(metrics_file: Path, image: Path) -> bool:
     if evaluated:
         axes.plot([m["step"] for m in evaluated], [m["eval_loss"] for m in evaluated], "o-", label="validation")
     axes.set(xlabel="optimizer step", ylabel="loss (nats a trained token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     drawn = io.BytesIO()

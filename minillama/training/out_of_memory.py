@@ -7,9 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minillama.data.packing import Packed
 from minillama.errors import UserError
+from minillama.model.llama import Llama
 from minillama.parallel.failures import out_of_memory
-from minillama.parallel.memory import peak_memory_gib
+from minillama.parallel.memory import least_memory, peak_memory_gib
 from minillama.parallel.processes import rank
 from minillama.parallel.sharding import FsdpConfig, local
 from minillama.training.config import RunConfig
@@ -17,6 +19,22 @@ from minillama.training.metrics import Metrics
 
 REST = "activations and all else"
 FRAGMENTS = "reserved but not allocated"
+
+
+def check_context_fits(packed: Packed, model: Llama, dtype: torch.dtype, device: str) -> None:
+    """Raises UserError if the longest pack cannot be trained on in the memory of a process, whatever the flags.
+
+    The least that it takes: of each token what goes into each block that trains, for the backward. dtype: what the
+    model computes in. Every rank must call it.
+    """
+    tokens, width = int(packed.lengths.max()), model.config.hidden_size
+    blocks = sum(any(p.requires_grad for p in block.parameters()) for block in model.model.layers)
+    needed, memory = tokens * width * blocks * dtype.itemsize, least_memory(device)
+    if needed > memory:
+        raise UserError(
+            f"--data.context-length {packed.context_length}: the longest pack has {tokens:,} tokens, which take more than "
+            f"{needed / 2**30:,.0f} GiB, and a process has {memory / 2**30:,.0f} GiB: give less"
+        )
 
 
 @contextmanager

@@ -73,11 +73,12 @@ def find_checkpoint(resume: str, output_dir: Path) -> Checkpoint | None:
     for candidate in candidates:
         content, problem = _inspect(candidate)
         if problem is None:
+            for path, problem in problems:
+                say(f"checkpoint {path} is damaged: {problem}")
             if resume == "auto":
                 on_rank_zero(lambda: _set_aside([path for path, _ in problems]))
             return Checkpoint(candidate, content)
         problems.append((candidate, problem))
-        say(f"checkpoint {candidate} is damaged: {problem}")
     raise UserError(
         f"no checkpoint of {folder} is sound: {'; '.join(f'{path.name}: {problem}' for path, problem in problems)}; "
         "to start from scratch, remove them"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from datetime import date
+from shlex import quote
 from typing import Any, TypeVar
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,8 +21,9 @@ from minillama.parallel.processes import on_rank_zero, rank, say, warn
 from minillama.parallel.sharding import FsdpConfig, choose_strategy, make_mesh, set_dtypes
 from minillama.tokenizer.tokenizer import load_tokenizer
 from minillama.training.config import RunConfig
-from minillama.training.flops import MFU_FORMULA, count_parameters
+from minillama.training.flops import count_parameters
 from minillama.training.metrics import plot_loss
+from minillama.training.out_of_memory import check_context_fits
 from minillama.training.output_folder import find_start, start_run
 from minillama.training.plan import Progress, count_steps
 from minillama.training.resume import Checkpoint
@@ -92,6 +94,7 @@ def prepare_run(
     train, validation = load_data(
         config.data, tokenizer, model.config.vocab_size, config.seed, validation=config.eval.enabled
     )
+    check_context_fits(train, model, fsdp.compute_dtype, device)
     progress, fingerprints = start_run(config, train, checkpoint)
     run = Run(device, fsdp, mesh, tokenizer, train, validation, progress, checkpoint, fingerprints)
     say(summary(config, run, model, precision, attention))
@@ -124,7 +127,6 @@ def summary(config: RunConfig, run: Run, model: Llama, precision: str, attention
         f"({optim.schedule}, {optim.warmup_steps} steps of warmup), weight decay {optim.weight_decay:g}"
     )
     lines.append(f"output      {config.output_dir}")
-    lines.append(f"mfu         {MFU_FORMULA}")
     return "\n".join(lines)
 
 
@@ -132,16 +134,32 @@ def finish_run(config: RunConfig) -> None:
     """Draws loss.png, and prints the next command. A failure to draw only warns: everything is saved."""
     if rank() != 0:
         return
-    output, trained = config.output_dir, "--model {0} --adapter {1}/adapter"
+    output = config.output_dir
     try:
         if not plot_loss(output / "metrics.jsonl", output / "loss.png"):
             say(f"loss.png: not drawn without matplotlib: pip install matplotlib, tools/plot_metrics.py {output}")
     except UserError as error:
         warn(str(error))
+    for command in next_commands(config):
+        say(f"next: {command}")
+
+
+def next_commands(config: RunConfig) -> list[str]:
+    """What to type after a run: how to ask the model, to measure it and, of LoRA, to merge it."""
+    output, base, data = config.output_dir, quote(model_name(config.model)), config.data
+    adapter = quote(str(output / "adapter"))
+    trained = f"--model {base} --adapter {adapter}"
     if not (output / "adapter").is_dir():
-        trained = "--model {1}/model"
-    asked = "" if config.data.dataset == "chat" else " --template none"
-    say(f"next: python recipes/generate.py {trained.format(model_name(config.model), output)}{asked} --prompt TEXT")
+        trained = f"--model {quote(str(output / 'model'))}"
+    template = "" if data.dataset == "chat" else " --template none"
+    rows = quote(str(data.val_path)) if data.val_path else "FILE"
+    commands = [
+        f"python recipes/generate.py {trained}{template} --prompt TEXT",
+        f"python recipes/evaluate.py {trained} --data.dataset {quote(data.dataset)} --data.path {rows}",
+    ]
+    if hasattr(config, "lora") and not (output / "model").is_dir():
+        commands.append(f"python tools/merge_lora.py {base} {adapter} {quote(str(output / 'model'))}")
+    return commands
 
 
 def described(packed: Packed, config: LlamaConfig, batch_size: int, world_size: int, accumulate: int = 1) -> str:
