@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""A disk, a quota or the size of a file is at its limit"""
+"""Errors of a full disk, an exhausted quota, and a file at its size limit"""
 REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "see to its permissions, and those of the folders above it"),
     **dict.fromkeys(FULL, "make room on its disk"),
@@ -39,7 +39,7 @@ def disk_text(error: OSError, path: Path | str | None = None, what: str = "") ->
 
 
 def json_problem(text: str, error: Exception) -> str:
-    """What is wrong with a text that json.loads refused with this error: that it is empty, or truncated, or else."""
+    """What is wrong with a text that json.loads refused with this error: empty, truncated, or something else."""
     if not text.strip():
         return "empty, not JSON"
     if isinstance(error, json.JSONDecodeError):

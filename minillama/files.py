@@ -60,7 +60,7 @@ def described(file: Path) -> dict[str, Any]:
 
 
 def read_any_json(path: Path) -> Any:
-    """What a JSON file holds. Raises UserError, naming it, for what is none, and for what is too deep to go through."""
+    """What a JSON file holds. Raises UserError, naming it, if it is not JSON or is nested too deeply."""
     text = ""
     try:
         text = read_bytes(path).decode("utf-8")
@@ -89,7 +89,7 @@ def read_json(path: Path, shape: Mapping[str, Any] | None = None) -> dict[str, A
 
 
 def cache_folder(given: Path | None = None) -> Path:
-    """Where minillama keeps what it can make again: `given`, or minillama in $XDG_CACHE_HOME or ~/.cache.
+    """Where minillama caches things: `given`, or minillama in $XDG_CACHE_HOME or ~/.cache.
 
     Raises UserError where there is no home.
     """
@@ -230,7 +230,7 @@ def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., No
         meanwhile = UserError(f"another process has written {folder} meanwhile, and that stays: name another target")
         if _identity(folder) != before:
             raise meanwhile
-        begun = False  # from here on it is whole: kept, whatever goes wrong
+        begun = False  # from here on it is whole, and is kept if anything goes wrong
         old = path.with_name(path.name.replace(PARTIAL, ".minillama-replaced"))
         try:
             if before:
@@ -284,7 +284,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 @contextmanager
 def room_for(size: int, folder: Path) -> Iterator[None]:
-    """Around writing so many bytes into a folder: an OSError of a full disk says how many are needed.
+    """Around writing so many bytes into a folder: the OSError of a full disk says how many are needed.
 
     Raises one before anything is written if the disk has not that many.
     """

@@ -1,4 +1,4 @@
-"""How far something long has come: a bar on a terminal; in a log, where nothing can be drawn over, a line now and then."""
+"""Progress of long work: a bar on a terminal; in a log, where nothing can be redrawn, a line every half minute."""
 
 import sys
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from tqdm import tqdm
 from minillama.parallel.failures import rank
 
 SECONDS = 30.0
-"""Between two lines in a log"""
+"""Seconds between two lines in a log"""
 
 
 class Lines(tqdm):
@@ -45,16 +45,16 @@ class Lines(tqdm):
         self.fp.flush()
 
     def _nothing(self, *args: Any, **settings: Any) -> None:
-        """Of all that would draw: what changes is in the next line."""
+        """Replaces the methods that draw: changes are in the next line."""
 
     refresh = clear = display = moveto = _nothing
 
 
 def bar_class() -> type[tqdm]:
-    """tqdm, or what does for it where errors are not shown on a terminal."""
+    """tqdm, or Lines if stderr is not a terminal."""
     return tqdm if sys.stderr.isatty() else Lines
 
 
 def progress(items: Iterable[Any] | None = None, *, disable: bool = False, **settings: Any) -> tqdm:
-    """tqdm(items, ...) on rank 0, on others silent. leave: whether it stays once it is closed."""
+    """tqdm(items, ...) on rank 0, silent on others. leave: whether it stays when it is closed."""
     return bar_class()(items, disable=disable or rank() != 0, **settings)

@@ -146,7 +146,7 @@ def fetch(repo: str, commit: str | None, folder: Path, files: list[Any]) -> None
 
 
 class Counted:
-    """A file that tells a progress bar of what is written to it."""
+    """A file that reports what is written to it to a progress bar."""
 
     def __init__(self, file: BinaryIO, bar: Any) -> None:
         self.file, self.bar = file, bar

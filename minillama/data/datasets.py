@@ -279,7 +279,7 @@ def _module(file: str) -> ModuleType:
     name = f"minillama_own_{Path(file).stem}"
     spec = spec_from_file_location(name, file)
     assert spec and spec.loader
-    sys.modules[name] = module = module_from_spec(spec)  # its dataclasses look themselves up there
+    sys.modules[name] = module = module_from_spec(spec)  # dataclasses look up their module there
     with _own_code(file):
         spec.loader.exec_module(module)
     return module
@@ -287,7 +287,7 @@ def _module(file: str) -> ModuleType:
 
 @contextmanager
 def _own_code(file: str) -> Iterator[None]:
-    """Around what runs in the user's file: makes a UserError of what fails there, with where it did."""
+    """Around code of the user's file: an error there becomes a UserError with its place."""
     try:
         yield
     except UserError:
@@ -297,7 +297,7 @@ def _own_code(file: str) -> Iterator[None]:
         own = next((number for number, place in enumerate(places) if place.filename == file), 0)
         trace = "".join(traceback.format_list(places[own:]) + traceback.format_exception_only(error))
         what = traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
-        raise UserError(f"--data.dataset {file} fails ({what}): mend it there\n{trace.rstrip()}") from None
+        raise UserError(f"--data.dataset {file} fails ({what}): correct it there\n{trace.rstrip()}") from None
 
 
 @cache

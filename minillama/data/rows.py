@@ -95,7 +95,7 @@ def _json_rows(path: Path, progress: Progress) -> Rows:
             for number, row in enumerate(_items(file, progress), 1):
                 yield f"{path}, row {number}", partial(itself, row)
     except (ValueError, RecursionError):
-        # What is wrong, and in which line, is easier to say of the whole.
+        # Parsing the whole file tells what is wrong, and in which line.
         text = "".join(_lines(path, lambda count: None))
         try:
             rows = json.loads(text)

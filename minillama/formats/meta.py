@@ -364,7 +364,8 @@ def write_meta(
             except RuntimeError as error:
                 raise disk_error(error) or error from None
             del empty
-            with file.open("rb+") as opened:  # a full disk is an error here; in mapped memory it would kill the process
+            # Allocates the space: a full disk is an error here, in mapped memory it would kill the process.
+            with file.open("rb+") as opened:
                 os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
             with set_default_mmap_options(mmap.MAP_SHARED):  # what is written to these goes to the file
                 tensors = torch.load(file, weights_only=True, mmap=True)

@@ -112,7 +112,7 @@ def _print_error(text: str) -> None:
 
 
 def _tell_torchrun(message: str) -> None:
-    """Has torchrun, which prints a report of its own when a process fails, end that with this message.
+    """Makes torchrun's report of a failed process end with this message.
 
     The file and its format are those of torch.distributed.elastic.multiprocessing.errors.record.
     """

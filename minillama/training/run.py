@@ -151,7 +151,7 @@ def finish_run(config: RunConfig) -> None:
 
 
 def next_commands(config: RunConfig) -> list[str]:
-    """What to type after a run: how to ask the model, to measure it and, of LoRA, to merge it."""
+    """The commands after a run: to ask the model, to measure it and, with LoRA, to merge it."""
     output, base, data = config.output_dir, quote(model_name(config.model)), config.data
     adapter = quote(str(output / "adapter"))
     trained = f"--model {base} --adapter {adapter}"
