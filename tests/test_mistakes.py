@@ -70,7 +70,7 @@ a vocabulary of 2^60 | lora --model vocabulary | vocab_size 1152921504606846976 
 a number of another kind | lora --model kind | hidden_size = '32' | int belongs
 quantised in another way | lora --model quantised | quantization_config | give the plain one
 quantised twice | generate --prompt a --model in_int8 --quantize nf4 | in_int8 is quantised already | leave that flag out
-quantised, converted | convert_checkpoint in_int8 target --quantize int8 | in_int8 is quantised already | the plain model
+quantised, converted | convert_checkpoint in_int8 target --quantize int8 | in_int8 is quantised | give the plain model
 quantised, all of it to be trained | full --model in_int8 | in_int8 is quantised | recipes/lora_fsdp.py
 rows that NF4 cannot hold | lora --lora.quantize nf4 | rows of 32 weights | quantise as int8
 rows that NF4 cannot hold, elsewhere | prompt --adapter.quantize nf4 | q_proj | quantise as int8
@@ -171,6 +171,7 @@ a run to be killed in | kill_and_resume --folder run --model model | run exists 
 a run to be filled | data_speed --folder run --rows train.json --tokenizer model | run exists already | another target
 a model to be measured in | conversion_cost --folder model | model exists already | another target
 a model to be written over | loading_memory --folder model | model exists already | another target
+cards of no number | quantised_fit --cards 24GB | --cards 24GB | as 8x80
 a demo of no model | demo --model nowhere | nowhere: no such file or folder | a checkpoint's folder
 a check without a GPU | gpu_check --device cuda | no CUDA device | --device cpu
 weights of integers | lora --model int8 | int8 holds weights of int8 | give the plain checkpoint

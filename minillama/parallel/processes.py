@@ -176,7 +176,7 @@ def all_reduce(
 
 
 def local_world_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or dist.get_world_size())
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or process_count())
 
 
 def is_rank_zero() -> bool:
