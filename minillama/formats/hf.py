@@ -338,7 +338,7 @@ def from_pretrained(
         dtype = weights.dtype(name)
     with torch.device("meta"):
         model = Llama(config).to(dtype)
-    # before any memory is taken for sizes that the config alone has
+    # before memory is allocated for sizes that only the config states
     quantize_base(model, check_weights(model, folder), quantize)
     materialise(model, device)
     load_weights(model, folder)
