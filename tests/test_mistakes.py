@@ -270,7 +270,6 @@ a package that is missing | lora --log.wandb | --log.wandb needs a package | pip
 output of numbers below a file | evaluate EVAL --output train.json/x | --output train.json/x | a file is where a folder
 another recipe's run | full --resume run | step-00000001 is of another recipe | the flags of lora
 a damaged checkpoint by hand | lora --resume damaged/checkpoints/step-00000001 | __0_0.distcp was changed | remove
-tasks of no name | evaluate --tasks nope --include-path empty | --tasks nope: no such task | --include-path
 """
 TABLE = {}
 for line in MISTAKES.replace("EVAL", EVAL).replace("STEP", STEP).strip().splitlines():
