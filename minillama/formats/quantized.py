@@ -1,4 +1,4 @@
-"""A base quantised while it is read: by each rank what it holds, or a few rows at a time to be written."""
+"""Quantises a base while it is read: each rank its own rows, or a few rows at a time for writing."""
 
 import re
 from typing import Literal
@@ -30,9 +30,9 @@ IN_BLOCK = re.compile(r"model\.layers\.\d+\..*_proj\.weight$")
 
 
 def quantize_base(model: Llama, weights: Weights, quantize: Quantize = "none") -> Llama:
-    """Quantises the base of a model on the meta device as its folder is, or as `quantize` says. Before adapters.
+    """Quantises the base of a model on the meta device as its folder is quantised, or as `quantize` says. Before adapters.
 
-    Raises UserError for a folder that is quantised already and is to be so again, and as apply_quantization does.
+    Raises UserError if both are quantised, and as apply_quantization does.
     """
     if isinstance(weights, BitsandbytesWeights):
         if quantize != "none":
@@ -53,7 +53,7 @@ class QuantizedFill:
         self._scales: dict[str, list[Tensor]] = {name: [] for name in self.layers}
 
     def fill(self, name: str, piece: Tensor, start: int, stop: int) -> None:
-        """Fills rows start to stop of the weight `name`, which are `piece`. A layer's pieces in their order."""
+        """Fills `piece`, rows start to stop of the weight `name`. A layer's pieces must come in order."""
         packed, weights = piece.view(torch.uint8), self._weights
         if isinstance(weights, BitsandbytesWeights):
             packed.copy_(weights.packed(name, start, stop))
@@ -67,7 +67,7 @@ class QuantizedFill:
             self._scales[name].append(scales)
 
     def finish(self) -> set[str]:
-        """Fills what spans rows, once all are filled; the names of all that was. Every rank must call it."""
+        """Fills the values that span rows when all rows are filled; returns the names filled. Every rank must call it."""
         if isinstance(self._weights, BitsandbytesWeights):
             for name, layer in self.layers.items():
                 layer.set_tables(self._weights.tables(name))
@@ -77,7 +77,7 @@ class QuantizedFill:
         return tables | self.layers.keys()
 
     def _quantize_scales(self) -> None:
-        """The scales of NF4, of which each rank has those of its rows, as those of whole tensors."""
+        """Quantises the scales of NF4 as in whole tensors, although each rank has only those of its rows."""
         names = [name for name, layer in self.layers.items() if layer.kind == "nf4"]
         layers = [self.layers[name] for name in names]
         scales = [torch.cat(self._scales[name]) if self._scales[name] else torch.empty(0, 1) for name in names]
@@ -102,7 +102,7 @@ class QuantizedFill:
 
 
 class QuantizingWeights:
-    """The tensors of a plain folder, those of the blocks' linear layers quantised as they are read."""
+    """The tensors of a plain folder; those of the blocks' linear layers are quantised when they are read."""
 
     double = True
 
