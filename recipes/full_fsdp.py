@@ -44,7 +44,7 @@ class Config(RunConfig):
 
 
 def freeze_first(model: Llama, count: int) -> None:
-    """Freezes the first `count` blocks and, unless that is 0, the embedding (and so the head that is its twin)."""
+    """Freezes the first `count` blocks and, unless that is 0, the embedding (and a tied head with it)."""
     blocks = model.model.layers
     if count > len(blocks):
         raise UserError(f"--train.freeze-layers {count}: the model has {len(blocks)} layers")

@@ -58,7 +58,7 @@ class Config:
     """A .jsonl, .json, .csv or .parquet file of rows with a `prompt`, or a chat's `messages` and perhaps `tools`; a line
     of JSON is printed for each, with its `answer` and what else the row has."""
     chat: bool = False
-    """Ask again and again, each time with what was said before; an empty line ends it."""
+    """A conversation: each prompt is put with all that was said before. An empty line ends it."""
     system: str | None = None
     """The system message of a chat."""
     template: Literal["chat", "none"] = "chat"
@@ -93,7 +93,7 @@ class Config:
 
 
 def read_prompts(config: Config, tokenizer: Any) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    """(The line to print but for its answer, what is asked in tokens) for each row of the file."""
+    """(The line to print without its answer, the prompt in tokens) for each row of the file."""
     assert config.prompts
     for place, read in read_rows(config.prompts):
         try:
@@ -129,10 +129,10 @@ def to_tokens(
 def main(config: Config) -> None:
     with process_group(config.device) as device:
         config = replace(config, model=find_model(config.model))
-        longest = read_config(config.model).max_position_embeddings - config.max_new_tokens  # first: it is no model?
+        longest = read_config(config.model).max_position_embeddings - config.max_new_tokens  # first: is it a model?
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         if config.prompt is not None:
-            to_tokens(config, tokenizer, config.prompt)  # what is wrong with it is said before the model is loaded
+            to_tokens(config, tokenizer, config.prompt)  # errors in it are reported before the model is loaded
         prompts = list(read_prompts(config, tokenizer)) if config.prompts else []
         if config.prompts and not prompts:
             raise UserError(f"--prompts {config.prompts}: no row in it")
@@ -197,7 +197,7 @@ def main(config: Config) -> None:
 
 
 def as_json(line: dict[str, Any]) -> str:
-    """With escapes for everything but ASCII where the terminal could not show it, or it is half a character."""
+    """With escapes for everything but ASCII if the terminal cannot show it, or it is half a character."""
     text = json.dumps(line, ensure_ascii=False, default=str)
     try:
         text.encode(sys.stdout.encoding)

@@ -151,7 +151,7 @@ def open_gguf(source: Path) -> Any:
         if file.read(4) != b"GGUF":
             raise UserError(f"{source} is not a GGUF file: give a folder, or a file of that format")
 
-    class Reader(gguf.GGUFReader):  # theirs reads nothing, as often as a length says, where the file has ended
+    class Reader(gguf.GGUFReader):  # theirs loops past the end of the file, as often as a length says
         def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
             found = super()._get(offset, dtype, count, *args, **kwargs)
             if len(found) < count:
@@ -401,7 +401,7 @@ def read_byte_level(fields: dict[str, Any], add_bos: bool) -> dict[str, Any]:
 
 
 def end_tokens(fields: dict[str, Any]) -> int | list[int] | None:
-    """What ends a generation: the end of the text, and of a turn or message where the file names them."""
+    """The tokens that end a generation: end of text, and end of turn or message if the file names them."""
     found = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     ids = list(dict.fromkeys(index for index in found if index is not None))
     return ids if len(ids) > 1 else (ids[0] if ids else None)

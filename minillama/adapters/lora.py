@@ -14,6 +14,7 @@ from minillama.model.llama import Llama, LMHead
 from minillama.model.loss import Targets, linear_cross_entropy
 from minillama.model.quant import Quantized, QuantizedLinear
 from minillama.model.surgery import replace_modules
+from minillama.parallel.processes import warn
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class LoraConfig:
     """Train the length of each row of W + scale * B A on its own (DoRA, https://arxiv.org/abs/2402.09353). Slower, and
     with dropout the base's product is computed twice."""
     ranks: dict[str, int] = field(default_factory=dict)
-    """Layers whose rank is another, by their whole name in the model: PEFT's rank_pattern."""
+    """Layers with another rank, by their full name in the model: PEFT's rank_pattern."""
     alphas: dict[str, float] = field(default_factory=dict)
-    """Layers whose alpha is another: PEFT's alpha_pattern."""
+    """Layers with another alpha: PEFT's alpha_pattern."""
 
     def __post_init__(self) -> None:
         for rank in (self.rank, *self.ranks.values()):
@@ -61,13 +62,13 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def of(self, layer: str) -> Self:
-        """That of one layer, by its name in the model: with its own rank and alpha."""
+        """The config of one layer, by its name in the model: with its own rank and alpha."""
         rank, alpha = self.ranks.get(layer, self.rank), self.alphas.get(layer, self.alpha)
         return replace(self, rank=rank, alpha=alpha, ranks={}, alphas={})
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero, as B must so that training starts from the base model."""
+    """A linear layer that starts at zero: with such a B, training starts from the base model."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -124,7 +125,7 @@ class LoraLinear(nn.Module):
         return self.weight
 
     def gain(self, change: Tensor) -> Tensor:
-        """DoRA's m / |W + scale * B A|: fp32 (out,). Kept while nothing trains: a token costs less than this."""
+        """DoRA's m / |W + scale * B A|: fp32 (out,). Cached while nothing trains, because it costs more than a token."""
         keep = not self.training and not torch.is_grad_enabled()
         if keep and self._gain is not None:
             return self._gain
@@ -208,7 +209,7 @@ class LoraEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         y = F.embedding(tokens, self.weight)
-        # in fp32: the gradient of a column is a sum over all places of its token
+        # in fp32: the gradient of a column is a sum over all positions of its token
         low = F.embedding(tokens, self.lora_embedding_A.T.float())
         branch = low.to(self.lora_embedding_B.dtype) @ self.lora_embedding_B.T
         return (y + branch * self.scale).to(y.dtype)
@@ -229,7 +230,7 @@ def add_product(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float, *, change: Tensor | None = None) -> Tensor:
-    """W + scale * B A in fp32; of DoRA with each row as long as m says. Of some rows of W: with those of b and change.
+    """W + scale * B A in fp32; with DoRA each row is scaled to length m. weight: all rows, or some, with those of b.
 
     change: DoRA's m - |W|, (out,).
     """
@@ -270,7 +271,14 @@ def apply_lora(model: Llama, config: LoraConfig) -> Llama:
         assert isinstance(module, nn.Linear)
         return (LoraHead if isinstance(module, LMHead) else LoraLinear)(module, own)
 
-    return replace_modules(model, lambda name, _: any(matches(name, target) for target in config.targets), adapted)
+    replace_modules(model, lambda name, _: any(matches(name, target) for target in config.targets), adapted)
+    made = [module for module in model.modules() if isinstance(module, LoraLinear | LoraEmbedding)]
+    added = sum(p.numel() for module in made for name, p in module.named_parameters() if name.startswith("lora_"))
+    if added > (whole := sum(module.weight.numel() for module in made)):
+        warn(
+            f"LoRA of rank {config.rank} trains {added:,} numbers, and its layers themselves have {whole:,}: give less"
+        )
+    return model
 
 
 def lora_plus(model: nn.Module, ratio: float) -> dict[Tensor, float]:
@@ -283,7 +291,7 @@ def lora_plus(model: nn.Module, ratio: float) -> dict[Tensor, float]:
 def merge_lora(model: Llama) -> Llama:
     """Turns every adapted layer of an unsharded model back into a plain one with W + scale * B A, added in fp32.
 
-    DoRA: each row as long as it learned. A tied head and embedding of which one was adapted are no longer tied.
+    With DoRA each row has the length it learned. If one of a tied head and embedding was adapted, they are no longer tied.
     """
     ends = [isinstance(module, LoraHead | LoraEmbedding) for module in (model.lm_head, model.model.embed_tokens)]
     if any(ends) and model.config.tie_word_embeddings:

@@ -1,4 +1,4 @@
-"""Hugging Face folders in, each rank reading only what it holds, and out."""
+"""Reads Hugging Face folders, each rank only the rows that it holds."""
 
 import hashlib
 import json
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minillama.errors import UserError
 from minillama.files import is_plain, open_file, read_json
@@ -25,11 +24,12 @@ from minillama.model.config import LLAMA3_ROPE, LlamaConfig
 from minillama.model.llama import Llama
 from minillama.model.quant import shapes
 from minillama.parallel.initialise import materialise
-from minillama.parallel.processes import rank, say
+from minillama.parallel.processes import say
 from minillama.parallel.sharding import local, row_offset
+from minillama.progress import progress
 
 READ_BYTES = 32 * 2**20
-"""Size of the pieces in which tensors are read: host memory on top of the model's own is this, times READERS."""
+"""Bytes of the pieces in which tensors are read: loading takes READERS times as much host memory on top of the model."""
 READERS = 4
 INDEX = "model.safetensors.index.json"
 MOST_LAYERS = 4096
@@ -80,10 +80,10 @@ def read_config(folder: str | Path) -> LlamaConfig:
 
 
 def _check_layers(config: LlamaConfig, folder: Path) -> None:
-    """Raises UserError if the weights, where they are there, have fewer layers: before a model of so many is built."""
+    """Raises UserError if the weights are there and have fewer layers, before a model of so many layers is built."""
     try:
         names = find_tensors(folder)
-    except UserError:  # who reads the weights says so
+    except UserError:  # reported when the weights are read
         return
     there = len({match[1] for name in names if (match := LAYER.match(name))})
     if there < config.num_hidden_layers:
@@ -98,8 +98,8 @@ def _check_layers(config: LlamaConfig, folder: Path) -> None:
 def find_tensors(folder: str | Path) -> dict[str, Path]:
     """The file of every tensor of a Hugging Face folder: model.safetensors, or else several with an index.
 
-    As in transformers the index does not count where there is model.safetensors, and what is in the files the index names
-    is loaded, so that it must say of each tensor where it is. Raises UserError for what is missing or damaged.
+    As in transformers, the index is ignored if there is model.safetensors. All tensors in the files that the index names
+    are loaded, so it must say where each tensor is. Raises UserError for what is missing or damaged.
     """
     folder = Path(folder)
     index, single = folder / INDEX, folder / "model.safetensors"
@@ -133,7 +133,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 _note = cache(say)
-"""Says what would else be said at each reading."""
+"""Prints a note once that would be printed at each reading otherwise."""
 
 
 def tensor_names(file: Path) -> list[str]:
@@ -142,7 +142,7 @@ def tensor_names(file: Path) -> list[str]:
 
 
 def open_tensors(file: Path) -> Any:
-    open_file(file).close()  # says what safetensors does not
+    open_file(file).close()  # its message names what safetensors' does not
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -150,9 +150,9 @@ def open_tensors(file: Path) -> Any:
 
 
 class SafetensorsWeights:
-    """Tensors in safetensors files, each by name in the one given, read a few rows at a time; making one reads headers.
+    """Tensors in safetensors files, each in the file given for its name, read a few rows at a time. __init__ reads headers.
 
-    Raises UserError for files that are damaged, or without the tensors that should be there.
+    Raises UserError for files that are damaged or lack the tensors that should be there.
     """
 
     def __init__(self, files: dict[str, Path]) -> None:
@@ -166,7 +166,7 @@ class SafetensorsWeights:
                     if name not in there:
                         raise UserError(f"{name} is missing from {file}, where the index says it is")
                     rows = tensors.get_slice(name)
-                    shape = rows.get_shape()  # of a single number there are no rows
+                    shape = rows.get_shape()  # a single number has no rows
                     self._described[name] = shape, (rows[:0] if shape else tensors.get_tensor(name)).dtype
 
     def shape(self, name: str) -> list[int]:
@@ -202,14 +202,14 @@ def _quantization(folder: Path) -> dict[str, Any]:
 
 
 def weights_fingerprint(folder: str | Path) -> str:
-    """Tells base models apart by config, names, shapes, and the first row of each tensor: quick, however large they are.
+    """A hash of config, names, shapes, and the first row of each tensor: quick for models of any size.
 
-    The same for the same model in Hugging Face's format and in Meta's, which knows no max_position_embeddings.
+    It is the same for a model in Hugging Face's format and in Meta's, which has no max_position_embeddings.
     """
     weights, config = open_weights(folder), read_config(folder)
     computing = asdict(config) | {"rope_scaling": None}
     del computing["max_position_embeddings"]
-    if scaling := config.rope_scaling:  # numbers that are whole or not, and keys that nothing is computed from
+    if scaling := config.rope_scaling:  # 1 and 1.0 are the same; keys that do not affect the computation are left out
         numbers = {key: float(scaling[key]) for key in LLAMA3_ROPE if key in scaling}
         computing["rope_scaling"] = numbers | {"rope_type": scaling["rope_type"]}
     computing |= {name: float(computing[name]) for name in ("rms_norm_eps", "rope_theta")}
@@ -224,14 +224,14 @@ def weights_fingerprint(folder: str | Path) -> str:
 
 
 def check_weights(model: nn.Module, folder: str | Path, *, but: Collection[str] = ()) -> Weights:
-    """The tensors in `folder`, which are those that `model` was built from; reads headers only.
+    """The tensors in `folder`, checked against the base parameters of `model`; reads headers only.
 
     but: names of parameters that need not be there.
 
     Raises UserError with the names of missing, unexpected and wrongly shaped tensors.
     """
     weights, wanted = open_weights(folder), base_parameters(model)
-    # Files may hold the tied head too, and old ones RoPE's frequencies, which we compute.
+    # Files may also hold the tied head, and old ones RoPE's frequencies, which we compute.
     spare = {name for name in weights.names if name.endswith("rotary_emb.inv_freq")}
     if "lm_head.weight" not in wanted and "model.embed_tokens.weight" in wanted:
         spare.add("lm_head.weight")
@@ -254,22 +254,22 @@ def check_weights(model: nn.Module, folder: str | Path, *, but: Collection[str] 
         more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(f"the weights in {folder} do not fit their config: {'; '.join(problems[:8])}{more}")
     if "lm_head.weight" in spare & there:
-        _check_tied(weights, folder, 0, 1)  # the rest when it is loaded
+        _check_tied(weights, folder, 0, 1)  # the rest is checked when it is loaded
     return weights
 
 
 def _check_tied(weights: Weights, folder: str | Path, start: int, stop: int) -> None:
     """Raises UserError unless these rows of a tied head are those of the embedding."""
-    twins = ("lm_head.weight", "model.embed_tokens.weight")
-    same_shape = weights.shape(twins[0]) == weights.shape(twins[1])
-    if not same_shape or not torch.equal(*(weights.rows(name, start, stop) for name in twins)):
+    tied = ("lm_head.weight", "model.embed_tokens.weight")
+    same_shape = weights.shape(tied[0]) == weights.shape(tied[1])
+    if not same_shape or not torch.equal(*(weights.rows(name, start, stop) for name in tied)):
         raise UserError(
             f"{folder}: lm_head.weight is not the embedding, yet config.json has tie_word_embeddings: set it to false"
         )
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that a checkpoint of the base model holds, by name: those the model had before it was adapted."""
+    """The parameters of the base model, by name: those the model had before it was adapted."""
     with torch.device("meta"):
         names = dict(type(model)(model.config).named_parameters())
     return {name: parameter for name, parameter in model.named_parameters() if name in names}
@@ -293,14 +293,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
     has_twin = "lm_head.weight" not in parameters and "lm_head.weight" in weights.names
     bytes_of = {name: local(p).numel() * p.element_size() for name, p in parameters.items()}
 
-    with tqdm(
-        total=sum(bytes_of.values()),
-        desc="loading weights",
-        unit="B",
-        unit_scale=True,
-        disable=rank() != 0 or None,
-        leave=False,
-    ) as bar:
+    total = sum(bytes_of.values())
+    with progress(total=total, desc="loading weights", unit="B", unit_scale=True, leave=False) as bar:
 
         def load(name: str) -> None:
             target, offset = local(parameters[name]).detach(), row_offset(parameters[name])

@@ -1,4 +1,4 @@
-"""A model ready to answer: a base, or a base with an adapter, on one process or spread over all."""
+"""A model ready to answer: a base, or a base with an adapter, on one process or sharded over all."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -59,7 +59,7 @@ def load_model(
 
 
 def find_stop_ids(tokenizer: Any, folder: Path) -> set[int]:
-    """What ends an answer: the end of the text, of a turn, and what the model's generation settings say."""
+    """The tokens that end an answer: end of text, end of turn, and those of the model's generation settings."""
     ids = {tokenizer.eos_id, *(tokenizer.id_of(token) for token in END_TOKENS)}
     for file in (folder / "config.json", folder / "generation_config.json"):
         named = read_json(file).get("eos_token_id") if file.exists() else None

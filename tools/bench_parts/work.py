@@ -64,7 +64,7 @@ def make_work(job: Job, step: int) -> Work:
 def parameter_value(name: str, like: Tensor, width: int) -> Tensor:
     """Ones for norms, else N(0, 1 / width), which keeps the scale of activations, drawn from the name alone.
 
-    Adapters' B and gates too: were they zero, as when training starts, a wrong adapter would leave the loss as it is.
+    Adapters' B and gates too: if they were zero, as when training starts, a wrong adapter would not change the loss.
     """
     if "norm" in name:
         return torch.ones_like(like)
