@@ -29,6 +29,7 @@ from minillama.parallel.initialise import initialise, materialise
 from minillama.parallel.processes import process_group, quiet_but_on_rank_zero, say
 from minillama.parallel.sharding import shard
 from minillama.training.config import RunConfig, saved_flags
+from minillama.training.estimate import estimate_run
 from minillama.training.loop import training_loop
 from minillama.training.optim import OptimConfig, make_optimizer
 from minillama.training.run import finish_run, prepare_run, resolve
@@ -51,12 +52,20 @@ def freeze_first(model: Llama, count: int) -> None:
         module.requires_grad_(False)
 
 
+def build(config: Config) -> Llama:
+    """The model on the meta device, with what is frozen frozen."""
+    with torch.device("meta"):
+        model = Llama(read_config(config.model))
+    freeze_first(model, config.train.freeze_layers)
+    return model
+
+
 def main(config: Config) -> None:
+    if config.estimate:
+        return say(estimate_run(config, build))
     with process_group(config.device, config.fsdp.timeout_minutes) as device:
         config, checkpoint, precision = resolve(config, device)
-        with torch.device("meta"):
-            model = Llama(read_config(config.model))
-        freeze_first(model, config.train.freeze_layers)
+        model = build(config)
         weights = check_weights(model, config.model)
         run = prepare_run(config, model, weights, device, checkpoint, precision)
         if config.train.freeze_layers:

@@ -33,6 +33,7 @@ from minillama.parallel.initialise import initialise, materialise
 from minillama.parallel.processes import process_group, quiet_but_on_rank_zero, say
 from minillama.parallel.sharding import shard
 from minillama.training.config import RunConfig, saved_flags
+from minillama.training.estimate import estimate_run
 from minillama.training.loop import training_loop
 from minillama.training.optim import OptimConfig, make_optimizer
 from minillama.training.run import finish_run, prepare_run, resolve
@@ -53,18 +54,24 @@ class Config(RunConfig):
     optim: OptimConfig = OptimConfig(lr=5e-3)
 
 
+def build(config: Config) -> Llama:
+    """The model on the meta device, the base frozen, with llama-adapter."""
+    with torch.device("meta"):
+        model = Llama(read_config(config.model))
+    return apply_llama_adapter(model.requires_grad_(False), config.adapter)
+
+
 def main(config: Config) -> None:
     if config.train.freeze_layers:
         raise UserError("--train.freeze-layers is for full_fsdp.py: under llama-adapter the whole base is frozen")
+    if start_from := config.adapter.from_:
+        config = replace(config, adapter=continue_adapter(config.adapter, start_from))
+    if config.estimate:
+        return say(estimate_run(config, build))
     with process_group(config.device, config.fsdp.timeout_minutes) as device:
         config, checkpoint, precision = resolve(config, device)
-        with torch.device("meta"):
-            model = Llama(read_config(config.model))
-        model.requires_grad_(False)
+        model = build(config)
         weights = check_weights(model, config.model)
-        if start_from := config.adapter.from_:
-            config = replace(config, adapter=continue_adapter(config.adapter, start_from))
-        apply_llama_adapter(model, config.adapter)
         if start_from:
             check_adapter(model, start_from, base=config.model)
         run = prepare_run(config, model, weights, device, checkpoint, precision)

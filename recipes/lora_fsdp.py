@@ -41,6 +41,7 @@ from minillama.parallel.initialise import initialise, materialise
 from minillama.parallel.processes import process_group, quiet_but_on_rank_zero, say
 from minillama.parallel.sharding import shard
 from minillama.training.config import RunConfig, saved_flags
+from minillama.training.estimate import estimate_run
 from minillama.training.loop import training_loop
 from minillama.training.optim import make_optimizer
 from minillama.training.run import finish_run, prepare_run, resolve
@@ -64,18 +65,24 @@ class Config(RunConfig):
     lora: LoraFlags = LoraFlags()
 
 
+def build(config: Config) -> Llama:
+    """The model on the meta device, the base frozen, with LoRA."""
+    with torch.device("meta"):
+        model = Llama(read_config(config.model))
+    return apply_lora(model.requires_grad_(False), config.lora)
+
+
 def main(config: Config) -> None:
     if config.train.freeze_layers:
         raise UserError("--train.freeze-layers is for full_fsdp.py: under LoRA the whole base is frozen")
+    if start_from := config.lora.from_:
+        config = replace(config, lora=continue_adapter(config.lora, start_from))
+    if config.estimate:
+        return say(estimate_run(config, build))
     with process_group(config.device, config.fsdp.timeout_minutes) as device:
         config, checkpoint, precision = resolve(config, device)
-        with torch.device("meta"):
-            model = Llama(read_config(config.model))
-        model.requires_grad_(False)
+        model = build(config)
         weights = check_weights(model, config.model)
-        if start_from := config.lora.from_:
-            config = replace(config, lora=continue_adapter(config.lora, start_from))
-        apply_lora(model, config.lora)
         if start_from:
             check_adapter(model, start_from, base=config.model)
         run = prepare_run(config, model, weights, device, checkpoint, precision)

@@ -15,12 +15,13 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minillama.model.llama import Llama
 from minillama.parallel.sharding import local
 
 aten = torch.ops.aten
@@ -63,8 +64,8 @@ class Alive(TorchDispatchMode):
     """Inside, every allocation is noted, with what it turns out to be.
 
     Kinds: parameters, optimizer and what else `hold` is told of; gathered parameters and unreduced gradients, which FSDP2
-    is about to sum; loss, made in the head; activations, made in a forward and there at its end, or made again in a backward;
-    workspace, all else. Phases: what `watch` and the caller set.
+    is about to sum; loss, made in the head; activations, made in a forward and there at its end, or made again in a
+    backward; workspace, all else. Phases: what `watch` and the caller set.
     """
 
     def __init__(self, fake: FakeTensorMode | None = None, *, machine: int = 8, squares: int = 0) -> None:
@@ -104,7 +105,7 @@ class Alive(TorchDispatchMode):
         for tensor in tensors:
             self._note(local(tensor).untyped_storage()).kind = kind
 
-    def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def watch(self, model: Llama, optimizer: torch.optim.Optimizer) -> None:
         """Phases and kinds of the steps of this model with this optimizer."""
 
         def in_phase(phase: str) -> None:
@@ -213,8 +214,8 @@ class Alive(TorchDispatchMode):
             tensor = args[0][0] if kind == "all-reduce" else args[kind == "reduce-scatter"]
             group = dist.ProcessGroup.unbox(args[1 if kind == "all-reduce" else 2])
             if group.group_name not in self._spread:
-                ranks = dist.get_process_group_ranks(group)
-                self._spread[group.group_name] = len(ranks), len({rank // self.machine for rank in ranks})
+                members = dist.get_process_group_ranks(group)
+                self._spread[group.group_name] = len(members), len({rank // self.machine for rank in members})
             ranks, machines = self._spread[group.group_name]
             size = (2 if kind == "all-reduce" else 1) * tensor.numel() * tensor.element_size()
             if machines < ranks:

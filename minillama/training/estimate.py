@@ -4,9 +4,9 @@ The step is the one that trains, on tensors that have shapes and no memory: of r
 """
 
 import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -116,11 +116,16 @@ class Estimate:
 
     def __str__(self) -> str:
         def gib(size: float) -> str:
-            return f"{size / GIB:.2f}"
+            return f"{size / GIB:.2f}" if size >= GIB / 10 or not size else f"{size / GIB:.2g}"
 
         highest = max(self.peaks, key=lambda phase: self.peaks[phase].size)
         kinds = sorted(self.peaks[highest].kinds.items(), key=lambda item: -item[1])
-        sent = ", ".join(f"{kind} {gib(size)} {link}" for (kind, link), size in sorted(self.work.sent.items()))
+        links = {"inside": "inside a machine", "between": "between machines"}
+        sent = ", ".join(
+            f"{kind} {gib(size)} {links[link]}"
+            for (kind, link), size in sorted(self.work.sent.items())
+            if size >= GIB / 1000
+        )
         strategy = self.fsdp.strategy + (f" of {self.fsdp.shard_size}" if self.fsdp.shard_size else "")
         recompute, offloaded = self.fsdp.recompute, ", offloaded" if self.fsdp.cpu_offload else ""
         lines = [
@@ -130,7 +135,7 @@ class Estimate:
             "phases      " + ", ".join(f"{phase} {gib(peak.size)}" for phase, peak in self.peaks.items()) + " GiB",
             "state       " + ", ".join(f"{kind} {gib(size)}" for kind, size in self.state.items()) + " GiB a process",
             f"host        {gib(self.host)} GiB a process while it saves; a checkpoint {gib(self.checkpoint)} GiB",
-            f"sent        {sent or 'nothing'}{' machines, GiB a process and step' if sent else ''}",
+            f"sent        {sent + '; GiB a process and step' if sent else 'less than 1 MiB'}",
             f"computed    {self.work.flops / 1e12:.4g} TFLOP a process and step, {self.needed / 1e12:.4g} needed",
             f"not in it   CUDA's context, about {CONTEXT} GiB; NCCL's buffers, about {NCCL}; what the allocator loses "
             f"between pieces, about {FRAGMENTS:.0%}: allow for {gib(self.allowed_for())} GiB",
@@ -218,7 +223,7 @@ def estimate_run(config: C, build: Callable[[C], Llama], card: str = "h100-80") 
 
     On the GPU of that name, or on this machine's kind of CPU if --device cpu asks for one.
     """
-    if "RANK" in os.environ:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--estimate needs one process, whatever their number in the run: start it without torchrun")
     config = replace(config, model=find_model(config.model, weights=False))
     device = "cpu" if config.device == "cpu" else "cuda"
@@ -297,4 +302,8 @@ class _FusedNorm(torch.autograd.Function):
 def _fuse_norms(model: Llama) -> None:
     for module in model.modules():
         if isinstance(module, RMSNorm):
-            module.forward = lambda x, module=module: _FusedNorm.apply(x, module.weight)  # type: ignore[method-assign]
+            module.forward = partial(_fused, module)  # type: ignore[method-assign]
+
+
+def _fused(module: RMSNorm, x: Tensor) -> Tensor:
+    return _FusedNorm.apply(x, module.weight)
