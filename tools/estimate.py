@@ -146,13 +146,13 @@ def advise(flags: Config, config: LlamaConfig) -> None:
     while choices:  # the lines are not quite straight: the whole depth decides
         best = choices[0]
         found = adviser.estimate(config.num_hidden_layers, best.batch_size, gpus, best.fsdp)
-        if found.allowed_for() <= CARDS[flags.gpu].memory * GIB:
+        if adviser.fits(found):
             break
         choices = choices[1:]
     else:
         raise UserError(f"what seemed to fit {gpus} {flags.gpu} does not at full depth: give --gpus {2 * gpus}")
     print("tokens/s    GiB     settings")
-    for choice in choices[:8]:
+    for choice in choices:
         print(f"{choice.tokens_per_s:<11,.0f} {choice.found.allowed_for() / GIB:<7.1f} {choice.flags}")
     print(f"\nthe first:\n{found}\n{described(found, flags.gpu, flags.network)}")
     print(f"command     {command(flags, gpus, best.flags)}")

@@ -1,7 +1,7 @@
 """Which settings fit a number of GPUs, the fastest first; and the fewest GPUs that any fit."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from minillama.training.estimate import CARDS, GIB, Estimate, estimate
 DEPTHS, BATCHES = (2, 3), (1, 2)
 """Layers and rows of the steps that are taken; those of deeper models and larger micro-batches follow from them, as all
 blocks are alike: every number grows along a line."""
-LARGEST_BATCH = 64
+LARGEST_BATCH, SHOWN = 64, 6
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Adviser:
     """Of every estimate: optim, context_length, machine"""
 
     def choices(self, world_size: int, precision: FsdpConfig) -> list[Choice]:
-        """Those that fit, the fastest first; with offloading only where nothing else fits.
+        """The SHOWN fastest that fit, the fastest first; with offloading only where nothing else fits.
 
         precision: an FsdpConfig with the precision to compute in.
         """
@@ -59,8 +59,16 @@ class Adviser:
                 for recompute in ("none", "selective", "full"):
                     fsdp = replace(precision, strategy=strategy, recompute=recompute, cpu_offload=offload)  # type: ignore[arg-type]
                     found += self._fitting(fsdp, world_size)
-            if found:
-                return sorted(found, key=lambda choice: -choice.tokens_per_s)
+            fitting: list[Choice] = []
+            for choice in sorted(found, key=lambda choice: -choice.tokens_per_s):
+                # what grows with the rows is a line for large numbers of them, and less steep for small ones
+                corners = self._corners(choice.fsdp, world_size, (choice.batch_size,))
+                if self.fits(exact := between(corners, self.layers, choice.batch_size)):
+                    fitting.append(self._choice(exact, choice.batch_size))
+                if len(fitting) == SHOWN:
+                    break
+            if fitting:
+                return fitting
             strategies = ["full-shard"]
         return []
 
@@ -69,8 +77,7 @@ class Adviser:
         fsdp = replace(precision, strategy="full-shard", recompute="full")
         world_size = 1
         while world_size <= most:
-            corners = {(depth, 1): self.estimate(depth, 1, world_size, fsdp) for depth in DEPTHS}
-            if self._fits(between(corners, self.layers, 1)):
+            if self.fits(between(self._corners(fsdp, world_size, (1,)), self.layers, 1)):
                 return world_size
             world_size *= 2
         return 0
@@ -81,20 +88,21 @@ class Adviser:
             lambda: self.build(layers), world_size, fsdp=fsdp, batch_size=batch_size, memory=memory, **self.settings
         )
 
-    def choice(self, found: Estimate, batch_size: int) -> Choice:
+    def _choice(self, found: Estimate, batch_size: int) -> Choice:
         seconds = sum(found.seconds(CARDS[self.card], self.network)) / 2
         return Choice(replace(found.fsdp, shard_size=0), batch_size, found, found.tokens / seconds)
 
-    def _fits(self, found: Estimate) -> bool:
+    def fits(self, found: Estimate) -> bool:
         return found.allowed_for() <= CARDS[self.card].memory * GIB
 
+    def _corners(self, fsdp: FsdpConfig, world_size: int, rows: Sequence[int]) -> dict[tuple[int, int], Estimate]:
+        return {(depth, n): self.estimate(depth, n, world_size, fsdp) for depth in DEPTHS for n in rows}
+
     def _fitting(self, fsdp: FsdpConfig, world_size: int) -> Iterator[Choice]:
-        corners = {
-            (depth, batch): self.estimate(depth, batch, world_size, fsdp) for depth in DEPTHS for batch in BATCHES
-        }
+        corners = self._corners(fsdp, world_size, BATCHES)
         batch_size = 1
-        while batch_size <= LARGEST_BATCH and self._fits(found := between(corners, self.layers, batch_size)):
-            yield self.choice(found, batch_size)
+        while batch_size <= LARGEST_BATCH and self.fits(found := between(corners, self.layers, batch_size)):
+            yield self._choice(found, batch_size)
             batch_size *= 2
 
 
