@@ -25,6 +25,8 @@ from minillama.adapters.peft import check_adapter, continue_adapter, load_adapte
 from minillama.errors import UserError
 from minillama.formats.hf import check_weights, load_weights, read_config
 from minillama.formats.hub import model_name
+from minillama.formats.meta import Weights
+from minillama.formats.quantized import Quantize, quantize_base
 from minillama.hardware.kernels import compile_blocks
 from minillama.help import filled
 from minillama.model.llama import Llama
@@ -44,6 +46,9 @@ from minillama.training.step import train_step
 class AdapterFlags(LlamaAdapterConfig):
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Folder of a llama-adapter to start from, in PEFT's format; its prompt_len and layers are taken too."""
+    quantize: Quantize = "none"
+    """Hold the linear layers of the blocks in 4 bits a weight (nf4, QLoRA's) or 8 (int8); embedding, norms and head stay
+    as they are. none: as the model's folder has them."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,14 @@ class Config(RunConfig):
     optim: OptimConfig = OptimConfig(lr=5e-3)
 
 
-def build(config: Config) -> Llama:
-    """The model on the meta device, the base frozen, with llama-adapter."""
+def build(config: Config) -> tuple[Llama, Weights | None]:
+    """The model on the meta device, its base frozen, with llama-adapter; and the base's weights, if it is to run."""
     with torch.device("meta"):
         model = Llama(read_config(config.model))
-    return apply_llama_adapter(model.requires_grad_(False), config.adapter)
+    model.requires_grad_(False)
+    weights = None if config.estimate else check_weights(model, config.model)
+    quantize_base(model, weights, config.adapter.quantize)
+    return apply_llama_adapter(model, config.adapter), weights
 
 
 def main(config: Config) -> None:
@@ -70,8 +78,7 @@ def main(config: Config) -> None:
         return say(estimate_run(config, build))
     with process_group(config.device, config.fsdp.timeout_minutes) as device:
         config, checkpoint, precision = resolve(config, device)
-        model = build(config)
-        weights = check_weights(model, config.model)
+        model, weights = build(config)
         if start_from:
             check_adapter(model, start_from, base=config.model)
         run = prepare_run(config, model, weights, device, checkpoint, precision)

@@ -26,6 +26,7 @@ from minillama.errors import UserError
 from minillama.files import read_json
 from minillama.formats.hf import read_config
 from minillama.formats.hub import find_model
+from minillama.formats.quantized import Quantize, quantize_base
 from minillama.help import filled
 from minillama.model.config import LlamaConfig
 from minillama.model.llama import Llama
@@ -72,6 +73,8 @@ class Config:
     """Micro-batches of a step."""
     fsdp: FsdpConfig = FsdpConfig(precision="mixed")
     optim: OptimConfig = OptimConfig()
+    quantize: Quantize = "none"
+    """Hold the linear layers of a frozen base in 4 bits a weight (nf4, QLoRA's) or 8 (int8)."""
     lora: LoraConfig = LoraConfig()
     adapter: LlamaAdapterConfig = LlamaAdapterConfig()
 
@@ -80,6 +83,8 @@ class Config:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {value}")
+        if self.quantize != "none" and self.method == "full":
+            raise UserError(f"--quantize {self.quantize} is for a frozen base: give --method lora or llama-adapter")
         if self.network <= 0:
             raise UserError(f"--network {self.network}: must be above 0")
         if self.fsdp.precision == "auto":
@@ -110,7 +115,7 @@ def build(flags: Config, config: LlamaConfig) -> Llama:
         model = Llama(config)
     if flags.method == "full":
         return model
-    model.requires_grad_(False)
+    quantize_base(model.requires_grad_(False), None, flags.quantize)
     return apply_lora(model, flags.lora) if flags.method == "lora" else apply_llama_adapter(model, flags.adapter)
 
 
@@ -119,6 +124,8 @@ def command(flags: Config, gpus: int, chosen: str) -> str:
     machines = -(-gpus // flags.gpus_per_machine)
     where = f" --nnodes {machines} --rdzv-backend c10d --rdzv-endpoint $HEAD:29500" if machines > 1 else ""
     start = f"torchrun --nproc_per_node {min(gpus, flags.gpus_per_machine)}{where}" if gpus > 1 else "python"
+    group = {"lora": "lora", "llama-adapter": "adapter"}.get(flags.method)
+    chosen += f" --{group}.quantize {flags.quantize}" if flags.quantize != "none" else ""
     return (
         f"{start} recipes/{RECIPES[flags.method]} --model {flags.model} --output-dir out {chosen} "
         f"--train.accumulate {flags.accumulate} --data.context-length {flags.context_length} "

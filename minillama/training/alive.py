@@ -169,7 +169,16 @@ class Alive(TorchDispatchMode):
                 self.hold([*args[0], kwargs["out"]], "unreduced gradients")
         if not func.is_view:
             self._count(func._schema.name, [*tree_leaves((args, kwargs)), *made])
+        if func.namespace == "minillama" and "quantized" in func.__name__:
+            self._dequantized(args[0], made[0])
         return result
+
+    def _dequantized(self, taken: Tensor, made: Tensor) -> None:
+        """The weight that a quantised layer makes for a while, inside one operation: a third of it are indices."""
+        weights = taken.shape[-1] * made.shape[-1]
+        self.work.flops += 2 * taken.numel() * made.shape[-1]
+        held = Held(6 * weights, "workspace")
+        self._events += [(self.phase, held, held.size), (self.phase, held, -held.size)]
 
     def _count(self, name: str, values: list[Any]) -> None:
         tensors = [value for value in values if isinstance(value, Tensor)]

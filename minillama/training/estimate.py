@@ -218,8 +218,9 @@ def estimate(
         )
 
 
-def estimate_run(config: C, build: Callable[[C], Llama], card: str = "h100-80") -> str:
-    """What --estimate says of a recipe's run on config.estimate processes. build: the recipe's own.
+def estimate_run(config: C, build: Callable[[C], tuple[Llama, Any]], card: str = "h100-80") -> str:
+    """What --estimate says of a recipe's run on config.estimate processes. build: the recipe's own, whose
+    second result is not used.
 
     On the GPU of that name, or on this machine's kind of CPU if --device cpu asks for one.
     """
@@ -236,7 +237,7 @@ def estimate_run(config: C, build: Callable[[C], Llama], card: str = "h100-80") 
     if device == "cpu":
         attention = "math" if config.kernels.attention == "auto" else config.kernels.attention
     found = estimate(
-        lambda: build(config),
+        lambda: build(config)[0],
         config.estimate,
         fsdp=fsdp,
         optim=config.optim,
