@@ -22,6 +22,7 @@ from minillama.errors import UserError
 from minillama.formats.bitsandbytes import BitsandbytesWeights
 from minillama.formats.hf import check_weights, load_weights, read_config
 from minillama.formats.hf_export import save_pretrained
+from minillama.formats.meta import Weights
 from minillama.hardware.kernels import compile_blocks
 from minillama.help import filled
 from minillama.model.llama import Llama
