@@ -90,8 +90,8 @@ def advice(config: RunConfig) -> str:
     method = "lora" if hasattr(config, "lora") else "llama-adapter" if adapter else "full"
     quantize = f" --quantize {adapter.quantize}" if adapter and adapter.quantize != "none" else ""
     return (
-        f"Which settings fit: python tools/estimate.py --model {model_name(config.model)} --method {method}{quantize} --gpus "
-        f"{dist.get_world_size()} --context-length {config.data.context_length} --advise --gpu with the card's name"
+        f"Which settings fit: python tools/estimate.py --model {model_name(config.model)} --method {method}{quantize} "
+        f"--gpus {dist.get_world_size()} --context-length {config.data.context_length} --advise --gpu with the card's name"
     )
 
 
