@@ -30,10 +30,11 @@ Quantize = Literal["none", "nf4", "int8"]
 IN_BLOCK = re.compile(r"model\.layers\.\d+\..*_proj\.weight$")
 
 
-def quantize_base(model: Llama, weights: Weights, quantize: Quantize = "none") -> Llama:
+def quantize_base(model: Llama, weights: Weights | None, quantize: Quantize = "none") -> Llama:
     """Quantises the base of a model on the meta device as its folder is quantised, or as `quantize` says. Before adapters.
 
-    Raises UserError if both are quantised, and as apply_quantization does.
+    weights: of the folder; None for an estimate, which has none. Raises UserError if both are quantised, and as
+    apply_quantization does.
     """
     if isinstance(weights, BitsandbytesWeights):
         if quantize != "none":
