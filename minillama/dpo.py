@@ -1,0 +1,62 @@
+"""Direct preference optimization (https://arxiv.org/abs/2305.18290): losses of pairs of answers, and what is told of them."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minillama.errors import UserError
+
+
+@dataclass(frozen=True)
+class DpoConfig:
+    """What is learned from pairs of answers."""
+
+    beta: float = 0.1
+    """How strongly the model is held to the reference: the reward of an answer is beta times the logarithm of how much
+    likelier the model makes it than the reference does."""
+    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """sigmoid: that of the DPO paper. hinge: no more is asked of a pair whose rewards are 1 apart. ipo: the logarithms
+    are to be 1 / (2 beta) apart, no more and no less (https://arxiv.org/abs/2310.12036)."""
+    label_smoothing: float = 0.0
+    """Part of the pairs that are taken to have their answers swapped, with the sigmoid loss: conservative DPO."""
+    normalize_length: bool = False
+    """Take an answer's log-probability a token, not their sum, so that long answers have no advantage. TRL's ipo does."""
+    precompute: bool = False
+    """Compute the reference's log-probabilities once before training and keep them in the data cache: no second forward
+    a step, and no memory for a reference. Worth it from the second epoch on, or the second run on the same data."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise UserError(f"--dpo.beta {self.beta}: must be above 0")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"--dpo.label-smoothing {self.label_smoothing}: must be at least 0 and below 0.5")
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise UserError(f"--dpo.label-smoothing is for --dpo.loss sigmoid, not for {self.loss}: leave it out")
+
+
+def preference_losses(chosen: Tensor, rejected: Tensor, config: DpoConfig) -> Tensor:
+    """Of each pair, given log(model's probability / reference's) of its answers: all (pairs,) fp32.
+
+    With h = chosen - rejected: sigmoid is -log sigmoid(beta h), equation 7 of https://arxiv.org/abs/2305.18290, or with
+    label smoothing e, -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), equation 3 of
+    https://ericmitchell.ai/cdpo.pdf; hinge is max(0, 1 - beta h) (https://arxiv.org/abs/2305.10425); ipo is
+    (h - 1 / (2 beta))^2, equation 17 of https://arxiv.org/abs/2310.12036.
+    """
+    difference = chosen - rejected
+    if config.loss == "hinge":
+        return F.relu(1 - config.beta * difference)
+    if config.loss == "ipo":
+        return (difference - 1 / (2 * config.beta)).square()
+    losses = -(1 - config.label_smoothing) * F.logsigmoid(config.beta * difference)
+    return losses - config.label_smoothing * F.logsigmoid(-config.beta * difference)
+
+
+def answer_sums(values: Tensor, counts: Tensor) -> Tensor:
+    """Sums (answers,) of values (N,), one a token, whose answers follow each other; counts (answers,) int64: their tokens."""
+    return torch.segment_reduce(
+        values, "sum", lengths=counts, unsafe=True
+    )  # unsafe: to check them would wait for a GPU
