@@ -1,4 +1,4 @@
-"""Direct preference optimization (https://arxiv.org/abs/2305.18290): losses of pairs of answers, and what is told of them."""
+"""Direct preference optimization (https://arxiv.org/abs/2305.18290): losses of pairs of answers."""
 
 import math
 from dataclasses import dataclass
@@ -56,7 +56,5 @@ def preference_losses(chosen: Tensor, rejected: Tensor, config: DpoConfig) -> Te
 
 
 def answer_sums(values: Tensor, counts: Tensor) -> Tensor:
-    """Sums (answers,) of values (N,), one a token, whose answers follow each other; counts (answers,) int64: their tokens."""
-    return torch.segment_reduce(
-        values, "sum", lengths=counts, unsafe=True
-    )  # unsafe: to check them would wait for a GPU
+    """Sums (answers,) of values (N,), one a token, answer after answer; counts (answers,) int64: how many tokens each has."""
+    return torch.segment_reduce(values, "sum", lengths=counts, unsafe=True)  # to check them would wait for a GPU

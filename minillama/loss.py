@@ -121,11 +121,10 @@ class _LinearLogProbabilities(torch.autograd.Function):
         if ctx.frozen_head:
             [grad_x] = ctx.saved_tensors
             return (grad_x * -grad[:, None]).to(grad_x.dtype), None, None, None, None, None
-        inputs = ctx.saved_tensors
-        _, gradients = _in_chunks(*inputs, ctx.needed, -grad)
+        x, weight, targets, low, up = ctx.saved_tensors
+        _, gradients = _in_chunks(x, weight, targets, low, up, ctx.needed, -grad)
         grad_x, grad_weight, grad_low, grad_up = (
-            None if of is None else of.to(like.dtype)
-            for of, like in zip(gradients, (*inputs[:2], *inputs[3:]), strict=True)
+            None if of is None else of.to(like.dtype) for of, like in zip(gradients, (x, weight, low, up), strict=True)
         )
         return grad_x, grad_weight, None, grad_low, grad_up, None
 
