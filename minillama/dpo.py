@@ -1,14 +1,18 @@
 """Direct preference optimization (https://arxiv.org/abs/2305.18290): losses of pairs of answers."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from minillama.distributed import local, reshard
 from minillama.errors import UserError
+from minillama.packing import Batch
 
 
 @dataclass(frozen=True)
@@ -56,5 +60,77 @@ def preference_losses(chosen: Tensor, rejected: Tensor, config: DpoConfig) -> Te
 
 
 def answer_sums(values: Tensor, counts: Tensor) -> Tensor:
-    """Sums (answers,) of values (N,), one a token, answer after answer; counts (answers,) int64: how many tokens each has."""
+    """Sums (answers,) of values (N,), one a token, answer after answer; counts (answers,) int64: of their tokens."""
     return torch.segment_reduce(values, "sum", lengths=counts, unsafe=True)  # to check them would wait for a GPU
+
+
+def log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
+    """Of each label of a batch, row after row: fp32 (N,)."""
+    return model(batch.tokens, positions=batch.positions, lengths=batch.lengths, labels=batch.targets, per_label=True)
+
+
+class FrozenWeights:
+    """A copy of the trained parameters as they are now, of each its part on this rank."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.copies = {p: local(p).detach().clone() for p in model.parameters() if p.requires_grad}
+
+    @contextmanager
+    def __call__(self, model: nn.Module) -> Iterator[None]:
+        """The model with these instead of its own, and without dropout."""
+        was_training = model.training
+        model.eval()
+        self._exchange(model)
+        try:
+            yield
+        finally:
+            self._exchange(model)
+            model.train(was_training)
+
+    @torch.no_grad()
+    def _exchange(self, model: nn.Module) -> None:
+        reshard(model)  # else a forward would take what was gathered before
+        for parameter, copy in self.copies.items():
+            own = local(parameter).clone()
+            local(parameter).copy_(copy)
+            copy.copy_(own)
+
+
+TOLD = ("reward_margin", "accuracy", "chosen_logp", "rejected_logp", "kl")
+
+
+class DpoLoss:
+    """The loss of a batch, summed over its pairs, for train_step and evaluate; adds up what metrics.jsonl tells of pairs."""
+
+    def __init__(
+        self, config: DpoConfig, as_reference: Callable[[nn.Module], AbstractContextManager[None]], device: str
+    ) -> None:
+        """as_reference: within it the model is the reference."""
+        self.config, self.as_reference = config, as_reference
+        self.sums = torch.zeros(len(TOLD), dtype=torch.float64, device=device)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Sum over the pairs: fp32 ()."""
+        reference, counts = batch.reference, batch.labels_of_documents
+        if reference is None:
+            with torch.no_grad(), self.as_reference(model):
+                reference = log_probabilities(model, batch)
+        ours = log_probabilities(model, batch)
+        ratios = answer_sums(ours - reference, counts)
+        if self.config.normalize_length:
+            ratios = ratios / counts
+        chosen, rejected = ratios.view(-1, 2).unbind(1)
+        with torch.no_grad():
+            margins = self.config.beta * (chosen - rejected)
+            logps = answer_sums(ours, counts).view(-1, 2)
+            log_ratio = ours - reference
+            kl = (log_ratio.exp() - 1 - log_ratio).sum() / 2  # two answers a pair
+            accuracy = (margins.sign() + 1) / 2  # a tie, as all are before the first step, is half right
+            told = (margins.sum(), accuracy.sum(), *logps.sum(0), kl)
+            self.sums += torch.stack(told)
+        return preference_losses(chosen, rejected, self.config).sum()
+
+    @staticmethod
+    def count(batch: Batch) -> int:
+        """Pairs"""
+        return len(batch.labels_of_documents) // 2

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minillama.attention import BACKENDS, KvCache, Seen, document_lengths
 from minillama.autograd import first_derivative_only
 from minillama.errors import UserError
-from minillama.loss import Targets, linear_cross_entropy
+from minillama.loss import Targets, linear_cross_entropy, linear_log_probabilities
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 LARGEST = 2**24
@@ -286,10 +286,13 @@ class Trunk(nn.Module):
 
 
 class Head(nn.Linear):
-    """The output projection; given labels it returns the loss, so that the logits of a batch never exist at once."""
+    """The output projection; given labels it returns the loss, or the log-probability of each label, so that the logits of
+    a batch never exist at once."""
 
-    def forward(self, x: Tensor, labels: Tensor | Targets | None = None) -> Tensor:
-        return F.linear(x, self.weight) if labels is None else linear_cross_entropy(x, self.weight, labels)
+    def forward(self, x: Tensor, labels: Tensor | Targets | None = None, per_label: bool = False) -> Tensor:
+        if labels is None:
+            return F.linear(x, self.weight)
+        return (linear_log_probabilities if per_label else linear_cross_entropy)(x, self.weight, labels)
 
 
 class Llama(nn.Module):
@@ -317,6 +320,7 @@ class Llama(nn.Module):
         document_ids: Tensor | None = None,
         lengths: Sequence[int] | None = None,
         labels: Tensor | Targets | None = None,
+        per_label: bool = False,
         keep: Tensor | None = None,
         cache: KvCache | None = None,
     ) -> Tensor:
@@ -328,6 +332,7 @@ class Llama(nn.Module):
         lengths: instead, how long the documents are, row after row; each row ends with the end of one.
         labels: (B, T) the token to be predicted AT each position (already shifted), or -100 for none. The result is
             then the cross entropy summed over all labels, in nats, fp32 ().
+        per_label: the result is instead the log-probability of each label, row after row: fp32 (N,).
         keep: (B, T) bool; the result is the logits of these places only, row after row: (N, V).
         cache: the tokens follow those of the calls before with it; the result is the last token's logits, (B, 1, V).
 
@@ -349,7 +354,7 @@ class Llama(nn.Module):
         x = self.model(tokens, rope_table(self.config, positions), seen)
         if keep is not None:
             return self.lm_head(x[keep])
-        return self.lm_head(x) if labels is None else self.lm_head(x, labels)
+        return self.lm_head(x) if labels is None else self.lm_head(x, labels, per_label)
 
 
 def _check_lengths(lengths: Sequence[int], rows: int, length: int) -> None:

@@ -50,6 +50,8 @@ class Packed:
     token to train and were left out ("untrained")"""
     fingerprint: str = ""
     """The same for the same tokens in the same packs, wherever they were read from"""
+    reference: np.ndarray | None = None
+    """float32 (N,): of each token of the documents that is trained, its log-probability by the model before training"""
     collator: Callable[[list[dict[str, list[int]]]], dict[str, Tensor]] | None = None
     """The user's own, from documents to a padded batch"""
 
@@ -130,11 +132,11 @@ def pack(documents: Documents, context_length: int, seed: int, parts: Sequence[P
     parts: which documents; without, all, and those longer than the context are dropped. Documents that stand together in
     the file, of one source perhaps, come into different packs. Raises UserError if nothing is left to train on.
     """
-    starts, sizes, long = _pieces(documents, context_length, parts or [Part(np.arange(len(documents)), "drop")])
+    starts, sizes, long = _pieces(documents, context_length, parts or [Part(np.arange(documents.rows), "drop")])
     mixed = permuted(np.arange(len(sizes)), len(sizes), seed)
     orders, counts = [], [np.zeros(1, np.int64)]
     for some in np.array_split(mixed, -(-len(mixed) // PACKED_TOGETHER)):
-        packs = _best_fit(sizes[some], context_length)
+        packs = _best_fit(sizes[some].sum(1), context_length)
         orders.append(some[np.concatenate([np.sort(p) for p in packs])])
         counts.append(np.array([len(p) for p in packs]))
     order, firsts = np.concatenate(orders), np.cumsum(np.concatenate(counts))
@@ -146,11 +148,13 @@ def pad(documents: Documents, context_length: int, parts: Sequence[Part] = ()) -
 
     Raises UserError if nothing is left to train on.
     """
-    starts, sizes, long = _pieces(documents, context_length, parts or [Part(np.arange(len(documents)), "truncate")])
+    starts, sizes, long = _pieces(documents, context_length, parts or [Part(np.arange(documents.rows), "truncate")])
     return _packed("padding", context_length, documents, starts, sizes, np.arange(len(starts) + 1), long)
 
 
 def _packed(batching, context_length: int, documents: Documents, starts, sizes, firsts, long: dict[str, int]) -> Packed:
+    """starts, sizes: (pieces, documents a row); firsts: into these"""
+    starts, sizes, firsts = starts.ravel(), sizes.ravel(), firsts * documents.per_row
     digest = hashlib.blake2b(f"{batching} {documents.fingerprint}".encode(), digest_size=16)
     for array in (starts, sizes, firsts):
         digest.update(np.ascontiguousarray(array).data)
@@ -161,32 +165,42 @@ def _packed(batching, context_length: int, documents: Documents, starts, sizes, 
 def _pieces(
     documents: Documents, context_length: int, parts: Sequence[Part]
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Where the pieces start in the documents' tokens and how many they have, both int64 (pieces,), and Packed.long."""
+    """Where the pieces start in the documents' tokens and how many they have, and Packed.long.
+
+    Both are int64 (pieces, documents a row): what stands in a row stays together. A pair that is truncated loses the end of
+    the longer one, down to half of the context; then of both.
+    """
+    together = documents.per_row
     found, rows = [], 0
     long = {"dropped": 0, "truncated": 0, "split": 0, "untrained": 0}
     shortest = None
     for part in parts:
-        starts = documents.offsets[part.rows]
-        sizes = documents.offsets[part.rows + 1] - starts
-        cut = sizes > context_length
+        numbers = part.rows[:, None] * together + np.arange(together)
+        starts = documents.offsets[numbers]
+        sizes = documents.offsets[numbers + 1] - starts
+        whole = sizes.sum(1)
+        cut = whole > context_length
         rows += len(sizes)
         if len(sizes):
-            shortest = min(int(sizes.min()), shortest or int(sizes.min()))
+            shortest = min(int(whole.min()), shortest or int(whole.min()))
         long[{"drop": "dropped", "truncate": "truncated", "split": "split"}[part.too_long]] += int(cut.sum())
         found.append(np.stack((starts[~cut], sizes[~cut])))
         if part.too_long == "drop" or not cut.any():
             continue
         starts, sizes = starts[cut], sizes[cut]
         if part.too_long == "truncate":
-            sizes = np.full_like(sizes, context_length)
+            sizes = np.minimum(sizes, np.maximum(context_length // together, context_length - sizes.min(1))[:, None])
         else:
+            assert together == 1, "a pair has no pieces"
+            starts, sizes = starts[:, 0], sizes[:, 0]
             pieces = -(-(sizes - 1) // (context_length - 1))  # each but the first token is predicted once
             number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
             ends = np.repeat(starts + sizes, pieces)
-            starts = np.repeat(starts, pieces) + number * (context_length - 1)
-            sizes = np.minimum(ends - starts, context_length)
-        spans = zip(starts.tolist(), (starts + sizes).tolist(), strict=True)
-        trained = np.array([documents.trained[start + 1 : end].any() for start, end in spans])
+            starts = (np.repeat(starts, pieces) + number * (context_length - 1))[:, None]
+            sizes = np.minimum(ends[:, None] - starts, context_length)
+        spans = zip(starts.ravel().tolist(), (starts + sizes).ravel().tolist(), strict=True)
+        pieces_trained = np.array([documents.trained[start + 1 : end].any() for start, end in spans])
+        trained = pieces_trained.reshape(-1, together).all(1)
         long["untrained"] += int((~trained).sum())
         found.append(np.stack((starts[trained], sizes[trained])))
     starts, sizes = np.concatenate(found, axis=1)
@@ -242,6 +256,8 @@ class Batch:
     """Labels"""
     squares: int
     """Sum of the squares of the documents' lengths: what their attention costs"""
+    reference: Tensor | None = None
+    """(N,) fp32, on the device: what Packed.reference holds of the labels, row after row"""
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -252,6 +268,14 @@ class Batch:
     def targets(self) -> Targets:
         """The labels, on the device"""
         return find_targets(self.labels, self.tokens.device)
+
+    @cached_property
+    def labels_of_documents(self) -> Tensor:
+        """How many labels each document has, (documents,) int64 on the device"""
+        starts = np.cumsum([0, *self.lengths[:-1]])
+        counts = np.add.reduceat(self.labels.flatten().numpy() != IGNORE, starts, dtype=np.int64)
+        known = self.document_ids.flatten().numpy()[starts] >= 0
+        return to_device(torch.from_numpy(counts[known]), self.tokens.device)
 
 
 def collate(packed: Packed, packs: np.ndarray | list[int], pad_id: int, device: torch.device | str) -> Batch:
@@ -266,6 +290,7 @@ def collate(packed: Packed, packs: np.ndarray | list[int], pad_id: int, device: 
     document_ids = np.full(shape, -1, np.int64)
     positions = np.zeros(shape, np.int64)
     squares = 0
+    references = []
     for r, span in enumerate(spans):
         start = 0
         for number, piece in enumerate(span):
@@ -279,8 +304,11 @@ def collate(packed: Packed, packs: np.ndarray | list[int], pad_id: int, device: 
             positions[r, start:end] = np.arange(size)
             squares += size**2
             start = end
+            if packed.reference is not None:
+                references.append(packed.reference[begin + 1 : begin + size][trained[1:]])
     documents.release()
-    return _batch(tokens, positions, labels, document_ids, squares, device)
+    reference = None if packed.reference is None else np.concatenate([np.empty(0, np.float32), *references])
+    return _batch(tokens, positions, labels, document_ids, squares, device, reference)
 
 
 def _collated(packed: Packed, pieces: list[int], device: torch.device | str) -> Batch:
@@ -304,7 +332,15 @@ def _collated(packed: Packed, pieces: list[int], device: torch.device | str) -> 
     return _batch(tokens, positions, shifted, np.where(known, 0, -1), squares, device)
 
 
-def _batch(tokens, positions, labels, document_ids, squares: int, device: torch.device | str) -> Batch:
+def _batch(
+    tokens,
+    positions,
+    labels,
+    document_ids,
+    squares: int,
+    device: torch.device | str,
+    reference: np.ndarray | None = None,
+) -> Batch:
     batch = Batch(
         to_device(torch.from_numpy(tokens), device),
         to_device(torch.from_numpy(positions), device),
@@ -313,6 +349,7 @@ def _batch(tokens, positions, labels, document_ids, squares: int, device: torch.
         count=int((document_ids >= 0).sum()),
         trained=int((labels != IGNORE).sum()),
         squares=squares,
+        reference=None if reference is None else to_device(torch.from_numpy(reference), device),
     )
     _ = batch.lengths, batch.targets  # here, in the thread that makes batches ahead, not in the step
     return batch
