@@ -10,11 +10,20 @@ import pytest
 import torch
 from conftest import random_model
 
-from minillama.datasets import Documents
-from minillama.dpo import TOLD, DpoConfig, DpoLoss, FrozenWeights, answer_sums, log_probabilities, preference_losses
+from minillama.adapters.lora import LoraConfig, apply_lora, lora_off
+from minillama.data.batch import collate
+from minillama.data.documents import Documents
+from minillama.data.packing import pack, pad
 from minillama.errors import UserError
-from minillama.lora import LoraConfig, apply_lora, lora_off
-from minillama.packing import collate, pack, pad
+from minillama.training.dpo import (
+    TOLD,
+    DpoConfig,
+    DpoLoss,
+    FrozenWeights,
+    answer_sums,
+    log_probabilities,
+    preference_losses,
+)
 
 
 def sigmoid(x):

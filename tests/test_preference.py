@@ -3,8 +3,8 @@
 import pytest
 from test_chat import tokenizer_with
 
+from minillama.data.encoders import encode_preference
 from minillama.errors import UserError
-from minillama.preference import encode_preference
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}{% endfor %}"
