@@ -66,7 +66,6 @@ def collate(packed: Packed, packs: np.ndarray | list[int], pad_id: int, device: 
     document_ids = np.full(shape, -1, np.int64)
     positions = np.zeros(shape, np.int64)
     squares = 0
-    references = []
     for r, span in enumerate(spans):
         start = 0
         for number, piece in enumerate(span):
@@ -80,10 +79,8 @@ def collate(packed: Packed, packs: np.ndarray | list[int], pad_id: int, device: 
             positions[r, start:end] = np.arange(size)
             squares += size**2
             start = end
-            if packed.reference is not None:
-                references.append(packed.reference[begin + 1 : begin + size][trained[1:]])
     documents.release()
-    reference = None if packed.reference is None else np.concatenate([np.empty(0, np.float32), *references])
+    reference = None if packed.reference is None else packed.reference[packed.labels(packs)]
     return _batch(tokens, positions, labels, document_ids, squares, device, reference)
 
 

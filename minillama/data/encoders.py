@@ -195,12 +195,13 @@ def encode_own(row: dict[str, Any], tokenizer: Any) -> Encoded:
     return Encoded(ids, trained)
 
 
-ENCODERS: dict[str, Callable[[dict[str, Any], Any], Encoded]] = {
+ENCODERS: dict[str, Callable[[dict[str, Any], Any], Any]] = {
     "samsum": encode_samsum,
     "alpaca": encode_alpaca,
     "grammar": encode_grammar,
     "chat": encode_chat,
     "text": encode_text,
+    "preference": encode_preference,
 }
 FIELDS = {
     "samsum": ("dialogue", "summary"),
@@ -208,6 +209,7 @@ FIELDS = {
     "grammar": ("input", "target"),
     "chat": ("messages", "conversations", "system", "prompt", "response", "tools"),
     "text": ("text",),
+    "preference": ("prompt", "chosen", "rejected", "conversations", "system", "tools"),
 }
 
 
@@ -217,10 +219,16 @@ def encode_rows(
     columns: Mapping[str, str],
     tokenizer: Any,
     train_on: Literal["answers", "all"] = "answers",
+    pairs: bool = False,
 ) -> tuple[Documents, list[str]]:
-    """The documents that rows, as `read_rows` gives them, become, and for each that cannot be used its place and why."""
-    encode, tokens, trained, offsets, refused = ENCODERS.get(dataset, encode_own), [], [], [0], []
-    had_ends = 0
+    """The documents that rows, as `read_rows` gives them, become, and for each that cannot be used its place and why.
+
+    pairs: rows of preference data, whoever gives them, each of which becomes two documents.
+    """
+    encode = encode_preference if pairs else ENCODERS.get(dataset, encode_own)
+    tokens: list[np.ndarray] = []
+    trained: list[np.ndarray] = []
+    offsets, refused, had_ends = [0], [], 0
     for place, read in rows:
         try:
             row = read()
@@ -228,22 +236,24 @@ def encode_rows(
                 raise UserError(f"more than {DEPTH} lists and objects inside each other: drop the row")
             if not isinstance(row, dict):
                 raise UserError(f"a row must be an object, found {shown(row)}")
-            ids, mask, own_ends = encode(_renamed(row, columns), tokenizer)
+            encoded: Any = encode(_renamed(row, columns), tokenizer)
         except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, UTF-8 cannot
             refused.append(f"{place}: text that is not Unicode ({error}): mend or drop the row")
         except UserError as error:
             refused.append(f"{place}: {error}")
         else:
-            tokens.append(np.asarray(ids, np.int32))
-            trained.append(np.ones(len(ids), np.bool_) if train_on == "all" else np.asarray(mask, np.bool_))
-            offsets.append(offsets[-1] + len(ids))
-            had_ends += own_ends
+            for ids, mask, own_ends in encoded if pairs else [encoded]:
+                tokens.append(np.asarray(ids, np.int32))
+                trained.append(np.ones(len(ids), np.bool_) if train_on == "all" else np.asarray(mask, np.bool_))
+                offsets.append(offsets[-1] + len(ids))
+                had_ends += own_ends
     empty = np.empty(0, np.int32)
     return Documents(
         np.concatenate([empty, *tokens]),
         np.concatenate([empty.astype(np.bool_), *trained]),
         np.array(offsets),
         had_ends=had_ends,
+        per_row=2 if pairs else 1,
     ), refused
 
 

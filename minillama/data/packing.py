@@ -6,6 +6,7 @@ Packing puts many documents into a pack. Padding makes each document a pack of i
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -45,8 +46,10 @@ class Packed:
     token to train and were left out ("untrained")"""
     fingerprint: str = ""
     """The same for the same tokens in the same packs, wherever they were read from"""
+    folder: Path | None = None
+    """Where they lie in the data cache"""
     reference: np.ndarray | None = None
-    """float32 (N,): of each token of the documents that is trained, its log-probability by the model before training"""
+    """float32 (N,): of each label among the documents' tokens, its log-probability by the model before training"""
     collator: Callable[[list[dict[str, list[int]]]], dict[str, Tensor]] | None = None
     """The user's own, from documents to a padded batch"""
 
@@ -57,6 +60,15 @@ class Packed:
     @property
     def tokens(self) -> int:
         return int(self.sizes.sum())
+
+    def labels(self, packs: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Where in the documents' tokens the labels of some packs stand, in their order: int64 (labels,)."""
+        places = [np.empty(0, np.int64)]
+        for p in packs:
+            for piece in range(self.firsts[p], self.firsts[p + 1]):
+                start, end = self.starts[piece] + 1, self.starts[piece] + self.sizes[piece]
+                places.append(start + np.flatnonzero(self.documents.trained[start:end]))
+        return np.concatenate(places)
 
     def efficiency(self, batch_size: int = 1, world_size: int = 1, accumulate: int = 1) -> float:
         """Tokens over the places that the packs have for them.

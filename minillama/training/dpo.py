@@ -1,18 +1,29 @@
 """Direct preference optimization (https://arxiv.org/abs/2305.18290): losses of pairs of answers."""
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillama.data.batch import Batch
+from minillama.data.batch import Batch, collate
+from minillama.data.cache import keep_reference, open_reference
+from minillama.data.packing import Packed
 from minillama.errors import UserError
+from minillama.files import described
+from minillama.model.llama import Llama
+from minillama.parallel.processes import all_reduce, on_each_node, rank, say
 from minillama.parallel.sharding import local, reshard
+from minillama.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -96,18 +107,60 @@ class FrozenWeights:
             copy.copy_(own)
 
 
-TOLD = ("reward_margin", "accuracy", "chosen_logp", "rejected_logp", "kl")
+def precompute(run: Run, model: Llama, batch_size: int, adapter: Path | None) -> Run:
+    """run with the log-probabilities of all its labels by the model as it is now: from the data cache, or computed and kept
+    there. batch_size: packs a rank at a time; adapter: the folder that it was loaded from. Every rank must call it."""
+    dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})  # those of a quantized base are others
+    file = adapter and described(adapter / "adapter_model.safetensors")
+    named = json.dumps([run.fingerprints["model"], file, dtypes, str(run.fsdp.compute_dtype)])
+    key = hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
+    train, validation = (
+        packed and _with_reference(packed, model, key, batch_size, run.tokenizer.pad_id, run.device)
+        for packed in (run.train, run.validation)
+    )
+    assert train
+    return replace(run, train=train, validation=validation)
+
+
+@torch.no_grad()
+def _with_reference(packed: Packed, model: Llama, key: str, batch_size: int, pad_id: int, device: str) -> Packed:
+    folder = packed.folder
+    assert folder is not None
+    missing = float(on_each_node(lambda: open_reference(folder, key) is None))
+    if all_reduce([missing], "max")[0]:
+        values = np.full(len(packed.documents.tokens), -np.inf, np.float32)
+        model.eval()
+        step = batch_size * dist.get_world_size()
+        say(f"reference   its log-probabilities of {len(packed):,} packs are computed once")
+        for cursor in range(0, len(packed), step):
+            window = np.arange(cursor, min(cursor + step, len(packed)))
+            [packs] = packed.micro_batches(window, batch_size, rank(), dist.get_world_size())
+            batch = collate(packed, packs, pad_id, device)
+            values[packed.labels(packs)] = log_probabilities(model, batch).cpu().numpy()
+        reshard(model)
+        dist.all_reduce(torch.from_numpy(values), dist.ReduceOp.MAX)  # each was computed on one rank, or on some alike
+        on_each_node(lambda: keep_reference(folder, key, values))
+    return replace(packed, reference=open_reference(folder, key))
 
 
 class DpoLoss:
-    """The loss of a batch, summed over its pairs, for train_step and evaluate; adds up what metrics.jsonl tells of pairs."""
+    """The loss of a pair, for train_step and evaluate, and what metrics.jsonl tells of pairs.
+
+    reward_margin: beta times by how much more the model has raised the chosen answer's log-probability over the
+    reference's than the rejected one's; accuracy: the share of pairs in which that is above 0, ties being half;
+    chosen_logp, rejected_logp: of whole answers, in nats; kl: an estimate of how far the model is from the reference, in
+    nats an answer, sum(r - 1 - log r) over its tokens with r = model / reference (k3 of
+    http://joschu.net/blog/kl-approx.html), unbiased where answers are the reference's own.
+    """
+
+    names = ("pairs", "reward_margin", "accuracy", "chosen_logp", "rejected_logp", "kl")
 
     def __init__(
         self, config: DpoConfig, as_reference: Callable[[nn.Module], AbstractContextManager[None]], device: str
     ) -> None:
         """as_reference: within it the model is the reference."""
         self.config, self.as_reference = config, as_reference
-        self.sums = torch.zeros(len(TOLD), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Sum over the pairs: fp32 ()."""
@@ -126,11 +179,10 @@ class DpoLoss:
             log_ratio = ours - reference
             kl = (log_ratio.exp() - 1 - log_ratio).sum() / 2  # two answers a pair
             accuracy = (margins.sign() + 1) / 2  # a tie, as all are before the first step, is half right
-            told = (margins.sum(), accuracy.sum(), *logps.sum(0), kl)
-            self.sums += torch.stack(told)
+            self.sums[0] += len(margins)
+            self.sums[1:] += torch.stack((margins.sum(), accuracy.sum(), *logps.sum(0), kl))
         return preference_losses(chosen, rejected, self.config).sum()
 
-    @staticmethod
-    def count(batch: Batch) -> int:
+    def count(self, batch: Batch) -> int:
         """Pairs"""
         return len(batch.labels_of_documents) // 2

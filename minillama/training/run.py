@@ -140,14 +140,15 @@ def finish_run(config: RunConfig) -> None:
         warn(str(error))
     if not (output / "adapter").is_dir():
         trained = "--model {1}/model"
-    asked = "" if config.data.dataset == "chat" else " --template none"
+    asked = "" if config.data.dataset in ("chat", "preference") else " --template none"
     say(f"next: python recipes/generate.py {trained.format(model_name(config.model), output)}{asked} --prompt TEXT")
 
 
 def described(packed: Packed, config: LlamaConfig, batch_size: int, world_size: int, accumulate: int = 1) -> str:
     """How many rows, tokens and packs there are, and what was left out of them. config: the model's."""
-    rows = "rows and pieces of rows" if packed.long["split"] else "rows"
-    text = f"{len(packed.sizes):,} {rows}, {packed.tokens:,} tokens, "
+    per_row = packed.documents.per_row
+    rows = "rows and pieces of rows" if packed.long["split"] else "rows" if per_row == 1 else "pairs"
+    text = f"{len(packed.sizes) // per_row:,} {rows}, {packed.tokens:,} tokens, "
     if packed.batching == "padding":
         text += f"batches of {batch_size} padded to the longest"
     else:
