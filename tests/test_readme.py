@@ -46,13 +46,13 @@ def test_every_flag_it_names_exists(flags):
     named = set()
     for ours in (cell[0] for cell in cells):
         named |= set(re.findall(r"--[a-z][\w.-]*[a-z]", ours))
-    groups = "data|train|eval|optim|fsdp|checkpoint|log|profile|lora|adapter"
+    groups = "data|train|eval|optim|fsdp|checkpoint|log|profile|lora|adapter|dpo"
     named |= set(re.findall(rf"--(?:{groups})\.[\w.-]*[a-z]", README))
     assert len(named) > 20
     assert not named - set.union(*flags.values())
     lines = "\n".join(CODE).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line) for line in lines if re.search(r"recipes/\w+_fsdp.py --", line)]
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command in commands:
         recipe = next(Path(word).name for word in command if word.startswith("recipes/"))
         assert not {word for word in command if word.startswith("--")} - flags[recipe] - {"--nproc_per_node"}

@@ -162,7 +162,17 @@ def test_a_resumed_run_goes_on_against_the_same_reference(run, method):
     if method == "lora from":
         _, _, first = run("--train.max-steps", 2, "--optim.lr", 0.01, "--eval.no-enabled", out="first")
         flags = ["--lora.from", first / "adapter", "--optim.lr", 0.01]
-    flags += ["--train.epochs", 3, "--checkpoint.every", 2, "--log.every", 3, "--eval.no-enabled"]
+    flags += [
+        "--train.epochs",
+        3,
+        "--checkpoint.every",
+        2,
+        "--checkpoint.keep",
+        0,
+        "--log.every",
+        3,
+        "--eval.no-enabled",
+    ]
     _, text, whole_run = run(*flags, out="whole")
     assert (whole_run / ("model" if method == "full" else "adapter")).is_dir(), text
     start = whole_run / "checkpoints" / "step-00000002"
