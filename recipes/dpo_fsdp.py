@@ -47,7 +47,7 @@ from minillama.training.step import train_step
 @dataclass(frozen=True)
 class LoraFlags(LoraConfig):
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Folder of a LoRA to start from, in PEFT's format, which is the reference too; its rank, alpha and targets are taken."""
+    """Folder of a LoRA in PEFT's format to start from, which is the reference too; its rank, alpha and targets are taken."""
     dropout: float = 0.0
     """Dropout on the input of the added branch only; it would blur the comparison with the reference."""
     ranks: tyro.conf.Suppress[dict[str, int]] = field(default_factory=dict)
