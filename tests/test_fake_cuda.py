@@ -5,6 +5,7 @@ What they compute is checked by tools/gpu_check.py on a real GPU.
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -16,7 +17,7 @@ from fake_cuda import FakeCudaProcess, answering
 from test_packing import documents_of
 
 from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
-from minillama.adapters.lora import LoraConfig, apply_lora
+from minillama.adapters.lora import LoraConfig, apply_lora, lora_off
 from minillama.data.batch import collate
 from minillama.data.packing import pack
 from minillama.hardware.kernels import KernelsConfig, choose_kernels, compile_blocks
@@ -25,6 +26,7 @@ from minillama.model.config import LlamaConfig
 from minillama.model.llama import Llama
 from minillama.parallel.initialise import materialise
 from minillama.parallel.sharding import FsdpConfig, set_dtypes
+from minillama.training.dpo import DpoConfig, DpoLoss, FrozenWeights
 from minillama.training.optim import LossScaler, OptimConfig, make_optimizer
 from minillama.training.step import train_step
 
@@ -67,6 +69,7 @@ def test_attention(fake, name, dtype):
 
 
 def train(mode, kind, attention, precision, compiled=False):
+    kind, _, preference = kind.partition(" ")
     with torch.device("meta"):
         model = Llama(LlamaConfig.from_dict(TINY)).requires_grad_(kind == "full")
     if kind == "lora":
@@ -83,9 +86,15 @@ def train(mode, kind, attention, precision, compiled=False):
     optimizer = make_optimizer(model.parameters(), OptimConfig(weight_decay=0.1))
     scaler = LossScaler() if precision == "fp16" else None
     packed = pack(documents_of([20, 30, 14, 40, 24]), 64, 0)
+    loss_function = None
+    if preference:
+        packed = pack(replace(documents_of([20, 30, 14, 40]), per_row=2), 64, 0)
+        loss_function = DpoLoss(DpoConfig(), lora_off if kind == "lora" else FrozenWeights(model), "cuda")
     batches = [collate(packed, [p], 0, "cuda") for p in range(len(packed))]
     collated = list(mode.copies)
-    loss, norm = train_step(model.train(), optimizer, batches, clip_norm=1.0, scaler=scaler)
+    loss, norm = train_step(
+        model.train(), optimizer, batches, clip_norm=1.0, scaler=scaler, loss_function=loss_function
+    )
     assert loss.device.type == norm.device.type == "cuda" and loss.dtype == norm.dtype == torch.float32
     return mode.reads, collated, mode.copies[len(collated) :]
 
@@ -100,6 +109,8 @@ def train(mode, kind, attention, precision, compiled=False):
         ("lora", "math", "mixed"),
         ("lora", "sdpa", "mixed"),
         ("adapter", "auto", "mixed"),
+        ("lora dpo", "auto", "mixed"),
+        ("full dpo", "auto", "fp16"),
     ],
 )
 def test_a_training_step_waits_for_nothing(fake, kind, attention, precision):
