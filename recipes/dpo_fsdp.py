@@ -23,12 +23,14 @@ import torch
 import tyro
 
 from minillama.adapters.lora import LoraConfig, apply_lora, lora_off
+from minillama.adapters.merge import merge_adapter
 from minillama.adapters.peft import check_adapter, continue_adapter, load_adapter_weights, save_adapter
 from minillama.data.datasets import PreferenceConfig
 from minillama.errors import UserError
 from minillama.formats.hf import check_weights, load_weights, read_config
 from minillama.formats.hf_export import save_pretrained
 from minillama.formats.hub import model_name
+from minillama.formats.quantized import Quantize, quantize_base
 from minillama.hardware.kernels import compile_blocks
 from minillama.help import filled
 from minillama.model.llama import Llama
@@ -48,6 +50,11 @@ from minillama.training.step import train_step
 class LoraFlags(LoraConfig):
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Folder of a LoRA in PEFT's format to start from, which is the reference too; its rank, alpha and targets are taken."""
+    quantize: Quantize = "none"
+    """Hold the linear layers of the blocks in 4 bits a weight (nf4, QLoRA's) or 8 (int8); embedding, norms and head stay
+    as they are. none: as the model's folder has them."""
+    merge: bool = False
+    """At the end, also write base and LoRA as one Hugging Face folder, OUTPUT_DIR/model."""
     dropout: float = 0.0
     """Dropout on the input of the added branch only; it would blur the comparison with the reference."""
     ranks: tyro.conf.Suppress[dict[str, int]] = field(default_factory=dict)
@@ -84,6 +91,7 @@ def main(config: Config) -> None:
             model = Llama(read_config(config.model))
         model.requires_grad_(config.method == "full")
         weights = check_weights(model, config.model)
+        quantize_base(model, weights, config.lora.quantize)
         if start_from := config.lora.from_:
             config = replace(config, lora=continue_adapter(config.lora, start_from))
         if config.method == "lora":
@@ -122,6 +130,9 @@ def main(config: Config) -> None:
             adapter = config.output_dir / "adapter"
             save_adapter(model, adapter, config.lora, model_name(config.model.resolve()))
             say(f"adapter: {adapter}, in PEFT's format")
+            if config.lora.merge:
+                merge_adapter(config.model, adapter, config.output_dir / "model", config.tokenizer)
+                say(f"model: {config.output_dir / 'model'}, base and LoRA in one, in Hugging Face's format")
         else:
             save_pretrained(model, config.output_dir / "model", config.model, config.tokenizer, unchanged=set())
             say(f"model: {config.output_dir / 'model'}, in Hugging Face's format")

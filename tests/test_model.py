@@ -147,7 +147,6 @@ def test_rope_settings_that_disagree_are_read_as_transformers_reads_them():
         ({"hidden_size": None}, "hidden_size"),
         ({"num_attention_heads": 5}, "num_attention_heads"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ],
 )
 def test_unsupported_configs_are_named(changes, named):

@@ -10,19 +10,28 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import tyro
-from conftest import random_model
+from conftest import random_model, run_ranks
+from test_layering import ROOMS
 
 import minillama
+from minillama import shard, train_step
 from minillama.adapters.lora import LoraConfig
 from minillama.data.batch import collate
 from minillama.data.cache import open_packed, prepare
 from minillama.data.datasets import DataConfig, load_collator
+from minillama.data.documents import Documents
+from minillama.data.packing import pack
 from minillama.errors import UserError
+from minillama.formats.hf import load_weights, read_config
 from minillama.inference.generate import stream
+from minillama.model.llama import Llama
+from minillama.parallel.initialise import initialise, materialise
+from minillama.parallel.sharding import FsdpConfig, set_dtypes
 from minillama.tokenizer.tokenizer import load_tokenizer
 from minillama.training.plan import TrainConfig
 
@@ -78,6 +87,12 @@ def test_the_tree_lists_every_file_and_no_other():
             if file.is_dir() or "__pycache__" in path or file.name in ("__init__.py", "py.typed"):
                 continue
             assert path in files or any(path.startswith(folder) for folder in closed), f"{path} is not in the tree"
+    rooms = [
+        path.split("/")[1].removesuffix(".py")
+        for path in listed
+        if re.fullmatch(r"minillama/(\w+/|files\.py|progress\.py)", path)
+    ]
+    assert rooms == [*ROOMS, "bundled"]  # in the order in which they may import each other
 
 
 # Pages and links
@@ -241,6 +256,34 @@ def test_a_loss_of_ones_own():
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
     model(tokens, labels=torch.full_like(labels, -100)).backward()  # no label: 0, with a graph
     assert not any(p.grad.any() for p in model.parameters())
+
+
+def fork_losses(mesh, folder):
+    """Of three steps with all three changes together; sharded where there is a mesh."""
+    with torch.device("meta"):
+        model = Llama(read_config(folder))
+    run_snippet("README.md", "class Scaled")["apply_ia3"](model)
+    run_snippet("README.md", "class ZLossHead")["use_z_loss"](model)
+    run_snippet("README.md", "class SlidingWindow")["use_sliding_window"](model)
+    fsdp = FsdpConfig(strategy="full-shard", precision="fp32", recompute="full")
+    set_dtypes(model, fsdp)
+    if mesh:
+        shard(model, mesh, fsdp)
+    materialise(model, "cpu")
+    initialise(model, 0, loaded=load_weights(model, folder))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    tokens = np.random.default_rng(0).integers(0, 512, 160).astype(np.int32)
+    packed = pack(Documents(tokens, np.ones(160, bool), np.arange(0, 161, 20)), 40, 0)
+    rank, ranks = (mesh.get_rank(), mesh.size()) if mesh else (0, 1)
+    batch = collate(packed, list(range(len(packed)))[rank::ranks], 0, "cpu")
+    return [train_step(model, optimizer, [batch])[0].item() for _ in range(3)]
+
+
+def test_the_changes_together_under_fsdp(tiny_folder):
+    alone = fork_losses(None, tiny_folder)
+    assert alone[2] < alone[1] < alone[0]
+    for losses in run_ranks(fork_losses, 2, tiny_folder):
+        assert losses == pytest.approx(alone, rel=1e-6)
 
 
 def test_training_without_a_recipe_and_asking_the_result(tiny_folder, tmp_path, monkeypatch, capsys):

@@ -53,7 +53,7 @@ def demo(model: Path | None = None) -> None:
     """Fine-tune a real 135M-parameter Llama on this machine; no GPU needed.
 
     Args:
-        model: another Llama to do it with: a folder in Hugging Face's format, with a chat template. None: fetch
+        model: another Llama: a folder in Hugging Face's format, with a chat template. None: fetch
             SmolLM2-135M-Instruct into models/ unless it is there.
     """
     started = time.perf_counter()
@@ -137,7 +137,7 @@ def expected_minutes(folder: Path, rows: list[list[dict[str, str]]]) -> tuple[fl
     examples = [tokenizer.encode_chat(row) for row in read_rows("chat_train.jsonl")]
     tokens, trained = (torch.tensor(list(chain(*x))[:STEP]).view(-1, CONTEXT) for x in zip(*examples, strict=True))
     labels = tokens.where(trained, -100).roll(-1, 1)
-    for _ in range(2):  # the first one takes memory from the system
+    for _ in range(2):  # the first one allocates memory
         started = time.perf_counter()
         model(tokens, labels=labels).backward()
         seconds = time.perf_counter() - started
@@ -162,8 +162,8 @@ def ask(folder: Path, rows: list[list[dict[str, str]]], adapter: Path | None = N
         answer = " ".join(tokenizer.decode(new).split())
         answer = answer if len(answer) <= 100 else f"{answer[:100]} ..."
         print(f"\n     {asked[-1]['content']}\n     -> {answer}", flush=True)
-    # Greedy decoding gives the wanted answer if and only if each of its tokens is the likeliest after those before it,
-    # which one forward can tell. What pads a row at its end is seen by no token before it.
+    # Greedy decoding gives the wanted answer if and only if each of its tokens is the likeliest after those before it.
+    # One forward tells that. No token attends to the padding at a row's end.
     right = 0
     for start in range(0, len(rows), BATCH):
         ids, trained = zip(*map(tokenizer.encode_chat, rows[start : start + BATCH]), strict=True)

@@ -27,7 +27,7 @@ def generate(
 ) -> list[int]:
     """The tokens that follow the prompt `tokens`, without it and without the stop token that ended them.
 
-    Settings as in `stream`, which does more prompts at once.
+    Settings as in `stream`, which takes several prompts at once.
     """
     batch = stream(
         model,
@@ -82,7 +82,7 @@ def stream(
     for _ in range(max_new_tokens):
         logits = model(tokens, cache=cache)[:, -1].float()
         tokens = _choose(logits, temperature, top_k, top_p, random)
-        if isinstance(model, FSDPModule):  # of one mind, or one rank would stop and leave the others waiting
+        if isinstance(model, FSDPModule):  # consistent across ranks: else one would stop while the others wait
             dist.broadcast(tokens, src=0)
         found = tokens[:, 0].tolist()
         ended = [done or token in stop_ids for done, token in zip(ended, found, strict=True)]

@@ -41,8 +41,8 @@ def find_start(config: RunConfig) -> Checkpoint | None:
 
 
 def _restarted(output_dir: Path) -> bool:
-    """Whether torchrun --max-restarts started this process: the run goes on, whatever it started from."""
-    # Only the node whose worker died counts up.
+    """Whether torchrun --max-restarts restarted this process: then the run goes on, whatever --resume says."""
+    # Only the node whose worker died increments it.
     [restarts] = all_reduce([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))], "max")
     return restarts > 0 and on_rank_zero(lambda: _is_of_this_launch(output_dir))
 
@@ -126,7 +126,7 @@ def _claim(folder: Path) -> None:
 
 
 def _launch() -> str:
-    """Tells one call of torchrun from another."""
+    """Identifies one call of torchrun."""
     return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID')}"
 
 
