@@ -107,7 +107,7 @@ def test_readme_begins_with_what_a_newcomer_needs():
 
 def test_pages_are_short_and_reachable():
     for page, text in PAGES.items():
-        assert len(text.splitlines()) < (350 if page == "README.md" else 200), page
+        assert len(text.splitlines()) < (370 if page == "README.md" else 200), page
         assert page == "README.md" or f"]({page})" in README, f"README has no link to {page}"
 
 

@@ -11,14 +11,12 @@ tokenizes. A folder has its name only once it is complete.
 import hashlib
 import json
 import os
-import shutil
 import signal
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing import RawArray, Value, get_context
 from pathlib import Path
@@ -26,14 +24,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from minillama.data.built_folder import built, describe, is_sound
 from minillama.data.datasets import DataConfig, Source, training_sources, validation_source
 from minillama.data.documents import Documents
 from minillama.data.encoders import encode_rows
 from minillama.data.packing import Packed, Part, pack, pad
 from minillama.data.permutation import permuted
-from minillama.errors import REMEDIES, UserError, disk_text
-from minillama.files import cache_folder, described, read_json, write_json
-from minillama.parallel.processes import warn
+from minillama.errors import UserError
+from minillama.files import cache_folder, read_json
 from minillama.progress import progress
 
 DOCUMENTS = {"tokens": np.int32, "trained": np.bool_, "offsets": np.int64}
@@ -112,7 +110,7 @@ def open_documents(folder: Path) -> Documents:
 def open_reference(packs: Path, key: str) -> np.ndarray | None:
     """What keep_reference has kept there by the same key, memory-mapped; None if it is not there, or damaged."""
     folder = packs / f"reference-{key}"
-    return _open(folder, REFERENCE)[1]["values"] if _is_sound(folder) else None
+    return _open(folder, REFERENCE)[1]["values"] if is_sound(folder) else None
 
 
 def keep_reference(packs: Path, key: str, values: np.ndarray) -> None:
@@ -120,9 +118,9 @@ def keep_reference(packs: Path, key: str, values: np.ndarray) -> None:
 
     def build(part: Path) -> None:
         values.tofile(part / "values.bin")
-        _describe(part, REFERENCE, {})
+        describe(part, REFERENCE, {})
 
-    _built(packs / f"reference-{key}", build)
+    built(packs / f"reference-{key}", build)
 
 
 def refused_rows(folder: Path) -> list[str]:
@@ -151,7 +149,7 @@ def _documents(sources: list[Source], config: DataConfig, tokenizer: Any, proces
     """The folder of all documents of the sources, end to end."""
     described = [[source.dataset, dict(source.columns), source.content(config, tokenizer)] for source in sources]
     name = _hash(described, config.train_on, config.pairs, tokenizer.fingerprint)
-    folder = _built(
+    folder = built(
         cache_folder(config.cache_dir) / name, lambda part: _tokenize(part, sources, config, tokenizer, processes)
     )
     if config.bad_rows == "error" and (problems := _lines(folder / "refused.txt")):
@@ -178,9 +176,9 @@ def _packs(documents: Path, sources: list[Source], config: DataConfig, seed: int
         for name in PACKS:
             getattr(packed, name).tofile(part / f"{name}.bin")
         about = {"batching": packed.batching, "context_length": packed.context_length, "long": packed.long}
-        _describe(part, PACKS, about | {"fingerprint": packed.fingerprint})
+        describe(part, PACKS, about | {"fingerprint": packed.fingerprint})
 
-    return _built(documents / _hash(settings), build)
+    return built(documents / _hash(settings), build)
 
 
 def _too_long(config: DataConfig, source: Source) -> Literal["drop", "truncate", "split"]:
@@ -281,7 +279,7 @@ def _tokenize(folder: Path, sources: list[Source], config: DataConfig, tokenizer
     had_ends = sum(chunk.had_ends for _, _, chunk in chunks)
     about = {"rows": counts, "refused": len(refused), "had_ends": had_ends, "fingerprint": fingerprint}
     about["per_row"] = per_row
-    _describe(folder, DOCUMENTS, about)
+    describe(folder, DOCUMENTS, about)
 
 
 def _shares(
@@ -393,90 +391,9 @@ def _join(folder: Path, chunks: list[tuple[int, Chunk]]) -> str:
     return hashlib.blake2b("".join(digest.hexdigest() for digest in digests).encode(), digest_size=16).hexdigest()
 
 
-# --- folders that are built once
-
-
 def _hash(*settings: Any) -> str:
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
     for room, names in CODE.items():
         for name in names:
             digest.update((Path(__file__).parents[1] / room / f"{name}.py").read_bytes())
     return digest.hexdigest()
-
-
-def _describe(folder: Path, kinds: dict[str, Any], about: dict[str, Any]) -> None:
-    files = {f"{name}.bin": described(folder / f"{name}.bin") for name in kinds}
-    if (refused := folder / "refused.txt").exists():
-        files |= {refused.name: described(refused)}
-    write_json(folder / "about.json", about | {"files": files})
-
-
-def _problem_of(folder: Path) -> str | None:
-    """What is wrong with an existing folder: all files in it are read and hashed."""
-    try:
-        about = read_json(folder / "about.json", {"files": {...: {"bytes": int, "sha256": str}}})
-        for name, wanted in about["files"].items():
-            if described(folder / name) != wanted:
-                return f"{name} is not what was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (KeyError, UserError) as error:
-        return str(error)
-    return None
-
-
-def _built(folder: Path, build: Callable[[Path], None]) -> Path:
-    """The folder, filled by `build` under another name first, in this process or another."""
-    if _is_sound(folder):
-        return folder
-    part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f"{folder.name}.lock")) as locked:
-            if folder.exists() and _problem_of(folder) is None:  # now
-                return folder
-            if folder.exists():  # runs that have mapped it keep their data
-                folder.rename(folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part"))
-            for left in folder.parent.glob(f"{folder.name}.*.part") if locked else ():
-                shutil.rmtree(left, ignore_errors=True)  # its builder was killed
-            part.mkdir()
-            build(part)
-            for file in part.iterdir():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-            part.rename(folder)
-    except OSError as error:
-        if folder.exists():  # no locks here, and another process was faster
-            return folder
-        where = Path(error.filename or folder)  # a file that was open has no name: a full disk
-        unnamed = error.filename is None and error.errno not in REMEDIES
-        if unnamed or not (where.is_relative_to(folder.parent) or folder.is_relative_to(where)):
-            raise
-        text = disk_text(error, folder.parent, "cannot be written")
-        besides = ", or" if error.errno in REMEDIES else ":"
-        raise UserError(f"{text}{besides} give another place by --data.cache-dir or XDG_CACHE_HOME") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder
-
-
-def _is_sound(folder: Path) -> bool:
-    if not folder.exists():
-        return False
-    if problem := _problem_of(folder):
-        warn(f"the data in {folder} was changed, or its disk is failing ({problem}): it is made again")
-    return problem is None
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[bool]:
-    """Waits for its turn; yields whether there are locks on this file system."""
-    import fcntl  # not on Windows, where only CUDA is of use
-
-    with os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-        else:
-            yield True
