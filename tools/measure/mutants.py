@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -122,8 +123,12 @@ def run(tests: list[str]) -> tuple[int, str]:
     log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    options = "-xq -oaddopts= -pno:cacheprovider -pno:xdist --basetemp=tmp"
-    os._exit(importlib.import_module("pytest").main([*tests, *options.split()]))
+    options = "-xq -oaddopts= -pno:cacheprovider -pno:xdist -Wignore::pytest.PytestAssertRewriteWarning --basetemp=tmp"
+    try:
+        code = importlib.import_module("pytest").main([*tests, *options.split()])
+    except BaseException:
+        code, _ = 1, traceback.print_exc()
+    os._exit(code)
 
 
 def measure(config: Mutants) -> None:
