@@ -3,20 +3,22 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from minillama.distributed import shard
-from minillama.generate import generate
-from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
-from minillama.lora import LoraConfig, apply_lora, merge_lora
-from minillama.model import Llama, LlamaConfig
-from minillama.surgery import replace_modules
+from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
+from minillama.adapters.lora import LoraConfig, apply_lora, merge_lora
+from minillama.inference.generate import generate
+from minillama.model.config import LlamaConfig
+from minillama.model.llama import Llama
+from minillama.model.surgery import replace_modules
+from minillama.parallel.sharding import shard
 
 if TYPE_CHECKING:
-    from minillama.adapters import load_adapter, save_adapter
-    from minillama.hf import from_pretrained, load_weights, save_pretrained
-    from minillama.hub import find_model
-    from minillama.precision import fast_dtype
-    from minillama.tokenizer import load_tokenizer
-    from minillama.train import train_step
+    from minillama.adapters.peft import load_adapter, save_adapter
+    from minillama.formats.hf import from_pretrained, load_weights
+    from minillama.formats.hf_export import save_pretrained
+    from minillama.formats.hub import find_model
+    from minillama.hardware.precision import fast_dtype
+    from minillama.tokenizer.tokenizer import load_tokenizer
+    from minillama.training.step import train_step
 
 __all__ = [
     "Llama",
@@ -42,12 +44,13 @@ __all__ = [
 
 # What needs more than torch is imported when it is asked for: `import minillama.model` needs torch alone.
 _LATER = {
-    "adapters": ("load_adapter", "save_adapter"),
-    "hf": ("from_pretrained", "load_weights", "save_pretrained"),
-    "hub": ("find_model",),
-    "precision": ("fast_dtype",),
-    "tokenizer": ("load_tokenizer",),
-    "train": ("train_step",),
+    "adapters.peft": ("load_adapter", "save_adapter"),
+    "formats.hf": ("from_pretrained", "load_weights"),
+    "formats.hf_export": ("save_pretrained",),
+    "formats.hub": ("find_model",),
+    "hardware.precision": ("fast_dtype",),
+    "tokenizer.tokenizer": ("load_tokenizer",),
+    "training.step": ("train_step",),
 }
 
 

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 import torch.distributed as dist
 
-from minillama.distributed import on_rank_zero, patient_group
 from minillama.errors import UserError, disk_text
+from minillama.parallel.processes import group_without_timeout, on_rank_zero
 
 PARTIAL = ".minillama-partial"
 """How the names of what is not complete end"""
@@ -190,7 +190,7 @@ def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., No
     """
     folder = folder.resolve()
     path, locked, before, begun = folder, None, None, False
-    patient = patient_group() if dist.is_initialized() else None
+    patient = group_without_timeout() if dist.is_initialized() else None
 
     def on_disk(function: Callable[..., object], *args: Any) -> None:
         def attempt() -> None:
@@ -291,7 +291,3 @@ def folder_size(folder: Path) -> int:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     write_whole(file, json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def is_rank_zero() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0

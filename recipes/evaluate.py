@@ -23,19 +23,22 @@ import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
-from minillama.datasets import DataConfig
-from minillama.distributed import Device, on_rank_zero, process_group, quiet_but_on_rank_zero, rank, say
+from minillama.data.datasets import DataConfig
+from minillama.data.load import load_evaluation_data
+from minillama.data.packing import Packed
 from minillama.errors import UserError
-from minillama.faults import user_errors
 from minillama.files import write_json
+from minillama.formats.hf import read_config
+from minillama.formats.hub import find_model
 from minillama.help import filled
-from minillama.hf import read_config
-from minillama.hub import find_model
-from minillama.inference import Dtype, find_stop_ids, load_model
-from minillama.packing import Packed
-from minillama.run import check_seed, described, load_evaluation_data
-from minillama.tokenizer import load_tokenizer
-from minillama.train import EvalConfig, eval_batches, evaluate
+from minillama.inference.load import Dtype, find_stop_ids, load_model
+from minillama.parallel.failures import user_errors
+from minillama.parallel.processes import Device, on_rank_zero, process_group, quiet_but_on_rank_zero, rank, say
+from minillama.tokenizer.tokenizer import load_tokenizer
+from minillama.training.config import check_seed
+from minillama.training.plan import EvalConfig, eval_batches
+from minillama.training.run import described
+from minillama.training.step import evaluate
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def check_output(output: Path) -> None:
 
 def find_tasks(config: Config) -> Any:
     try:
-        from minillama.lm_eval import load_tasks
+        from minillama.inference.lm_eval import load_tasks
     except ImportError as error:
         raise UserError(f'--tasks needs lm-evaluation-harness: pip install -e ".[eval]" ({error})') from None
     return load_tasks(config.tasks, config.include_path)
@@ -142,7 +145,7 @@ def measure(
         perplexity = math.exp(loss) if loss < 700 else None  # JSON has no infinity
         found |= {"eval_loss": loss, "eval_perplexity": perplexity, "eval_tokens": tokens}
     if tasks:
-        from minillama.lm_eval import HarnessLM, run_tasks
+        from minillama.inference.lm_eval import HarnessLM, run_tasks
 
         lm = HarnessLM(model, tokenizer, find_stop_ids(tokenizer, config.model), config.batch_size)
         limit = config.limit or None

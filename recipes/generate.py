@@ -20,17 +20,25 @@ from typing import Any, Literal
 
 import tyro
 
-from minillama.datasets import tools_of
-from minillama.distributed import Device, on_rank_zero, patient_group, process_group, quiet_but_on_rank_zero, rank, say
+from minillama.data.encoders import tools_of
+from minillama.data.rows import read_rows
 from minillama.errors import UserError
-from minillama.faults import user_errors
-from minillama.generate import check_settings, stream
+from minillama.formats.hf import read_config
+from minillama.formats.hub import find_model
 from minillama.help import filled
-from minillama.hf import read_config
-from minillama.hub import find_model
-from minillama.inference import Dtype, find_stop_ids, load_model
-from minillama.rows import read_rows
-from minillama.tokenizer import load_tokenizer
+from minillama.inference.generate import check_settings, stream
+from minillama.inference.load import Dtype, find_stop_ids, load_model
+from minillama.parallel.failures import user_errors
+from minillama.parallel.processes import (
+    Device,
+    group_without_timeout,
+    on_rank_zero,
+    process_group,
+    quiet_but_on_rank_zero,
+    rank,
+    say,
+)
+from minillama.tokenizer.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,7 @@ def main(config: Config) -> None:
             answer(config.prompt)
         elif config.chat:
             messages: list[dict[str, Any]] = []
-            patient = patient_group()
+            patient = group_without_timeout()
             if isinstance(sys.stdin, io.TextIOWrapper):
                 sys.stdin.reconfigure(errors="replace")
             while asked := on_rank_zero(ask, patient):

@@ -20,53 +20,23 @@ from typing import Annotated
 import torch
 import tyro
 
-from minillama.adapters import (
-    check_adapter,
-    continue_adapter,
-    load_adapter_weights,
-    save_adapter,
-    warn_of_other_base,
-)
-from minillama.checkpoint import Checkpoints
-from minillama.distributed import (
-    choose_strategy,
-    initialise,
-    make_mesh,
-    materialise,
-    process_group,
-    quiet_but_on_rank_zero,
-    rank,
-    say,
-    set_dtypes,
-    shard,
-)
+from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
+from minillama.adapters.peft import check_adapter, continue_adapter, load_adapter_weights, save_adapter
 from minillama.errors import UserError
-from minillama.faults import user_errors
+from minillama.formats.hf import check_weights, load_weights, read_config
+from minillama.formats.hub import model_name
+from minillama.hardware.kernels import compile_blocks
 from minillama.help import filled
-from minillama.hf import check_weights, load_weights, read_config
-from minillama.hub import find_model, model_name
-from minillama.kernels import compile_blocks
-from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
-from minillama.memory import out_of_memory_explained
-from minillama.metrics import Metrics
-from minillama.model import Llama
-from minillama.optim import LossScaler, OptimConfig, learning_rate, make_optimizer
-from minillama.packing import Batch, collate
-from minillama.precision import compact_base
-from minillama.profiling import profiled
-from minillama.run import (
-    RunConfig,
-    find_start,
-    finish_run,
-    load_data,
-    resolve_kernels,
-    resolve_precision,
-    saved_flags,
-    start_run,
-    summary,
-    with_date,
-)
-from minillama.train import Step, count_steps, eval_batches, evaluate, prefetched, steps, train_step
+from minillama.model.llama import Llama
+from minillama.parallel.failures import user_errors
+from minillama.parallel.initialise import initialise, materialise
+from minillama.parallel.processes import process_group, quiet_but_on_rank_zero, say
+from minillama.parallel.sharding import shard
+from minillama.training.config import RunConfig, saved_flags
+from minillama.training.loop import training_loop
+from minillama.training.optim import OptimConfig, make_optimizer
+from minillama.training.run import finish_run, prepare_run, resolve
+from minillama.training.step import train_step
 
 
 @dataclass(frozen=True)
@@ -87,83 +57,39 @@ def main(config: Config) -> None:
     if config.train.freeze_layers:
         raise UserError("--train.freeze-layers is for full_fsdp.py: under llama-adapter the whole base is frozen")
     with process_group(config.device, config.fsdp.timeout_minutes) as device:
-        config = replace(config, model=find_model(config.model))
-        checkpoint = find_start(config)
-        config, precision = resolve_precision(config, device, checkpoint)
-        config = replace(config, data=with_date(config.data, checkpoint))
+        config, checkpoint, precision = resolve(config, device)
         with torch.device("meta"):
             model = Llama(read_config(config.model))
-            model.requires_grad_(False)
+        model.requires_grad_(False)
         weights = check_weights(model, config.model)
-        if config.adapter.from_:
-            config = replace(config, adapter=continue_adapter(config.adapter, config.adapter.from_))
+        if start_from := config.adapter.from_:
+            config = replace(config, adapter=continue_adapter(config.adapter, start_from))
         apply_llama_adapter(model, config.adapter)
-        if config.adapter.from_:
-            check_adapter(model, config.adapter.from_)
-            warn_of_other_base(config.model, config.adapter.from_)
-        set_dtypes(model, config.fsdp)
-        fsdp = choose_strategy(model, config.fsdp, device)
-        mesh = make_mesh(fsdp, device)
-        precision += compact_base(model, weights, fsdp, mesh)
-        attention = resolve_kernels(config, model, fsdp, device, checkpoint)
+        if start_from:
+            check_adapter(model, start_from, base=config.model)
+        run = prepare_run(config, model, weights, device, checkpoint, precision)
 
-        tokenizer, train, validation = load_data(config, model)
-        start = start_run(config, train, checkpoint)
-        say(summary(config, fsdp, mesh, precision, attention, model, train, validation, start.progress.window))
-
-        shard(model, mesh, fsdp)
+        shard(model, run.mesh, run.fsdp)
         if config.kernels.compile:
             compile_blocks(model)
-        materialise(model, "cpu" if fsdp.cpu_offload else device)
+        materialise(model, run.parameter_device)
         loaded = load_weights(model, config.model)
-        if config.adapter.from_:
-            loaded |= load_adapter_weights(model, config.adapter.from_)
-            say(f"adapter     starts from {config.adapter.from_}")
+        if start_from:
+            loaded |= load_adapter_weights(model, start_from)
+            say(f"adapter     starts from {start_from}")
         initialise(model, config.seed, loaded=loaded)
         optimizer = make_optimizer(model.parameters(), config.optim)
-        scaler = LossScaler() if fsdp.precision == "fp16" else None
-        total = count_steps(train, config.train, start.progress.window)
-        metrics = Metrics(config, model, device, total, start.progress)
 
-        torch.manual_seed(config.seed + rank())  # dropout differs between ranks
-        with (
-            Checkpoints(config, start, model, optimizer, scaler, device) as checkpoints,
-            out_of_memory_explained(config, fsdp, model, optimizer, metrics),
-            profiled(config.profile, metrics) as profiler,
-        ):
+        clip_norm = config.train.clip_norm
+        with training_loop(config, run, model, optimizer) as loop:
+            for step, batches in loop.steps():
+                with loop.profiler.step(batches):
+                    loss, norm = train_step(model, optimizer, batches, clip_norm=clip_norm, scaler=loop.scaler)
+                loop.after(step, loss, norm, batches)
 
-            def run_evaluation(done: int) -> None:
-                if validation:
-                    batches = eval_batches(validation, config.eval, tokenizer.pad_id, device, rank(), mesh.size())
-                    with metrics.paused():
-                        result = evaluate(model, batches, checkpoints.stopping)
-                    metrics.evaluation(done, result)
-
-            if start.progress.evaluate:
-                run_evaluation(start.progress.step)
-            checkpoints.leave_if_stopping(metrics)
-
-            def load(step: Step) -> list[Batch]:
-                return [collate(train, packs, tokenizer.pad_id, device) for packs in step.micro_batches]
-
-            model.train()
-            own_steps = steps(train, config.train, config.seed, rank(), mesh.size(), start.progress)
-            for step, ready in prefetched(own_steps, load):
-                with metrics.waiting():
-                    batches = ready.result()
-                lr = learning_rate(step.number, step.epoch, total, config.optim)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                with profiler.step(batches):
-                    loss, norm = train_step(model, optimizer, batches, clip_norm=config.train.clip_norm, scaler=scaler)
-                metrics.step(step, lr, loss, norm, batches)
-                if config.eval.due(step):
-                    run_evaluation(step.number + 1)
-                checkpoints.after(step, metrics)
-        metrics.close()
-
-        save_adapter(model, config.output_dir / "adapter", config.adapter, model_name(config.model.resolve()))
-        say(f"adapter: {config.output_dir / 'adapter'}, in PEFT's format")
+        adapter = config.output_dir / "adapter"
+        save_adapter(model, adapter, config.adapter, model_name(config.model.resolve()))
+        say(f"adapter: {adapter}, in PEFT's format")
         finish_run(config)
 
 

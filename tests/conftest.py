@@ -21,7 +21,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minillama.model import Llama, LlamaConfig
+from minillama.model.config import LlamaConfig
+from minillama.model.llama import Llama
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # peft and transformers, the references, look no name up
 if "MINILLAMA_TEST_CACHE" not in os.environ:  # one for all processes: what is measured there stays the same
@@ -150,7 +151,8 @@ def _child(env: dict[str, str], pipe: Any, target: Callable[..., Any], args: tup
 
 
 def _call_with_mesh(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    from minillama.distributed import FsdpConfig, make_mesh, process_group
+    from minillama.parallel.processes import process_group
+    from minillama.parallel.sharding import FsdpConfig, make_mesh
 
     with process_group("cpu") as device:
         return function(make_mesh(FsdpConfig(strategy="full-shard"), device), *args)

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from test_model import hf_twin
 from transformers import LlamaForCausalLM
 
-from minillama.adapters import (
+from minillama.adapters.lora import LoraConfig, apply_lora
+from minillama.adapters.merge import merge_adapter
+from minillama.adapters.peft import (
     PEFT_PREFIX,
     continue_adapter,
     copies_of_base,
@@ -21,12 +23,11 @@ from minillama.adapters import (
     read_adapter_config,
     save_adapter,
 )
-from minillama.distributed import FsdpConfig, materialise, shard
 from minillama.errors import UserError
-from minillama.hf import adapter_parameters, from_pretrained, load_weights
-from minillama.lora import LoraConfig, apply_lora
-from minillama.merge import merge_adapter
-from minillama.model import Llama
+from minillama.formats.hf import adapter_parameters, from_pretrained, load_weights
+from minillama.model.llama import Llama
+from minillama.parallel.initialise import materialise
+from minillama.parallel.sharding import FsdpConfig, shard
 
 
 @pytest.mark.parametrize(

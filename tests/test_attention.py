@@ -8,8 +8,8 @@ from conftest import random_model
 from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minillama.attention import BACKENDS, document_lengths, document_mask
-from minillama.profiling import FlopCounter, step_flops
+from minillama.model.attention import BACKENDS, document_lengths, document_mask
+from minillama.training.flops import FlopCounter, step_flops
 
 ROWS = [[[30], [30]], [[5, 1, 24], [29, 1]], [[10, 10, 10], [3, 27]]]
 
@@ -63,12 +63,15 @@ def test_math_of_many_blocks_in_bf16_is_at_least_as_exact_as_flash(kv_heads, wid
         pairs = outputs_and_gradients(name, LONG[0], 3, kv_heads, width, torch.bfloat16)
         return [((a - b).norm() / b.norm()).item() for a, b in pairs]
 
-    for ours, flash in zip(errors("math"), errors("flash"), strict=True):
+    (output, *gradients), (flash_output, *flash_gradients) = errors("math"), errors("flash")
+    # With AMX ours rounds probabilities to bf16, and flash their exponentials, of which the largest is exactly 1.
+    assert output < min(1.2 * flash_output, 4e-3)
+    for ours, flash in zip(gradients, flash_gradients, strict=True):
         assert ours < min(1.05 * flash, 4e-3)
 
 
 def test_math_may_split_heads(monkeypatch):
-    monkeypatch.setattr("minillama.blockwise.SCORES", 128 * 128 * 2)
+    monkeypatch.setattr("minillama.model.blockwise.SCORES", 128 * 128 * 2)
     for ours, exact in outputs_and_gradients("math", LONG[0], 6, 3, 16, torch.float32):
         torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
 

@@ -13,11 +13,11 @@ import pytest
 from conftest import run_ranks
 from test_datasets import Bytes, pieces, write
 
-from minillama import cache
-from minillama.cache import open_packed, prepare, refused_rows
-from minillama.datasets import DataConfig
+from minillama.data import cache
+from minillama.data.batch import collate
+from minillama.data.cache import open_packed, prepare, refused_rows
+from minillama.data.datasets import DataConfig
 from minillama.errors import UserError
-from minillama.packing import collate
 
 
 class Strict(Bytes):
@@ -318,7 +318,7 @@ def test_long_rows_by_their_format(tmp_path):
 
 def on_two_nodes(mesh, folder):
     """Four ranks, two a machine; what each is told, and who worked."""
-    from minillama.distributed import on_each_node
+    from minillama.parallel.processes import on_each_node
 
     rank = mesh.get_rank()
     os.environ["LOCAL_RANK"] = str(rank % 2)

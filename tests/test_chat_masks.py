@@ -9,9 +9,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from minillama.chat import LLAMA2_TEMPLATE, LLAMA3_TEMPLATE
 from minillama.errors import UserError
-from minillama.tokenizer import load_tokenizer
+from minillama.tokenizer.chat import LLAMA2_TEMPLATE, LLAMA3_TEMPLATE
+from minillama.tokenizer.tokenizer import load_tokenizer
 
 # Written for these tests, in the structure of the families they are named after. [[ ]] is what the assistant says.
 LLAMA2 = LLAMA2_TEMPLATE.replace(
@@ -224,7 +224,7 @@ def pair(folder: Path, template: str, kind: str):
 def write_llama2(folder: Path) -> None:
     import sentencepiece
 
-    from minillama.tokenizer_json import tokenizer_json
+    from minillama.tokenizer.export import tokenizer_json
 
     (folder / "corpus.txt").write_text(
         ("Rome was not built in a day . [INST] [/INST] <<SYS>> I'm 42 assistant user\n") * 50

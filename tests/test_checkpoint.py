@@ -8,7 +8,7 @@ import resource
 import shutil
 import signal
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -19,19 +19,22 @@ from safetensors.torch import load_file, save_file
 from test_packing import documents_of
 from torch.distributed.tensor import DTensor
 
-import minillama.checkpoint as checkpoint_module
-import minillama.resume as resume_module
-from minillama.checkpoint import CheckpointConfig, Checkpoints
-from minillama.distributed import FsdpConfig, initialise, make_mesh, materialise, set_dtypes, shard
+import minillama.training.checkpoint as checkpoint_module
+import minillama.training.resume as resume_module
+from minillama.adapters.lora import LoraConfig, apply_lora
+from minillama.data.batch import collate
+from minillama.data.packing import pack
 from minillama.errors import UserError
-from minillama.hf import load_weights, read_config
-from minillama.lora import LoraConfig, apply_lora
-from minillama.model import Llama
-from minillama.optim import LossScaler, OptimConfig, make_optimizer
-from minillama.packing import collate, pack
-from minillama.resume import MARK, Checkpoint, find_checkpoint, hash_of
-from minillama.run import RunConfig, Start
-from minillama.train import EvalConfig, Progress, Step, train_step
+from minillama.formats.hf import load_weights, read_config
+from minillama.model.llama import Llama
+from minillama.parallel.initialise import initialise, materialise
+from minillama.parallel.sharding import FsdpConfig, make_mesh, set_dtypes, shard
+from minillama.training.checkpoint import CheckpointConfig, Checkpoints
+from minillama.training.config import RunConfig
+from minillama.training.optim import LossScaler, OptimConfig, make_optimizer
+from minillama.training.plan import EvalConfig, Progress, Step
+from minillama.training.resume import MANIFEST, Checkpoint, find_checkpoint, hash_of
+from minillama.training.step import train_step
 
 SYNC = CheckpointConfig(async_save=False, keep=0)
 LORA = LoraConfig(dropout=0.1, targets=("q_proj", "down_proj"))
@@ -47,8 +50,19 @@ class Training:
     scaler: LossScaler = field(default_factory=LossScaler)
 
     def checkpoints(self, resumed=None):
-        start = Start(Progress(window=2), resumed, {"model": "m", "data": "d"})
-        return Checkpoints(self.config, start, self.model, self.optimizer, self.scaler, "cpu")
+        flags = json.loads(json.dumps(asdict(self.config), default=str))
+        return Checkpoints(
+            self.config.output_dir,
+            self.config.checkpoint,
+            self.model,
+            self.optimizer,
+            self.scaler,
+            "cpu",
+            packs_per_step=2,
+            about={"flags": flags, "fingerprints": {"model": "m", "data": "d"}},
+            resume_from=resumed,
+            seed=self.config.seed,
+        )
 
     def step(self, seed=0):
         packed = pack(documents_of([20] * 4, seed), 20, 0)
@@ -120,7 +134,7 @@ def save_some(mesh, folder, out):
                 run.step(), run.step()
                 run.scaler.scale = 123.0
                 checkpoints.best = (1.5, 1)
-                checkpoints.save(Progress(window=2, step=2, epoch=1, cursor=3, tokens=5, evaluate=False))
+                checkpoints.save(Progress(packs_per_step=2, step=2, epoch=1, cursor=3, tokens=5, evaluate=False))
                 saved = run.state(checkpoints)
                 results.append((saved, torch.rand(3), [run.step(), run.step()], run.state(checkpoints)))
     return results
@@ -130,7 +144,7 @@ def load_some(mesh, folder, out):
     results = []
     for number, kind in enumerate(KINDS):
         resumed = found(out / str(number))
-        assert resumed.progress == Progress(window=2, step=2, epoch=1, cursor=3, tokens=5, evaluate=False)
+        assert resumed.progress == Progress(packs_per_step=2, step=2, epoch=1, cursor=3, tokens=5, evaluate=False)
         run = training(folder, out / str(number), **parts_of(kind, out), seed=9)
         with run.checkpoints(resumed) as checkpoints:
             assert run.scaler.scale == 123.0 and checkpoints.best == (1.5, 1)
@@ -167,7 +181,7 @@ def save_or_not(mesh, folder, out):
             for number in range(4):
                 losses.append(run.step(number))
                 if checkpoint:
-                    checkpoints.save(Progress(window=2, step=number))
+                    checkpoints.save(Progress(packs_per_step=2, step=number))
                     saved.append(run.state(checkpoints))
             results[name] = losses, run.state(checkpoints)
         for number, state in enumerate(saved):
@@ -180,7 +194,7 @@ def save_or_not(mesh, folder, out):
     said = []
     message = r"step-00000001, of 0\.\d+ MB, cannot be written: .*Not a directory"
     with pytest.raises(UserError, match=message), run.checkpoints() as checkpoints:
-        checkpoints.save(Progress(window=2, step=1))
+        checkpoints.save(Progress(packs_per_step=2, step=1))
         while not checkpoints.stopping():
             said.append(run.step())
     return results["none"], results["sync"], results["async"]
@@ -201,7 +215,7 @@ def keep_some(mesh, folder, out):
         names["start"] = sorted(path.name for path in (out / "checkpoints").iterdir())
         for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, 2.0)):
             checkpoints.best = min(checkpoints.best or (9.0, 0), (loss, step))
-            checkpoints.save(Progress(window=2, step=step))
+            checkpoints.save(Progress(packs_per_step=2, step=step))
     names["end"] = sorted(path.name for path in (out / "checkpoints").iterdir())
     return names
 
@@ -230,9 +244,9 @@ def make_two(mesh, folder, out, **settings):
         checkpoint = CheckpointConfig(async_save=False, format=saved_as)
         run = training(folder, out / saved_as, checkpoint=checkpoint, **settings)
         with run.checkpoints() as checkpoints:
-            checkpoints.save(Progress(window=2, step=1))
+            checkpoints.save(Progress(packs_per_step=2, step=1))
             run.step()
-            checkpoints.save(Progress(window=2, step=2))
+            checkpoints.save(Progress(packs_per_step=2, step=2))
 
 
 def damage(folder, random):
@@ -253,7 +267,7 @@ def damage(folder, random):
         other = (folder.with_name("step-00000001") / name).read_bytes()
         way, content = ("swapped", bytearray(other)) if other != content else ("grown", content + b"\0")
     elif way == "edited":
-        name, file = MARK, folder / MARK
+        name, file = MANIFEST, folder / MANIFEST
         content = bytearray(file.read_bytes().replace(b'"step": 2', b'"step": 3'))
     file.unlink() if way == "missing" else file.write_bytes(content)
     return way, name
@@ -287,7 +301,7 @@ def test_a_hundred_damaged_checkpoints_are_refused_by_name(tiny_folder, tmp_path
     run_ranks(make_two, 2, tiny_folder, tmp_path)
     [ways] = run_ranks(find_damaged, 1, tmp_path)
     assert {way for way, _ in ways} == {"cut", "flip", "missing", "empty", "swapped", "grown", "edited"}
-    assert {MARK, ".metadata", "__0_0.distcp", "__1_0.distcp", "model", "optimizer", "random"} <= {
+    assert {MANIFEST, ".metadata", "__0_0.distcp", "__1_0.distcp", "model", "optimizer", "random"} <= {
         name for _, name in ways
     }
 
@@ -297,7 +311,7 @@ def find_what_none_sees_for_a_while(mesh, out):
     resume_module.WAITS = (0, 0)
     newest = out / "sharded/checkpoints/step-00000002"
     real = resume_module._unseen
-    for hidden in (MARK, "__0_0.distcp"):
+    for hidden in (MANIFEST, "__0_0.distcp"):
         tries = []
 
         def late(file, hidden=hidden, tries=tries):
@@ -395,7 +409,7 @@ def test_the_hash_of_the_mark_covers_every_number():
 def fail(mesh, folder, out, how, checkpoint):
     run = training(folder, out, checkpoint=checkpoint)
     with run.checkpoints() as checkpoints:
-        checkpoints.save(Progress(window=2, step=1))
+        checkpoints.save(Progress(packs_per_step=2, step=1))
         checkpoints.finish()
         if how == "full disk" and dist.get_rank() == 1:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -405,7 +419,7 @@ def fail(mesh, folder, out, how, checkpoint):
         if how == "read-only" and dist.get_rank() == 0:
             (out / "checkpoints/step-00000002.partial").write_text("in the way")
         try:
-            checkpoints.save(Progress(window=2, step=2))
+            checkpoints.save(Progress(packs_per_step=2, step=2))
             checkpoints.finish()
         except UserError as error:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

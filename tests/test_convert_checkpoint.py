@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 
 from minillama.errors import UserError
-from minillama.hf import from_pretrained, save_pretrained
-from minillama.tokenizer_json import tokenizer_json
+from minillama.formats.hf import from_pretrained
+from minillama.formats.hf_export import save_pretrained
+from minillama.tokenizer.export import tokenizer_json
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -219,7 +220,7 @@ def test_sentencepiece_tokenizer(tmp_path, real):
     """The same ids as the model that GGUF's pieces, scores and types were taken from, as llama.cpp's converter does."""
     import sentencepiece
 
-    from minillama.tokenizer import load_tokenizer
+    from minillama.tokenizer.tokenizer import load_tokenizer
 
     texts = [
         "the quick brown fox jumps over the lazy dog",
@@ -408,8 +409,8 @@ def test_to_metas_format_and_back(tmp_path, monkeypatch, tied, files):
     names = {"params.json", "tokenizer.model", "chat_template.jinja", "generation_config.json"}
     assert {p.name for p in (tmp_path / "meta").iterdir()} == names | {f"consolidated.0{n}.pth" for n in range(files)}
 
-    monkeypatch.setattr("minillama.hf.MAX_FILE_BYTES", 40_000)
-    monkeypatch.setattr("minillama.hf.WRITE_BYTES", 500)
+    monkeypatch.setattr("minillama.formats.hf_export.MAX_FILE_BYTES", 40_000)
+    monkeypatch.setattr("minillama.formats.hf_export.WRITE_BYTES", 500)
     tool.convert_checkpoint(tmp_path / "meta", tmp_path / "back")
     parts = sorted((tmp_path / "back").glob("*.safetensors"))
     assert len(parts) > 1 and parts[0].name == f"model-00001-of-{len(parts):05}.safetensors"

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from test_chat import tokenizer_with, write_sentencepiece
 
-from minillama.cache import open_packed, prepare
-from minillama.datasets import DataConfig, Source, check_vocabulary, load_collator
+from minillama.data.batch import collate
+from minillama.data.cache import open_packed, prepare
+from minillama.data.datasets import DataConfig, Source, check_vocabulary, load_collator
+from minillama.data.rows import read_rows
 from minillama.errors import UserError
-from minillama.model import LlamaConfig
-from minillama.packing import collate
-from minillama.rows import read_rows
-from minillama.run import described
-from minillama.tokenizer import load_tokenizer
+from minillama.model.config import LlamaConfig
+from minillama.tokenizer.tokenizer import load_tokenizer
+from minillama.training.run import described
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -202,7 +202,7 @@ def test_text_trains_every_token(tmp_path, monkeypatch):
     assert load(tmp_path / "b", "text", NoBos())[1][0].tolist() == [*b"two\n", 257]
 
     # a long text goes in parts, cut behind line breaks where there are some
-    monkeypatch.setattr("minillama.datasets.LONGEST_PART", 10)
+    monkeypatch.setattr("minillama.data.encoders.LONGEST_PART", 10)
     asked = []
 
     class Parts(Bytes):
@@ -242,7 +242,7 @@ def test_the_parts_of_a_long_text_have_no_spaces_between_them(tmp_path, monkeypa
     tokenizer = load_tokenizer(tmp_path)
     path = write(tmp_path / "a.txt", "Who made\nBerlin?\n Romans\n" * 3)
     (whole,) = load(path, "text", tokenizer)
-    monkeypatch.setattr("minillama.datasets.LONGEST_PART", 20)
+    monkeypatch.setattr("minillama.data.encoders.LONGEST_PART", 20)
     (parts,) = load(path, "text", tokenizer, cache_dir=tmp_path / "other")
     assert parts[0].tolist() == whole[0].tolist()
 
@@ -445,7 +445,7 @@ def test_csv_quotes_newlines_blank_lines_and_long_fields(tmp_path):
 
 @pytest.mark.parametrize("part", [1, 3, 50])
 def test_json_is_read_in_parts(tmp_path, monkeypatch, part):
-    monkeypatch.setattr("minillama.rows.PART", part)
+    monkeypatch.setattr("minillama.data.rows.PART", part)
     rows = [{"a": "é🦙\\" * k, "b": [{}, [k, None, "]"]], "c": -1.5e3} for k in range(20)]
     for indent in (None, 1):
         read = []
@@ -652,7 +652,7 @@ def test_check_vocabulary():
 @pytest.mark.skipif(not REAL.exists(), reason="needs the optional real data beside the checkout")
 def test_real_files_and_llama31_tokenizer_give_the_ids_of_transformers():
     transformers = pytest.importorskip("transformers")
-    from minillama.tokenizer import load_tokenizer
+    from minillama.tokenizer.tokenizer import load_tokenizer
 
     folder = REAL / "tokenizers" / "llama3_1-hf"
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
@@ -737,7 +737,7 @@ def turns_of_chatml(ids, tokenizer):
 @pytest.mark.skipif(not REAL.exists(), reason="needs the optional real data beside the checkout")
 @pytest.mark.parametrize("name", ["llama3", "llama3_1-hf", "SmolLM2"])
 def test_real_chats_are_trained_on_the_assistants_turns(name, tmp_path):
-    from minillama.tokenizer import load_tokenizer
+    from minillama.tokenizer.tokenizer import load_tokenizer
 
     smol = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct"
     if name == "SmolLM2" and not smol.exists():

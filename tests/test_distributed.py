@@ -13,27 +13,21 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minillama.adapters import save_adapter
-from minillama.attention import BACKENDS
-from minillama.distributed import (
-    FsdpConfig,
-    choose_strategy,
-    initialise,
-    local,
-    make_mesh,
-    materialise,
-    on_rank_zero,
-    set_dtypes,
-    shard,
-)
+from minillama.adapters.lora import LoraConfig, apply_lora
+from minillama.adapters.peft import save_adapter
+from minillama.data.batch import collate
+from minillama.data.packing import pack, pad
 from minillama.errors import UserError
-from minillama.hf import base_parameters, from_pretrained, load_weights, read_config
-from minillama.lora import LoraConfig, apply_lora
-from minillama.model import Llama
-from minillama.optim import OptimConfig, make_optimizer
-from minillama.packing import collate, pack, pad
-from minillama.surgery import replace_modules
-from minillama.train import EvalConfig, TrainConfig, eval_batches, evaluate, steps, train_step
+from minillama.formats.hf import base_parameters, from_pretrained, load_weights, read_config
+from minillama.model.attention import BACKENDS
+from minillama.model.llama import Llama
+from minillama.model.surgery import replace_modules
+from minillama.parallel.initialise import initialise, materialise
+from minillama.parallel.processes import on_rank_zero
+from minillama.parallel.sharding import FsdpConfig, choose_strategy, local, make_mesh, set_dtypes, shard
+from minillama.training.optim import OptimConfig, make_optimizer
+from minillama.training.plan import EvalConfig, TrainConfig, eval_batches, steps
+from minillama.training.step import evaluate, train_step
 
 LORA = LoraConfig(rank=4, dropout=0.0, targets=("q_proj", "v_proj", "down_proj"))
 FP32 = FsdpConfig(precision="fp32")
@@ -446,7 +440,7 @@ def test_a_module_that_does_not_fill_what_it_owns_is_named(tiny_folder):
         initialise(model, 7)
     model = fork(tiny_folder, FP32).to_empty(device="cpu")
     model.model.register_parameter("bias", nn.Parameter(torch.zeros(2)))
-    with pytest.raises(UserError, match=r"model \(Trunk\) owns bias, but has no reset_parameters\(\)"):
+    with pytest.raises(UserError, match=r"model \(LlamaModel\) owns bias, but has no reset_parameters\(\)"):
         initialise(model, 7)
 
 

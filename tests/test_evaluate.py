@@ -12,12 +12,12 @@ from test_precision import FAST_BF16, SLOW_BF16, remember
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import minillama
-from minillama.adapters import save_adapter
-from minillama.cache import open_packed, prepare, prepare_evaluation
-from minillama.datasets import DataConfig
+from minillama.adapters.lora import LoraConfig, apply_lora
+from minillama.adapters.peft import save_adapter
+from minillama.data.cache import open_packed, prepare, prepare_evaluation
+from minillama.data.datasets import DataConfig
 from minillama.errors import UserError
-from minillama.inference import find_stop_ids
-from minillama.lora import LoraConfig, apply_lora
+from minillama.inference.load import find_stop_ids
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 WORDS = [
@@ -121,7 +121,7 @@ def harness(lm, tasks, names, chat=False):
 
 
 def ours(folder, batch_size, adapter=None):
-    from minillama.lm_eval import HarnessLM
+    from minillama.inference.lm_eval import HarnessLM
 
     model, tokenizer = minillama.from_pretrained(folder), minillama.load_tokenizer(folder)
     model = minillama.load_adapter(model, adapter) if adapter else model
@@ -297,7 +297,7 @@ def test_without_the_harness_the_message_says_what_to_install(folder, tmp_path):
 
 def test_an_unknown_task_is_named_with_those_that_are_near(tasks):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: extra eval")
-    from minillama.lm_eval import load_tasks
+    from minillama.inference.lm_eval import load_tasks
 
     with pytest.raises(UserError, match=r"--tasks hellaswagg: no such task; did you mean .*hellaswag"):
         load_tasks(["endings", "hellaswagg"], tasks)

@@ -15,15 +15,18 @@ from conftest import TINY
 from fake_cuda import FakeCudaProcess, answering
 from test_packing import documents_of
 
-from minillama.attention import BACKENDS
-from minillama.distributed import FsdpConfig, materialise, set_dtypes
-from minillama.kernels import KernelsConfig, choose_kernels, compile_blocks
-from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
-from minillama.lora import LoraConfig, apply_lora
-from minillama.model import Llama, LlamaConfig
-from minillama.optim import LossScaler, OptimConfig, make_optimizer
-from minillama.packing import collate, pack
-from minillama.train import train_step
+from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
+from minillama.adapters.lora import LoraConfig, apply_lora
+from minillama.data.batch import collate
+from minillama.data.packing import pack
+from minillama.hardware.kernels import KernelsConfig, choose_kernels, compile_blocks
+from minillama.model.attention import BACKENDS
+from minillama.model.config import LlamaConfig
+from minillama.model.llama import Llama
+from minillama.parallel.initialise import materialise
+from minillama.parallel.sharding import FsdpConfig, set_dtypes
+from minillama.training.optim import LossScaler, OptimConfig, make_optimizer
+from minillama.training.step import train_step
 
 CUDA = torch.device("cuda")
 LENGTHS = [300, 1, 150, 61]
@@ -127,7 +130,7 @@ def test_compiled_blocks(fake, attention, precision):
 
 def written_out(mode):
     """What the operator of math does on a device, where calling it would only ask for the shapes of its result."""
-    from minillama import blockwise
+    from minillama.model.llama import blockwise
 
     results = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -146,7 +149,7 @@ def test_attention_written_out(fake):
 
 
 def losses(mode, weight_trains):
-    from minillama.loss import linear_cross_entropy
+    from minillama.model.loss import linear_cross_entropy
 
     hidden = torch.randn(1, 9000, 64, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(32000, 64, device=CUDA, dtype=torch.bfloat16, requires_grad=weight_trains)
@@ -169,7 +172,7 @@ def test_loss(fake, weight_trains):
 
 
 def optimizer(mode, dtype, moments):
-    from minillama.optim import CompensatedAdamW
+    from minillama.training.optim import CompensatedAdamW
 
     size = 2**22 + 5
     parameter = torch.nn.Parameter(torch.zeros(size, device=CUDA, dtype=dtype))
@@ -193,12 +196,12 @@ def test_optimizer(fake, dtype, moments):
 
 def answer(mode, folder):
     """A base on the device that answers two prompts."""
-    from minillama.generate import stream
-    from minillama.inference import load_model
+    from minillama.inference.generate import stream
+    from minillama.inference.load import load_model
 
     with (
         answering(),
-        patch("minillama.hf.ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1)),
+        patch("minillama.formats.hf.ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1)),
     ):  # fake tensors are not for many
         model = load_model(folder, "cuda")
     answers = list(stream(model, [[1, 2, 3], [4]], max_new_tokens=3))
@@ -215,11 +218,13 @@ def test_loading_and_generating(fake, tiny_folder):
 
 def logged(mode, folder):
     """Metrics, profiler, evaluation and prefetching of a run on the device."""
-    from minillama.memory import held_bytes
-    from minillama.metrics import Metrics
-    from minillama.profiling import matmul_rate, peak_memory_gib
-    from minillama.run import RunConfig
-    from minillama.train import EvalConfig, Progress, TrainConfig, eval_batches, evaluate, prefetched, steps
+    from minillama.hardware.rates import matmul_rate
+    from minillama.parallel.memory import peak_memory_gib
+    from minillama.training.config import RunConfig
+    from minillama.training.metrics import Metrics
+    from minillama.training.out_of_memory import held_bytes
+    from minillama.training.plan import EvalConfig, Progress, TrainConfig, eval_batches, prefetched, steps
+    from minillama.training.step import evaluate
 
     config = RunConfig(Path("none"), Path(folder), fsdp=FsdpConfig(precision="fp32"))
     with torch.device("meta"):
@@ -229,10 +234,10 @@ def logged(mode, folder):
     optimizer = make_optimizer(model.parameters(), OptimConfig())
     packed = pack(documents_of([20, 30, 14, 40, 24]), 64, 0)
     settings = TrainConfig(batch_size=1, epochs=2)
-    metrics = Metrics(config, model, "cuda", 4, Progress(window=1))
+    metrics = Metrics(config.output_dir, config.log, model, "cuda", torch.float32, 4, Progress(packs_per_step=1))
     ready_made = [collate(packed, [p], 0, "cuda") for p in range(len(packed))]
     with answering(available=False) as told:
-        plan = steps(packed, settings, 0, 0, 1, Progress(window=1))
+        plan = steps(packed, settings, 0, 0, 1, Progress(packs_per_step=1))
         for step, ready in prefetched(plan, lambda step: [ready_made[int(p)] for [p] in step.micro_batches]):
             with metrics.waiting():
                 batches = ready.result()
@@ -284,7 +289,7 @@ def test_the_kernels_that_a_device_can_compute(fake, capability, dtype, attentio
 
 
 def strategy(mode, gibibytes):
-    from minillama.distributed import choose_strategy
+    from minillama.parallel.sharding import choose_strategy
 
     with torch.device("meta"):
         model = Llama(LlamaConfig.from_dict(TINY)).requires_grad_(False)
@@ -301,7 +306,7 @@ def joined(mode, devices, local_rank):
     """What process_group says of so many devices; it cannot go further than to NCCL, which is not there."""
     import os
 
-    from minillama.distributed import process_group
+    from minillama.parallel.processes import process_group
 
     given = {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(local_rank + 1)}
     wanted = []
@@ -328,7 +333,7 @@ def spread(mode, strategy, offload):
     """What FSDP is told of a model on the meta device, of which no part is computed."""
     from torch.distributed.fsdp import CPUOffloadPolicy
 
-    from minillama.distributed import make_mesh, shard
+    from minillama.parallel.sharding import make_mesh, shard
 
     with torch.device("meta"):
         model = Llama(LlamaConfig.from_dict(TINY))
@@ -353,22 +358,32 @@ def checkpointed(mode, folder, layout, asynchronous):
     """A checkpoint of a run on the device whose parameters are on the host, as with --fsdp.cpu-offload."""
     from torch.utils._python_dispatch import _disable_current_modes
 
-    from minillama.checkpoint import CheckpointConfig, Checkpoints
-    from minillama.resume import find_checkpoint
-    from minillama.run import RunConfig, Start
-    from minillama.train import Progress
+    from minillama.training.checkpoint import CheckpointConfig, Checkpoints
+    from minillama.training.plan import Progress
+    from minillama.training.resume import find_checkpoint
 
     settings = CheckpointConfig(format=layout, async_save=asynchronous)
-    config = RunConfig(Path("none"), Path(folder), checkpoint=settings)
     kept, generators = [], []
     with _disable_current_modes(), answering(available=False):
         for resumed in (False, True):
             torch.manual_seed(resumed)
             model = Llama(LlamaConfig.from_dict(TINY))
             optimizer = make_optimizer(model.parameters(), OptimConfig())
-            start = Start(Progress(window=1), find_checkpoint("auto", Path(folder)), {"model": "", "data": ""})
+            found = find_checkpoint("auto", Path(folder))
+            flags = {"model": "", "tokenizer": None, "train": {"batch_size": 1, "accumulate": 1}}
+            about = {"flags": flags, "fingerprints": {"model": "", "data": ""}}
             with answering() as told:  # what stages the state asks for the device
-                checkpoints = Checkpoints(config, start, model, optimizer, None, "cuda")
+                checkpoints = Checkpoints(
+                    Path(folder),
+                    settings,
+                    model,
+                    optimizer,
+                    None,
+                    "cuda",
+                    packs_per_step=1,
+                    about=about,
+                    resume_from=found,
+                )
             generators += told.generators
             stage, pinned = checkpoints.stager.stage, []
 
@@ -381,7 +396,7 @@ def checkpointed(mode, folder, layout, asynchronous):
             checkpoints.stager.stage = staged
             with checkpoints:
                 if not resumed:
-                    checkpoints.save(Progress(window=1, step=3))
+                    checkpoints.save(Progress(packs_per_step=1, step=3))
             kept.append((next(model.parameters()).detach().clone(), pinned))
     (saved, pinned), (loaded, _) = kept
     return torch.equal(saved, loaded), generators, pinned
@@ -401,8 +416,8 @@ def profiled_run(mode, folder):
     from torch.utils._python_dispatch import _disable_current_modes
 
     from minillama.errors import UserError
-    from minillama.profiling import ProfileConfig, profiled
-    from minillama.run import RunConfig
+    from minillama.training.config import RunConfig
+    from minillama.training.profiling import ProfileConfig, profiled
 
     folder, recorded, said = Path(folder), [], []
     profile = ProfileConfig(trace_dir=folder, memory_snapshot=folder / "snapshot.pickle")
@@ -442,8 +457,8 @@ def test_profiles(fake, tmp_path):
 def exhausted(mode, folder):
     """What is said when memory runs out on the device."""
     from minillama.errors import UserError
-    from minillama.memory import out_of_memory_explained
-    from minillama.run import RunConfig
+    from minillama.training.config import RunConfig
+    from minillama.training.out_of_memory import out_of_memory_explained
 
     with torch.device("meta"):
         model = Llama(LlamaConfig.from_dict(TINY))
@@ -495,7 +510,7 @@ def checked(mode, group, part, folder):
         context.joined = True
         checks = [*kernel_checks(context), *models.model_checks(context), *run_checks(context)]
         chosen = [check for check in checks if check.group == group and part in check.name]
-        with patch("minillama.metrics.Metrics", lambda *_: SimpleNamespace(close=lambda: None)):
+        with patch("minillama.training.metrics.Metrics", lambda *_: SimpleNamespace(close=lambda: None)):
             return [run(check) for check in chosen]
 
 

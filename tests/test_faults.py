@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from conftest import _processes, random_model, run_script, save_folder
 
-from minillama import faults
-from minillama.adapters import save_adapter
-from minillama.cache import open_packed, prepare
-from minillama.datasets import DataConfig
+from minillama.adapters.lora import LoraConfig, apply_lora
+from minillama.adapters.peft import save_adapter
+from minillama.data.cache import open_packed, prepare
+from minillama.data.datasets import DataConfig
 from minillama.errors import UserError
 from minillama.files import PARTIAL, lock, new_folder, write_json, write_whole
-from minillama.lora import LoraConfig, apply_lora
-from minillama.tokenizer import load_tokenizer
+from minillama.parallel import failures
+from minillama.tokenizer.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 5
@@ -98,7 +98,8 @@ CUT = """
 import os, sys
 from pathlib import Path
 import numpy as np
-from minillama.distributed import process_group, user_errors
+from minillama.parallel.failures import user_errors
+from minillama.parallel.processes import process_group
 with user_errors(), process_group("cpu"):
     file = Path(sys.argv[1])
     file.write_bytes(bytes(1 << 20))
@@ -109,7 +110,8 @@ with user_errors(), process_group("cpu"):
 LOST = """
 import os, signal, sys, time
 import torch.distributed as dist
-from minillama.distributed import on_rank_zero, process_group, user_errors
+from minillama.parallel.failures import user_errors
+from minillama.parallel.processes import on_rank_zero, process_group
 what, fails = sys.argv[1], int(sys.argv[2])
 with user_errors(), process_group("cpu"):
     if dist.get_rank() == fails and what == "killed":
@@ -134,7 +136,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 INTERRUPTED = """
 import os, sys
 from tqdm import tqdm
-from minillama.faults import user_errors
+from minillama.parallel.failures import user_errors
 if sys.argv[1] == "importing":
     os.kill(os.getpid(), signal.SIGINT)
 with user_errors():
@@ -183,9 +185,9 @@ def test_a_fault_is_told_once_by_the_rank_that_had_it(tmp_path, what, rank, said
 
 
 def test_a_process_of_another_machine_is_gone(monkeypatch, capsys):
-    monkeypatch.setattr(faults, "processes", [(platform.node(), os.getpid()), ("elsewhere", 1)])
+    monkeypatch.setattr(failures, "processes", [(platform.node(), os.getpid()), ("elsewhere", 1)])
     monkeypatch.setattr("time.monotonic", itertools.count(step=0.5).__next__)  # it waits a second
-    with pytest.raises(SystemExit), faults.user_errors():
+    with pytest.raises(SystemExit), failures.user_errors():
         raise RuntimeError("Connection closed by peer [10.0.0.2]:5\nand more")
     assert capsys.readouterr().err == (
         "\nerror: a process of another machine is gone, see what it printed (Connection closed by peer [10.0.0.2]:5)\n"

@@ -28,24 +28,27 @@ from test_index import forge
 from test_tokenizer import llama3_like
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minillama import resume
-from minillama.adapters import load_adapter, save_adapter
-from minillama.cache import prepare
-from minillama.datasets import DataConfig, Source, encode_rows, training_sources
+from minillama.adapters.lora import LoraConfig, apply_lora
+from minillama.adapters.merge import export_checkpoint
+from minillama.adapters.peft import load_adapter, save_adapter
+from minillama.data.cache import prepare
+from minillama.data.datasets import DataConfig, Source, training_sources
+from minillama.data.encoders import encode_rows
+from minillama.data.rows import read_rows
 from minillama.errors import UserError
-from minillama.hf import INDEX as WEIGHTS_INDEX
-from minillama.hf import from_pretrained, open_weights, read_config, save_pretrained, weights_fingerprint
-from minillama.index import INDEX, read_index
-from minillama.inference import find_stop_ids
-from minillama.lora import LoraConfig, apply_lora
-from minillama.merge import export_checkpoint
-from minillama.meta import read_meta_config, write_meta
-from minillama.metrics import _reopen, plot_loss
-from minillama.resume import MARK, find_checkpoint, hash_of
-from minillama.rows import read_rows
-from minillama.run import RunConfig, compare_flags, saved_flags
-from minillama.tokenizer import load_tokenizer
-from minillama.train import Progress
+from minillama.formats.hf import INDEX as WEIGHTS_INDEX
+from minillama.formats.hf import from_pretrained, open_weights, read_config, weights_fingerprint
+from minillama.formats.hf_export import save_pretrained
+from minillama.formats.meta import read_meta_config, write_meta
+from minillama.inference.load import find_stop_ids
+from minillama.tokenizer.tokenizer import load_tokenizer
+from minillama.training import resume
+from minillama.training.checkpoint_index import INDEX, read_index
+from minillama.training.config import RunConfig, saved_flags
+from minillama.training.flag_changes import compare_flags
+from minillama.training.metrics import _reopen, plot_loss
+from minillama.training.plan import Progress
+from minillama.training.resume import MANIFEST, find_checkpoint, hash_of
 
 
 @dataclass(frozen=True)
@@ -252,13 +255,13 @@ def differs(found, reference):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A model in two files with an index."""
-    import minillama.hf
+    import minillama.formats.hf
 
     plain = save_folder(random_model(**TINIER), tmp_path_factory.mktemp("plain"), **TINIER)
-    before, minillama.hf.MAX_FILE_BYTES = minillama.hf.MAX_FILE_BYTES, 12_000
+    before, minillama.formats.hf_export.MAX_FILE_BYTES = minillama.formats.hf_export.MAX_FILE_BYTES, 12_000
     folder = tmp_path_factory.mktemp("small") / "model"
     save_pretrained(from_pretrained(plain), folder, plain)
-    minillama.hf.MAX_FILE_BYTES = before
+    minillama.formats.hf_export.MAX_FILE_BYTES = before
     assert (folder / WEIGHTS_INDEX).exists()
     return folder
 
@@ -481,7 +484,7 @@ def test_files_of_runs(tmp_path, count, monkeypatch):
             saved = saved_flags(LoraRun)
         with suppress(UserError):
             plot_loss(file, tmp_path / "loss.png")
-        _reopen(file, Progress(window=1, step=3)).close()
+        _reopen(file, Progress(packs_per_step=1, step=3)).close()
         return saved
 
     fuzz(count(20, 200), "run", change, read)
@@ -531,7 +534,7 @@ def test_rows(tiny_folder, tmp_path, count, dataset):
         return text
 
     def read():
-        documents, refused = encode_rows(list(read_rows(file)), source, tokenizer)
+        documents, refused = encode_rows(list(read_rows(file)), source.dataset, source.columns, tokenizer)
         assert all(f"{file}, line 2: " in problem for problem in refused), refused
         assert len(documents) + len(refused) <= 1
         return documents
@@ -567,11 +570,11 @@ def save_adapters(mesh, folder, out):
     make_two(mesh, folder, out, norm=False)
     if mesh.get_rank() == 0:
         step = out / "sharded/checkpoints/step-00000002"
-        content = json.loads((step / MARK).read_text())
+        content = json.loads((step / MANIFEST).read_text())
         del content["sha256"]
         content["flags"]["lora"] = asdict(LORA)
         content["fingerprints"]["model"] = weights_fingerprint(folder)
-        (step / MARK).write_text(json.dumps(content | {"sha256": hash_of(json.loads(json.dumps(content)))}))
+        (step / MANIFEST).write_text(json.dumps(content | {"sha256": hash_of(json.loads(json.dumps(content)))}))
 
 
 def load_changed(mesh, folder, out, first, changes):
@@ -586,7 +589,7 @@ def load_changed(mesh, folder, out, first, changes):
 
     def change(rng):
         restore()
-        name = rng.choice((MARK, MARK, INDEX, ".metadata"))
+        name = rng.choice((MANIFEST, MANIFEST, INDEX, ".metadata"))
         if name == ".metadata":
             text = bytearray(original[name])
             for _ in range(rng.randrange(1, 5)):

@@ -5,9 +5,9 @@ from conftest import random_model
 from test_model import hf_twin
 
 from minillama import LlamaAdapterConfig, LoraConfig, apply_llama_adapter, apply_lora, generate
-from minillama.attention import KvCache
 from minillama.errors import UserError
-from minillama.generate import _choose, stream
+from minillama.inference.generate import _choose, stream
+from minillama.model.kv_cache import KvCache
 
 PROMPTS = [[5, 77, 301, 12], [9], [400, 3, 3, 17, 250, 31, 8], [2, 2]]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [file for folder in ("recipes", "tools") for file in sorted((ROOT / folder).glob("*.py"))]
+SCRIPTS = [file for folder in ("recipes", "tools", "tools/measure") for file in sorted((ROOT / folder).glob("*.py"))]
 SCRIPTS = [file for file in SCRIPTS if "tyro.cli" in file.read_text()]
 
 

@@ -17,13 +17,15 @@ from test_llama_adapter import peft_twin as prompted_twin
 from test_lora import adapted, trainable
 from test_model import hf_twin
 
-from minillama.adapters import load_adapter, load_adapter_weights, peft_config, save_adapter, vllm_refusals
-from minillama.distributed import FsdpConfig, like, local, materialise, set_dtypes, shard
+from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
+from minillama.adapters.lora import LoraConfig, apply_lora, merge_lora
+from minillama.adapters.peft import load_adapter, load_adapter_weights, peft_config, save_adapter, vllm_refusals
 from minillama.errors import UserError
-from minillama.hf import INDEX, from_pretrained, load_weights, read_config, save_pretrained, weights_fingerprint
-from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
-from minillama.lora import LoraConfig, apply_lora, merge_lora
-from minillama.model import Llama
+from minillama.formats.hf import INDEX, from_pretrained, load_weights, read_config, weights_fingerprint
+from minillama.formats.hf_export import save_pretrained
+from minillama.model.llama import Llama
+from minillama.parallel.initialise import materialise
+from minillama.parallel.sharding import FsdpConfig, like, local, set_dtypes, shard
 
 FP32 = FsdpConfig(strategy="full-shard", precision="fp32")
 
@@ -79,7 +81,7 @@ def test_a_tied_config_with_another_head_in_the_file_is_refused(tmp_path):
 
 
 def test_large_tensors_are_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("minillama.hf.READ_BYTES", 1000)  # 7 rows and a bit of a (.., 32) fp32 matrix
+    monkeypatch.setattr("minillama.formats.hf.READ_BYTES", 1000)  # 7 rows and a bit of a (.., 32) fp32 matrix
     model = random_model()
     assert_same(parameters(from_pretrained(save_folder(model, tmp_path))), parameters(model))
 
@@ -147,7 +149,7 @@ def test_bad_folders(tmp_path):
 def test_a_single_file_counts_before_an_index(tmp_path, monkeypatch, capsys):
     """As in transformers: the index may be of older shards, there or not."""
     older = save_folder(random_model(1), tmp_path / "older")
-    monkeypatch.setattr("minillama.hf.MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr("minillama.formats.hf_export.MAX_FILE_BYTES", 100_000)
     save_pretrained(from_pretrained(older), tmp_path / "both", older)
     index = tmp_path / "both" / INDEX
     shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -400,12 +402,12 @@ def full_model(mesh, folder):
 
 
 def save_from_ranks(mesh, base, outs):
-    import minillama.hf
+    import minillama.formats.hf
 
     model = full_model(mesh, base)
     before = {name: local(p).clone() for name, p in model.named_parameters()}
     for out, max_bytes in outs.items():
-        minillama.hf.MAX_FILE_BYTES = max_bytes
+        minillama.formats.hf_export.MAX_FILE_BYTES = max_bytes
         with torch.no_grad():
             model(torch.zeros(1, 4, dtype=torch.long))  # leaves gathered bf16 copies of some parameters
         save_pretrained(model, out, base)
@@ -533,7 +535,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
 
 
 def fail_in_the_middle(mesh, base, out):
-    import minillama.hf
+    import minillama.formats.hf
 
     written = []
 
@@ -544,8 +546,8 @@ def fail_in_the_middle(mesh, base, out):
         written.append(file)
         write(file, tensors)
 
-    minillama.hf.MAX_FILE_BYTES = 30_000
-    write, minillama.hf.write_tensors = minillama.hf.write_tensors, full_disk
+    minillama.formats.hf_export.MAX_FILE_BYTES = 30_000
+    write, minillama.formats.hf_export.write_tensors = minillama.formats.hf_export.write_tensors, full_disk
     model = full_model(mesh, base)
     messages = []
     for folder in (out, base / "config.json/out"):

@@ -16,7 +16,7 @@ import pytest
 from conftest import random_model, run_ranks, run_script, save_folder
 
 from minillama.errors import UserError
-from minillama.hub import find_model, model_name
+from minillama.formats.hub import find_model, model_name
 
 ROOT = Path(__file__).parents[1]
 DOWNLOAD, LORA = ROOT / "tools" / "download.py", ROOT / "recipes" / "lora_fsdp.py"

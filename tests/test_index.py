@@ -14,8 +14,8 @@ from conftest import run_ranks
 from test_checkpoint import found, make_two, training
 
 from minillama.errors import UserError
-from minillama.index import INDEX, read_index
-from minillama.resume import MARK, described, hash_of, read_mark
+from minillama.training.checkpoint_index import INDEX, read_index
+from minillama.training.resume import MANIFEST, described, hash_of, read_manifest
 
 TOOL = Path(__file__).parents[1] / "tools/convert_checkpoint.py"
 
@@ -35,10 +35,10 @@ def copied(checkpoint, tmp_path):
 def forge(folder, name, content):
     """Changes a file, and the hashes with it, as whoever gives a checkpoint away can."""
     (folder / name).write_bytes(content)
-    mark = json.loads((folder / MARK).read_text())
+    mark = json.loads((folder / MANIFEST).read_text())
     del mark["sha256"]
     mark["files"][name] = described(folder / name)
-    (folder / MARK).write_text(json.dumps(mark | {"sha256": hash_of(mark)}))
+    (folder / MANIFEST).write_text(json.dumps(mark | {"sha256": hash_of(mark)}))
 
 
 def test_it_says_what_dcps_own_says(checkpoint):
@@ -104,7 +104,7 @@ BAD = {
     "text": changed(lambda entry, parts: parts[0].__setitem__(1, "4")),
     "path": changed(lambda entry, parts: parts[0].__setitem__(2, "../step-00000001/__0_0.distcp")),
     "absolute": changed(lambda entry, parts: parts[0].__setitem__(2, "/etc/passwd")),
-    "another file": changed(lambda entry, parts: parts[0].__setitem__(2, MARK)),
+    "another file": changed(lambda entry, parts: parts[0].__setitem__(2, MANIFEST)),
     "beyond its end": changed(lambda entry, parts: parts[0].__setitem__(4, 10**9)),
 }
 
@@ -125,9 +125,9 @@ def test_a_wrong_index_is_one_message_in_the_tool(copied, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/../x"])
 def test_file_names_stay_in_the_folder(copied, name):
-    mark = json.loads((copied / MARK).read_text())
+    mark = json.loads((copied / MANIFEST).read_text())
     del mark["sha256"]
     mark["files"][name] = {"bytes": 1, "sha256": ""}
-    (copied / MARK).write_text(json.dumps(mark | {"sha256": hash_of(mark)}))
+    (copied / MANIFEST).write_text(json.dumps(mark | {"sha256": hash_of(mark)}))
     with pytest.raises(UserError, match="files outside the folder are not read"):
-        read_mark(copied)
+        read_manifest(copied)

@@ -12,14 +12,14 @@ import torch.distributed as dist
 from conftest import random_model, run_ranks
 from test_matrix import build
 
-from minillama import hardware
-from minillama.attention import BACKENDS
-from minillama.distributed import FsdpConfig, initialise, make_mesh, materialise, set_dtypes, shard
 from minillama.errors import UserError
-from minillama.hf import load_weights
-from minillama.kernels import KernelsConfig, choose_kernels, compile_blocks
-from minillama.resume import Checkpoint
-from minillama.run import RunConfig, resolve_kernels
+from minillama.formats.hf import load_weights
+from minillama.hardware.kernels import KernelsConfig, choose_kernels, compile_blocks
+from minillama.hardware.rates import rates
+from minillama.model.attention import BACKENDS
+from minillama.parallel.initialise import initialise, materialise
+from minillama.parallel.sharding import FsdpConfig, make_mesh, set_dtypes, shard
+from minillama.training.resume import Checkpoint
 
 
 def chosen(device, dtype, **config):
@@ -31,7 +31,7 @@ def chosen(device, dtype, **config):
 def test_auto_takes_what_is_measured_to_be_faster(monkeypatch, tmp_path, faster, slower):
     seconds = iter([0.01, 0.02] if faster == "math" else [0.02, 0.01])  # math is measured first
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(hardware, "fastest", lambda call: next(seconds))
+    monkeypatch.setattr(rates, "fastest", lambda call: next(seconds))
     said = f"{faster} (auto: 51,200 tokens/s a core, {slower} 25,600)"
     for _ in range(2):  # the second time from the file
         name, attention = chosen("cpu", torch.float32)
@@ -71,10 +71,10 @@ def test_auto_keeps_the_attention_of_a_checkpoint_where_it_can_run(monkeypatch):
 
 def test_a_run_that_goes_on_from_another_kind_of_device_takes_the_attention_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    config, fsdp = RunConfig(Path("model"), Path("out")), FsdpConfig(precision="fp32")
     for device, said in (("cpu", "flex (auto: float32 on CUDA)"), ("cuda", "math (auto: the checkpoint's)")):
         checkpoint = Checkpoint(Path("step-00000001"), {"device": device, "attention": "math"})
-        assert resolve_kernels(config, random_model(), fsdp, "cuda", checkpoint) == said
+        saved = checkpoint.attention("cuda")
+        assert choose_kernels(random_model(), KernelsConfig(), torch.float32, "cuda", saved=saved) == said
 
 
 @pytest.mark.parametrize(

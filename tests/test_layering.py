@@ -6,19 +6,21 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+ROOMS = ("model", "parallel", "files", "tokenizer", "formats", "hardware", "data", "training", "adapters", "inference")
+"""In order: each may import those before it, and minillama.errors. files is a module of its own."""
 ONLY_IN = {
     "tyro": {"recipes", "tools"},
-    "datasets": {"minillama/datasets.py", "tools"},
-    "tiktoken": {"minillama/tokenizer.py"},
-    "sentencepiece": {"minillama/tokenizer.py", "minillama/tokenizer_json.py", "tools"},
-    "jinja2": {"minillama/template.py"},
-    "safetensors": {"minillama/hf.py", "tools"},
-    "huggingface_hub": {"minillama/hub.py", "tools"},
-    "wandb": {"minillama/metrics.py"},
-    "matplotlib": {"minillama/metrics.py", "tools"},
+    "datasets": {"minillama/data/datasets.py", "tools"},
+    "tiktoken": {"minillama/tokenizer/engines.py"},
+    "sentencepiece": {*(f"minillama/tokenizer/{name}.py" for name in ("engines", "export", "tokenizer")), "tools"},
+    "jinja2": {"minillama/tokenizer/template.py"},
+    "safetensors": {"minillama/formats/hf.py", "minillama/formats/hf_export.py", "tools"},
+    "huggingface_hub": {"minillama/formats/hub.py", "tools"},
+    "wandb": {"minillama/training/metrics.py"},
+    "matplotlib": {"minillama/training/metrics.py", "tools"},
     "gguf": {"tools"},
-    "lm_eval": {"minillama/lm_eval.py"},
-    "pyarrow": {"minillama/rows.py", "tools"},
+    "lm_eval": {"minillama/inference/lm_eval.py"},
+    "pyarrow": {"minillama/data/rows.py", "tools"},
     "transformers": {"tools"},
     "peft": {"tools"},
     "torchtune": {"tools"},
@@ -55,20 +57,42 @@ def test_layers():
                 assert file.parts[0] in places or str(file) in places, f"{file} imports {library}"
 
 
-def test_the_model_needs_torch_alone():
-    allowed = {
-        "torch",
-        "minillama.attention",
-        "minillama.autograd",
-        "minillama.blockwise",
-        "minillama.errors",
-        "minillama.loss",
-        "minillama.transfer",
-        *sys.stdlib_module_names,
+def room_of(module: str) -> str:
+    """minillama.model.loss -> model; minillama.files -> files."""
+    return module.removeprefix("minillama.").partition(".")[0]
+
+
+def test_rooms_import_those_below_them_alone():
+    """Every import counts, those for types too."""
+    for file, names in sources():
+        if file.parts[0] != "minillama" or file.name == "__init__.py":
+            continue
+        own = room_of(".".join(file.with_suffix("").parts))
+        allowed = {"errors"} if own != "errors" else set()
+        if own in ROOMS:
+            allowed |= {*ROOMS[: ROOMS.index(own) + 1]}
+        found = {room_of(name) for name in names if name.startswith("minillama")}
+        assert found <= allowed, f"{file} imports {found - allowed}"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {
+        ".".join(file.with_suffix("").parts): {name for name in names if name.startswith("minillama.")}
+        for file, names in sources()
+        if file.parts[0] == "minillama" and file.name != "__init__.py"
     }
-    for name in ("model", "attention", "autograd", "blockwise", "loss", "errors", "transfer"):
-        names = imports(ROOT / f"minillama/{name}.py")
-        assert all(n in allowed or n.partition(".")[0] in allowed for n in names), name
+    waiting = dict(graph)
+    while free := [module for module, names in waiting.items() if not names & waiting.keys()]:
+        for module in free:
+            del waiting[module]
+    assert not waiting, f"circles among {', '.join(waiting)}"
+
+
+def test_the_model_needs_torch_alone():
+    allowed = {"torch", "minillama", *sys.stdlib_module_names}
+    for file in ("errors.py", *(f"model/{name.name}" for name in (ROOT / "minillama/model").glob("*.py"))):
+        names = imports(ROOT / "minillama" / file)
+        assert {name.partition(".")[0] for name in names} <= allowed, file
 
 
 def test_importing_the_library_does_nothing_and_imports_nothing_heavy():
@@ -82,7 +106,7 @@ for name in heavy | {"safetensors", "tqdm"}:
 import minillama.model, minillama
 assert callable(minillama.Llama) and callable(minillama.apply_lora) and callable(minillama.generate)
 del sys.modules["safetensors"], sys.modules["tqdm"]
-import minillama.hub, minillama.metrics, minillama.packing, minillama.tokenizer
+import minillama.formats.hub, minillama.training.metrics, minillama.data.packing, minillama.tokenizer.tokenizer
 assert (dict(os.environ), logging.root.handlers) == before
 import torch
 assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
@@ -110,8 +134,6 @@ def test_public_names_are_those_of_the_contract():
         "train_step",
     }
     assert contract <= set(minillama.__all__)
-    import minillama.generate  # the module has the function's name
-
     assert all(callable(getattr(minillama, name)) for name in minillama.__all__)
 
 
@@ -140,10 +162,10 @@ class Absent(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"{{name}} is not declared", name=name)
 sys.meta_path.insert(0, Absent())
 assert "transformers" in others and "rich" in others and "torch" not in others
-for file in sorted(Path({str(ROOT)!r}).glob("minillama/*.py")):
+for file in sorted(Path({str(ROOT)!r}).glob("minillama/**/*.py")):
     if file.stem not in ("__init__", "lm_eval"):  # the latter is the extra "eval"
-        importlib.import_module(f"minillama.{{file.stem}}")
-for file in sorted([*Path({str(ROOT)!r}).glob("recipes/*.py"), *Path({str(ROOT)!r}).glob("tools/*.py")]):
+        importlib.import_module(".".join(file.relative_to({str(ROOT)!r}).with_suffix("").parts))
+for file in sorted(f for d in ("recipes", "tools", "tools/measure") for f in (Path({str(ROOT)!r}) / d).glob("*.py")):
     sys.path.insert(0, str(file.parent))
     runpy.run_path(str(file), run_name="imported")
 """

@@ -7,10 +7,11 @@ from peft import AdaptionPromptConfig, get_peft_model
 from test_lora import trainable
 from test_model import hf_twin
 
+from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
+from minillama.adapters.lora import LoraConfig, LoraLinear, apply_lora
 from minillama.errors import UserError
-from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
-from minillama.lora import LoraConfig, LoraLinear, apply_lora
-from minillama.model import Llama, LlamaConfig
+from minillama.model.config import LlamaConfig
+from minillama.model.llama import Llama
 
 
 def adapted(config: LlamaAdapterConfig, **changes):

@@ -7,8 +7,8 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from test_model import hf_twin
 
+from minillama.adapters.lora import LoraConfig, LoraLinear, apply_lora, merge_lora
 from minillama.errors import UserError
-from minillama.lora import LoraConfig, LoraLinear, apply_lora, merge_lora
 
 
 def adapted(config: LoraConfig, **changes):
@@ -215,7 +215,8 @@ def test_merge(config, changes, tied):
 
 
 def test_parameter_counts_of_the_reference():
-    from minillama.model import Llama, LlamaConfig
+    from minillama.model.config import LlamaConfig
+    from minillama.model.llama import Llama
 
     shapes = {  # Llama 3.2 1B, 3.1 8B: r 8 on q and v
         851_968: dict(hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, head_dim=64),

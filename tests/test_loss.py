@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minillama import loss as loss_module
-from minillama.loss import find_targets, linear_cross_entropy
+from minillama.model.llama import loss as loss_module
+from minillama.model.loss import find_targets, linear_cross_entropy
 
 
 def batch(seed=0):

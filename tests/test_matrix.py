@@ -14,22 +14,17 @@ import torch.distributed as dist
 from conftest import run_ranks
 from test_packing import documents_of
 
-from minillama.distributed import (
-    FsdpConfig,
-    choose_strategy,
-    initialise,
-    make_mesh,
-    materialise,
-    set_dtypes,
-    shard,
-)
-from minillama.hf import load_weights, read_config
-from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
-from minillama.lora import LoraConfig, apply_lora
-from minillama.model import Llama
-from minillama.optim import OptimConfig, make_optimizer
-from minillama.packing import collate, pack
-from minillama.train import TrainConfig, steps, train_step
+from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
+from minillama.adapters.lora import LoraConfig, apply_lora
+from minillama.data.batch import collate
+from minillama.data.packing import pack
+from minillama.formats.hf import load_weights, read_config
+from minillama.model.llama import Llama
+from minillama.parallel.initialise import initialise, materialise
+from minillama.parallel.sharding import FsdpConfig, choose_strategy, make_mesh, set_dtypes, shard
+from minillama.training.optim import OptimConfig, make_optimizer
+from minillama.training.plan import TrainConfig, steps
+from minillama.training.step import train_step
 
 KINDS = {"full": 1e-3, "lora": 3e-3, "dora": 3e-3, "ends": 3e-3, "adapter": 1e-1}
 """With the learning rate of each."""

@@ -17,14 +17,14 @@ from test_lora import adapted
 from test_meta import meta_folder
 from test_model import hf_twin
 
-import minillama.hf
-import minillama.merge
-from minillama.adapters import save_adapter
+import minillama.adapters.merge
+import minillama.formats.hf_export
+from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
+from minillama.adapters.lora import LoraConfig
+from minillama.adapters.merge import ShardedWeights, adapter_of, export_checkpoint, merge_adapter
+from minillama.adapters.peft import save_adapter
 from minillama.errors import UserError
-from minillama.hf import from_pretrained
-from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
-from minillama.lora import LoraConfig
-from minillama.merge import ShardedWeights, adapter_of, export_checkpoint, merge_adapter
+from minillama.formats.hf import from_pretrained
 
 ROOT = Path(__file__).parents[1]
 TIED = {"tie_word_embeddings": True}
@@ -34,9 +34,9 @@ EVERYWHERE = ("all-linear", "embed_tokens", "lm_head")
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Every matrix is read in several pieces, and written into several files."""
-    monkeypatch.setattr(minillama.hf, "WRITE_BYTES", 1500)
-    monkeypatch.setattr(minillama.hf, "MAX_FILE_BYTES", 60_000)
-    monkeypatch.setattr(minillama.merge, "LENGTH_ROWS", 7)
+    monkeypatch.setattr(minillama.formats.hf_export, "WRITE_BYTES", 1500)
+    monkeypatch.setattr(minillama.formats.hf_export, "MAX_FILE_BYTES", 60_000)
+    monkeypatch.setattr(minillama.adapters.merge, "LENGTH_ROWS", 7)
 
 
 def assert_close(logits, expected):

@@ -10,9 +10,16 @@ import torch
 from conftest import TINY, random_model, save_folder
 
 from minillama.errors import UserError
-from minillama.hf import from_pretrained, open_weights, read_config, weights_fingerprint
-from minillama.meta import feed_forward_width, half_split, interleaved, meta_params, read_meta_config, write_meta
-from minillama.model import LlamaConfig
+from minillama.formats.hf import from_pretrained, open_weights, read_config, weights_fingerprint
+from minillama.formats.meta import (
+    feed_forward_width,
+    half_split,
+    interleaved,
+    meta_params,
+    read_meta_config,
+    write_meta,
+)
+from minillama.model.config import LlamaConfig
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "weights"
 LLAMA31 = {
@@ -133,9 +140,9 @@ def test_llama_2s_files_split_the_embedding_by_columns(tmp_path):
 def test_a_few_rows_at_a_time(tmp_path, monkeypatch):
     model = random_model()
     source = save_folder(model, tmp_path / "hf")
-    monkeypatch.setattr("minillama.meta.PIECE_BYTES", 300)
+    monkeypatch.setattr("minillama.formats.meta.PIECE_BYTES", 300)
     folder = meta_folder(tmp_path / "meta", source, 2, torch.bfloat16)
-    monkeypatch.setattr("minillama.hf.READ_BYTES", 300)
+    monkeypatch.setattr("minillama.formats.hf.READ_BYTES", 300)
     for name, tensor in from_pretrained(folder, dtype=torch.float32).state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name].bfloat16().float()), name
 

@@ -10,12 +10,15 @@ from test_packing import documents_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from minillama.adapters.lora import LoraConfig, apply_lora
+from minillama.data.batch import collate
+from minillama.data.packing import pack
 from minillama.errors import UserError
-from minillama.lora import LoraConfig, apply_lora
-from minillama.metrics import LogConfig, Metrics, _reopen, plot_loss, read_metrics
-from minillama.packing import collate, pack
-from minillama.profiling import count_parameters, matmul_rate, step_flops
-from minillama.train import Progress, batch_loss
+from minillama.hardware.rates import matmul_rate
+from minillama.training.flops import count_parameters, step_flops
+from minillama.training.metrics import LogConfig, Metrics, _reopen, plot_loss, read_metrics
+from minillama.training.plan import Progress
+from minillama.training.step import batch_loss
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "frozen below"])
@@ -50,7 +53,7 @@ def test_parameters_and_rate(monkeypatch):
     # a product of 128 takes 1 ms, too short to time; one of 256 takes 4 at best
     seconds = iter([1, 1, 1, 5, 4, 6, 7, 5, 9, 4, 6])
     ends = (moment for taken in seconds for moment in (0, taken / 1000))
-    monkeypatch.setattr("minillama.profiling.time.perf_counter", lambda: next(ends))
+    monkeypatch.setattr("minillama.training.profiling.time.perf_counter", lambda: next(ends))
     assert matmul_rate("cpu", torch.float32) == pytest.approx(2 * 256**3 / 0.004)
 
 
@@ -69,14 +72,14 @@ def test_plot_and_read(tmp_path):
 
 
 def test_a_logger_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr("minillama.metrics.find_spec", lambda name: None)
+    monkeypatch.setattr("minillama.training.metrics.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--log\.wandb needs a package: pip install wandb"):
         LogConfig(wandb=True)
 
 
 def test_a_full_disk_is_one_message_and_no_half_line(tmp_path):
     metrics, before = object.__new__(Metrics), resource.getrlimit(resource.RLIMIT_FSIZE)
-    metrics.file = _reopen(tmp_path / "metrics.jsonl", Progress(window=1))
+    metrics.file = _reopen(tmp_path / "metrics.jsonl", Progress(packs_per_step=1))
     metrics.tensorboard = metrics.wandb = None
     metrics._write({"step": 1, "loss": 2.0})
     whole = (tmp_path / "metrics.jsonl").read_bytes()
@@ -95,7 +98,7 @@ def test_a_full_disk_is_one_message_and_no_half_line(tmp_path):
     metrics.file.close()
     (tmp_path / "folder/metrics.jsonl/x").mkdir(parents=True)
     with pytest.raises(UserError, match=r"metrics\.jsonl cannot be .* \(Is a directory\)"):
-        _reopen(tmp_path / "folder/metrics.jsonl", Progress(window=1))
+        _reopen(tmp_path / "folder/metrics.jsonl", Progress(packs_per_step=1))
 
 
 def test_numbers_too_large_to_be_drawn(tmp_path):

@@ -24,10 +24,10 @@ import torch
 from conftest import TINY, _processes, random_model, save_folder
 from safetensors.torch import load_file, save_file
 
-from minillama.adapters import adapt, save_adapter
-from minillama.llama_adapter import LlamaAdapterConfig
-from minillama.lora import LoraConfig
-from minillama.resume import hash_of
+from minillama.adapters.llama_adapter import LlamaAdapterConfig
+from minillama.adapters.lora import LoraConfig
+from minillama.adapters.peft import adapt, save_adapter
+from minillama.training.resume import hash_of
 
 ROOT = Path(__file__).parents[1]
 ROWS = [{"dialogue": f"A: {'hi ' * (i % 5)}\nB: bye {i}", "summary": f"They part, {i}."} for i in range(12)]
@@ -42,6 +42,7 @@ STARTS = {
     "evaluate": "recipes/evaluate.py --model model --device cpu",
     "generate": "recipes/generate.py --model model --device cpu",
     **{file.stem: f"tools/{file.name}" for file in (ROOT / "tools").glob("*.py")},
+    **{file.stem: f"tools/measure/{file.name}" for file in (ROOT / "tools/measure").glob("*.py")},
 }
 
 # what is given; the script with its flags; what the message names; what it says to do; the state of the disk meanwhile

@@ -11,7 +11,10 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from minillama.errors import UserError
-from minillama.model import Llama, LlamaConfig, RMSNorm, rope_frequencies, rope_table, rotate, swiglu
+from minillama.model.config import LlamaConfig
+from minillama.model.elementwise import rms_norm, rms_norm_plain, swiglu, swiglu_plain
+from minillama.model.llama import Llama
+from minillama.model.rope import rope_frequencies, rope_table, rotate
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -158,28 +161,27 @@ def test_tied_head_is_one_parameter():
     assert "lm_head.weight" not in dict(model.named_parameters())
 
 
+@pytest.mark.parametrize("norm, activation", [(rms_norm, swiglu), (rms_norm_plain, swiglu_plain)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norm_and_feed_forward_beside_their_formulas_in_float64(dtype):
+def test_norm_and_feed_forward_beside_their_formulas_in_float64(dtype, norm, activation):
     torch.manual_seed(0)
     x, gate, up = (torch.randn(2, 7, 24).to(dtype).requires_grad_() for _ in range(3))
-    norm = RMSNorm(24, 1e-5)
-    torch.nn.init.normal_(norm.weight)
-    norm.to(dtype)
-    exact = [tensor.detach().double().requires_grad_() for tensor in (x, norm.weight, gate, up)]
+    weight = torch.randn(24).to(dtype).requires_grad_()
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight, gate, up)]
     normed = exact[1] * exact[0] / (exact[0].square().mean(-1, keepdim=True) + 1e-5).sqrt()
     product = exact[2] / (1 + (-exact[2]).exp()) * exact[3]
-    ours = norm(x), swiglu(gate, up)
+    ours = norm(x, weight, 1e-5), activation(gate, up)
     weights = torch.randn(2, 2, 7, 24).to(dtype)
     (ours[0] * weights[0] + ours[1] * weights[1]).sum().backward()
     (normed * weights[0].double() + product * weights[1].double()).sum().backward()
     near = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-5}
     for found, expected in zip(ours, (normed, product), strict=True):
         torch.testing.assert_close(found.double(), expected, **near)
-    for found, expected in zip((x, norm.weight, gate, up), exact, strict=True):
+    for found, expected in zip((x, weight, gate, up), exact, strict=True):
         torch.testing.assert_close(found.grad.double(), expected.grad, **near)
 
 
-@pytest.mark.parametrize("function", [lambda x: RMSNorm(8, 1e-5)(x), lambda x: swiglu(x, 2 * x)])
+@pytest.mark.parametrize("function", [lambda x: rms_norm(x, torch.ones(8), 1e-5), lambda x: swiglu(x, 2 * x)])
 def test_a_second_derivative_is_an_error_not_a_wrong_number(function):
     x = torch.randn(3, 8, requires_grad=True)
     with pytest.raises(RuntimeError, match="has no second derivative"):

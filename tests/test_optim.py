@@ -8,10 +8,10 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from minillama import optim
-from minillama.distributed import like, local
 from minillama.errors import UserError
-from minillama.optim import CompensatedAdamW, LossScaler, OptimConfig, learning_rate, make_optimizer
+from minillama.parallel.sharding import like, local
+from minillama.training import optim
+from minillama.training.optim import CompensatedAdamW, LossScaler, OptimConfig, learning_rate, make_optimizer
 
 bf16, fp32 = torch.bfloat16, torch.float32
 plain_adamw = partial(torch.optim.AdamW, weight_decay=0.0, foreach=False)

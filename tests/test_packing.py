@@ -7,11 +7,13 @@ import pytest
 import torch
 from conftest import random_model
 
-from minillama.attention import document_lengths
-from minillama.datasets import Documents
+from minillama.data.batch import collate
+from minillama.data.documents import Documents
+from minillama.data.packing import Part, pack, pad
 from minillama.errors import UserError
-from minillama.packing import Part, collate, pack, pad
-from minillama.train import TrainConfig, batch_loss, count_steps, steps
+from minillama.model.attention import document_lengths
+from minillama.training.plan import TrainConfig, count_steps, steps
+from minillama.training.step import batch_loss
 
 
 def documents_of(lengths, seed=0):
@@ -51,7 +53,7 @@ def test_every_document_that_fits_is_in_one_pack(seed):
 
 def test_packing_is_tight_on_short_documents():
     lengths = np.random.default_rng(0).integers(30, 400, 2000)
-    assert pack(documents_of(lengths), 4096, 0).efficiency > 0.985
+    assert pack(documents_of(lengths), 4096, 0).efficiency() > 0.985
 
 
 def test_all_rows_too_long():
@@ -111,7 +113,7 @@ def test_an_epoch_takes_every_pack_once_and_no_split_changes_a_step(batching, co
     config = TrainConfig(epochs=2, batch_size=2, accumulate=24 // world_size // 2 or 1)
     start = config.begin(world_size)
     runs = [list(steps(packed, config, 5, rank, world_size, start)) for rank in range(world_size)]
-    assert {len(run) for run in runs} == {count_steps(packed, config, start.window)}
+    assert {len(run) for run in runs} == {count_steps(packed, config, start.packs_per_step)}
     for epoch in (0, 1):
         taken = [i for run in runs for s in run if s.epoch == epoch for m in s.micro_batches for i in m.tolist()]
         assert sorted(taken) == list(range(count))
@@ -194,7 +196,7 @@ def test_length_grouping_pads_little(world_size, accumulate):
     # found: 0.029 where a step is one batch, at most 0.006 elsewhere; 0.41 in a random order
     assert grouped < (0.04 if world_size * accumulate == 1 else 0.01)
     assert padding(np.split(np.random.default_rng(0).permutation(6000), 1500)) > 0.38
-    assert 1 - packed.padded_efficiency(batch_size, world_size, accumulate) == pytest.approx(grouped, abs=0.005)
+    assert 1 - packed.efficiency(batch_size, world_size, accumulate) == pytest.approx(grouped, abs=0.005)
 
 
 def test_a_padded_epoch_mixes_long_and_short():
@@ -278,7 +280,7 @@ def test_parts_choose_and_repeat_documents():
 def test_many_documents_are_packed_window_by_window():
     lengths = np.random.default_rng(0).integers(30, 400, 150_000)
     packed = pack(documents_of(lengths), 4096, 0)
-    assert packed.efficiency > 0.999
+    assert packed.efficiency() > 0.999
     assert sorted(i for p in packs_of(packed) for i in p) == list(range(150_000))
     first = np.concatenate(packs_of(packed)[:20])
     assert abs(first.mean() - 75_000) < 10_000  # of all parts of the file

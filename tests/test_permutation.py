@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from minillama.permutation import permuted
+from minillama.data.permutation import permuted
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 63, 64, 65, 255, 256, 257, 1000, 4097, 70_000])

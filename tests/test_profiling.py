@@ -14,18 +14,21 @@ from test_packing import documents_of
 from test_recipes import FAST, RECIPES, check_refused, data, metrics, run  # noqa: F401
 from torch.utils.checkpoint import checkpoint
 
-from minillama.attention import BACKENDS
-from minillama.distributed import FsdpConfig
+from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
+from minillama.adapters.lora import LoraConfig, apply_lora
+from minillama.data.batch import collate
+from minillama.data.packing import pack
 from minillama.errors import UserError
-from minillama.faults import out_of_memory
-from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
-from minillama.lora import LoraConfig, apply_lora
-from minillama.memory import FRAGMENTS, REST, held_bytes, remedies
-from minillama.optim import OptimConfig, make_optimizer
-from minillama.packing import collate, pack
-from minillama.profiling import FlopCounter, ProfileConfig, step_flops
-from minillama.run import RunConfig
-from minillama.train import TrainConfig, batch_loss
+from minillama.model.attention import BACKENDS
+from minillama.parallel.failures import out_of_memory
+from minillama.parallel.sharding import FsdpConfig
+from minillama.training.config import RunConfig
+from minillama.training.flops import FlopCounter, step_flops
+from minillama.training.optim import OptimConfig, make_optimizer
+from minillama.training.out_of_memory import FRAGMENTS, REST, held_bytes, remedies
+from minillama.training.plan import TrainConfig
+from minillama.training.profiling import ProfileConfig
+from minillama.training.step import batch_loss
 
 WIDTH, SLOTS = 32, 5  # of all heads together; of llama-adapter's prompt
 
@@ -229,7 +232,7 @@ def test_what_holds_memory_and_what_helps(tmp_path):
 LIMITED = """
 import os, resource, runpy, sys
 from dataclasses import replace
-import minillama.train as train
+import minillama.training.step as train
 step = train.train_step
 
 def limited(model, optimizer, batches, **kwargs):
@@ -264,7 +267,7 @@ def test_a_rank_that_runs_out_of_memory_ends_all_with_one_message(tiny_folder, t
 def test_elsewhere_running_out_of_memory_is_said_too(tmp_path):
     script = tmp_path / "greedy.py"
     script.write_text(
-        "import torch\nfrom minillama.distributed import user_errors\nwith user_errors():\n    torch.empty(2**50)\n"
+        "import torch\nfrom minillama.parallel.processes import user_errors\nwith user_errors):\n    torch.empty(2**50)\n"
     )
     codes, text = run_script(script, log=tmp_path / "log")
     assert codes == [1] and text.startswith("error: out of memory, asked for another 4.295e+09 MiB: ")

@@ -12,8 +12,8 @@ import torch
 from conftest import random_model, run_script
 
 import minillama
-from minillama.adapters import save_adapter
-from minillama.lora import LoraConfig, apply_lora
+from minillama.adapters.lora import LoraConfig, apply_lora
+from minillama.adapters.peft import save_adapter
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "generate.py"
 QUESTIONS = ["Hi", "What is it?", "ab"]

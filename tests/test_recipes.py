@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from test_model import hf_twin
 from transformers import AutoModelForCausalLM
 
-from minillama.cache import open_packed, prepare
-from minillama.datasets import DataConfig
-from minillama.generate import generate
-from minillama.hf import from_pretrained
-from minillama.tokenizer import load_tokenizer
+from minillama.data.cache import open_packed, prepare
+from minillama.data.datasets import DataConfig
+from minillama.formats.hf import from_pretrained
+from minillama.inference.generate import generate
+from minillama.tokenizer.tokenizer import load_tokenizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE = RECIPES / "lora_fsdp.py"
@@ -394,7 +394,7 @@ def test_a_rank_that_dies_ends_the_run(tiny_folder, data, tmp_path):
     """Rank 1 is killed in its second step; the other does not hang and nothing looks finished."""
     script = tmp_path / "dying.py"
     script.write_text(
-        "import os, runpy, signal, minillama.train as train\n"
+        "import os, runpy, signal, minillama.training.step as train\n"
         "step, calls = train.train_step, []\n"
         "def dying(*args, **kwargs):\n"
         "    calls.append(1)\n"

@@ -8,9 +8,9 @@ from conftest import random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
-from minillama.lora import LoraConfig, apply_lora
-from minillama.recompute import keep_some
+from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
+from minillama.adapters.lora import LoraConfig, apply_lora
+from minillama.parallel.recompute import keep_some
 
 ADAPTERS = {
     "none": lambda model: None,

@@ -18,17 +18,22 @@ from safetensors.torch import load_file
 from test_packing import of_packs
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from minillama.datasets import DataConfig
-from minillama.distributed import FsdpConfig
+from minillama.adapters.lora import LoraConfig
+from minillama.data.datasets import DataConfig
+from minillama.data.load import load_data
 from minillama.errors import UserError
-from minillama.hf import read_config
-from minillama.lora import LoraConfig
-from minillama.metrics import _reopen
-from minillama.model import Llama
-from minillama.optim import OptimConfig
-from minillama.resume import find_checkpoint
-from minillama.run import RunConfig, compare_flags, find_start, load_data, start_run, with_date
-from minillama.train import Progress, TrainConfig, count_steps, steps
+from minillama.formats.hf import read_config
+from minillama.model.llama import Llama
+from minillama.parallel.sharding import FsdpConfig
+from minillama.tokenizer.tokenizer import load_tokenizer
+from minillama.training.config import RunConfig
+from minillama.training.flag_changes import compare_flags
+from minillama.training.metrics import _reopen
+from minillama.training.optim import OptimConfig
+from minillama.training.output_folder import find_start, start_run
+from minillama.training.plan import Progress, TrainConfig, count_steps, steps
+from minillama.training.resume import find_checkpoint
+from minillama.training.run import with_date
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 MEASURED = {"tokens_per_s", "tflops", "mfu", "peak_memory_gib", "data_wait_s"}
@@ -185,7 +190,7 @@ def test_the_samples_of_a_step_do_not_depend_on_who_takes_them(batching):
                 yield all_ranks[0], sorted(i for m in micro_batches for i in m.tolist())
 
         everything = list(taken(start, 1, config.batch_size))
-        assert len(everything) == count_steps(packed, config, start.window)
+        assert len(everything) == count_steps(packed, config, start.packs_per_step)
         for epoch in range(3):
             packs = [i for step, ids in everything if step.epoch == epoch for i in ids]
             assert sorted(packs) == list(range(len(packed)))
@@ -195,7 +200,9 @@ def test_the_samples_of_a_step_do_not_depend_on_who_takes_them(batching):
             part = list(taken(where, int(random.integers(1, 9)), int(random.integers(1, 6))))[: random.integers(1, 9)]
             done += [(step.number, step.epoch, ids) for step, ids in part]
             last = part[-1][0]
-            where = Progress(window=start.window, step=last.number + 1, epoch=last.epoch, cursor=last.cursor)
+            where = Progress(
+                packs_per_step=start.packs_per_step, step=last.number + 1, epoch=last.epoch, cursor=last.cursor
+            )
         assert done == [(step.number, step.epoch, ids) for step, ids in everything]
 
 
@@ -208,10 +215,10 @@ def test_metrics_keep_what_the_checkpoint_has(tmp_path):
         '{"step": 2, "eval_loss": 1}',
     ]
     for start, kept in [
-        (Progress(window=1), 0),
-        (Progress(window=1, step=1, evaluate=False), 2),
-        (Progress(window=1, step=2, evaluate=False), 4),
-        (Progress(window=1, step=2, evaluate=True), 3),
+        (Progress(packs_per_step=1), 0),
+        (Progress(packs_per_step=1, step=1, evaluate=False), 2),
+        (Progress(packs_per_step=1, step=2, evaluate=False), 4),
+        (Progress(packs_per_step=1, step=2, evaluate=True), 3),
     ]:
         file.write_text("\n".join([*lines, '{"step": 3, "loss": 1}', '{"st']))
         _reopen(file, start).close()
@@ -232,13 +239,14 @@ def resume_each(mesh, base, changes):
     with torch.device("meta"):
         model = Llama(read_config(base.model))
     base = replace(base, data=with_date(base.data, find_start(base)))
-    said = []
+    said, tokenizer = [], load_tokenizer(base.model)
     for change in changes:
         config = replace(base, **change)
         before = (config.output_dir / "run.json").read_bytes() if config.output_dir.exists() else None
         try:
-            start = start_run(config, load_data(config, model)[1], find_start(config))
-            said.append((start.progress.step, start.progress.window))
+            train, _ = load_data(config.data, tokenizer, model.config.vocab_size, config.seed, validation=True)
+            progress, _ = start_run(config, train, find_start(config))
+            said.append((progress.step, progress.packs_per_step))
         except UserError as error:
             said.append(str(error))
             after = (config.output_dir / "run.json").read_bytes() if config.output_dir.exists() else None

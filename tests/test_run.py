@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from conftest import run_ranks, run_script
 
-from minillama.datasets import DataConfig
+from minillama.adapters.lora import LoraConfig
+from minillama.data.datasets import DataConfig
 from minillama.errors import UserError
-from minillama.lora import LoraConfig
-from minillama.optim import OptimConfig
-from minillama.resume import Checkpoint
-from minillama.run import saved_flags, with_date
-from minillama.tokenizer import load_tokenizer
+from minillama.tokenizer.tokenizer import load_tokenizer
+from minillama.training.config import saved_flags
+from minillama.training.optim import OptimConfig
+from minillama.training.resume import Checkpoint
+from minillama.training.run import with_date
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from minillama.errors import UserError
-from minillama.template import has_generation, render
+from minillama.tokenizer.template import has_generation, render
 
 FILE = Path("model/chat_template.jinja")
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -63,7 +63,7 @@ STOPPED = {
 
 @pytest.mark.parametrize("template", [*FAILS, *STOPPED], ids=lambda template: template[:40])
 def test_a_template_ends_in_one_message_that_names_its_file(template, monkeypatch):
-    monkeypatch.setattr("minillama.template.SECONDS", 0.2)
+    monkeypatch.setattr("minillama.tokenizer.template.SECONDS", 0.2)
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
     with pytest.raises(UserError) as caught:
         rendered(template)
@@ -76,7 +76,7 @@ def test_a_template_ends_in_one_message_that_names_its_file(template, monkeypatc
 
 
 def test_what_has_passed_a_bound_is_not_tried_for_each_row(monkeypatch):
-    monkeypatch.setattr("minillama.template.SECONDS", 0.5)
+    monkeypatch.setattr("minillama.tokenizer.template.SECONDS", 0.5)
     template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
     for messages, most in ((MESSAGES, 5), ([{"role": "user", "content": "else"}], 0.3)):
         started = time.thread_time()

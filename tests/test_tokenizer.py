@@ -10,10 +10,10 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-import minillama.tokenizer
+import minillama.tokenizer.engines
 from minillama.errors import UserError
-from minillama.tokenizer import DIGITS_GPT2_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, load_tokenizer, may_hang
-from minillama.tokenizer_json import tokenizer_json
+from minillama.tokenizer.export import tokenizer_json
+from minillama.tokenizer.tokenizer import DIGITS_GPT2_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, load_tokenizer, may_hang
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -115,9 +115,9 @@ def edit_json(folder: Path, change) -> None:
 
 def write_tiktoken(file: Path, reference: Tokenizer) -> None:
     """The vocabulary of `reference`, whose byte-level tokens have the ids 0 to n-1, as Meta writes it."""
-    from minillama.tokenizer import _byte_alphabet
+    from minillama.tokenizer.engines import byte_alphabet
 
-    byte_of = _byte_alphabet()
+    byte_of = byte_alphabet()
     vocab = sorted(reference.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
     tokens = [bytes(byte_of[char] for char in token) for token, _ in vocab]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +178,7 @@ def test_added_tokens_longest_first_and_stripping(tmp_path):
 
 def test_an_expression_that_takes_too_long(tmp_path, monkeypatch):
     """Where the vocabulary lacks a byte, an engine that tries all ways to match."""
-    monkeypatch.setattr(minillama.tokenizer, "SECONDS", 0.1)
+    monkeypatch.setattr(minillama.tokenizer.engines, "SECONDS", 0.1)
     data = json.loads(llama3_like(r"(?:a|aa|a+c?)+b|[\s\S]", ignore_merges=False).to_str())
     data["model"]["vocab"]["no byte"] = data["model"]["vocab"].pop("Ā")
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))

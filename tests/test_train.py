@@ -16,22 +16,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from minillama.distributed import (
-    FsdpConfig,
-    initialise,
-    local,
-    make_mesh,
-    materialise,
-    set_dtypes,
-    shard,
-    summed_gradients,
-)
+from minillama.adapters.lora import LoraConfig, apply_lora
+from minillama.data.batch import collate
+from minillama.data.packing import pack
 from minillama.errors import UserError
-from minillama.hf import load_weights
-from minillama.lora import LoraConfig, apply_lora
-from minillama.optim import LossScaler, OptimConfig, make_optimizer
-from minillama.packing import collate, pack
-from minillama.train import TrainConfig, count_steps, evaluate, gradient_norm, prefetched, steps, train_step
+from minillama.formats.hf import load_weights
+from minillama.parallel.initialise import initialise, materialise
+from minillama.parallel.sharding import FsdpConfig, local, make_mesh, set_dtypes, shard, summed_gradients
+from minillama.training.optim import LossScaler, OptimConfig, make_optimizer
+from minillama.training.plan import TrainConfig, count_steps, prefetched, steps
+from minillama.training.step import evaluate, gradient_norm, train_step
 
 
 def prepared(kind, folder, fsdp, optim=None):

@@ -17,13 +17,15 @@ from torch.distributed.utils import _to_kwargs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import minillama.attention
-from minillama import loss, optim
-from minillama.attention import BACKENDS, document_mask
-from minillama.distributed import FsdpConfig, set_dtypes
-from minillama.optim import CompensatedAdamW
-from minillama.packing import collate, pack
-from minillama.train import evaluate, train_step
+import minillama.model.attention
+from minillama.data.batch import collate
+from minillama.data.packing import pack
+from minillama.model.attention import BACKENDS, document_mask
+from minillama.model.llama import loss
+from minillama.parallel.sharding import FsdpConfig, set_dtypes
+from minillama.training import optim
+from minillama.training.optim import CompensatedAdamW
+from minillama.training.step import evaluate, train_step
 
 
 class NoWaits(TorchDispatchMode):
@@ -42,8 +44,8 @@ class NoWaits(TorchDispatchMode):
 def meta_device(monkeypatch):
     for sizes in (loss.CHUNK_BYTES, loss.CHUNK_ROWS, loss.SLICE_BYTES, optim.PART):
         monkeypatch.setitem(sizes, "meta", sizes["cuda"])
-    monkeypatch.setattr(minillama.attention, "_varlen", lambda: (lambda q, *_: q.clone(), True))  # a GPU's alone
-    monkeypatch.setattr(minillama.attention, "_flex", lambda: lambda q, k, v, **_: q.clone())
+    monkeypatch.setattr(minillama.model.attention, "_varlen", lambda: (lambda q, *_: q.clone(), True))  # a GPU's alone
+    monkeypatch.setattr(minillama.model.attention, "_flex", lambda: lambda q, k, v, **_: q.clone())
 
 
 def on_meta(kind, folder, attention):
@@ -128,12 +130,15 @@ import torch
 sys.path.insert(0, {tests!r})
 from test_matrix import build
 from test_packing import documents_of
-from minillama.attention import BACKENDS
-from minillama.distributed import FsdpConfig, initialise, make_mesh, materialise, process_group, set_dtypes, shard
-from minillama.hf import load_weights
-from minillama.optim import OptimConfig, make_optimizer
-from minillama.packing import collate, pack
-from minillama.train import train_step
+from minillama.model.attention import BACKENDS
+from minillama.parallel.initialise import initialise, materialise
+from minillama.parallel.processes import process_group
+from minillama.parallel.sharding import FsdpConfig, make_mesh, set_dtypes, shard
+from minillama.formats.hf import load_weights
+from minillama.training.optim import OptimConfig, make_optimizer
+from minillama.data.batch import collate
+from minillama.data.packing import pack
+from minillama.training.step import train_step
 
 with process_group("cuda") as device:
     fsdp = FsdpConfig(strategy="full-shard", precision={precision!r})

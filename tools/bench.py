@@ -12,7 +12,7 @@
 Random weights and tokens, the same for all: losses and gradient norms must agree, and are printed. Each contender is a
 process of its own (tools/bench_parts) that keeps its model; on CPU they take turns, so that whatever else the machine
 does hits all alike, on CUDA they come one after the other, so that each has the memory to itself. Tokens per second are of
-all tokens; ratios are taken within a round. MFU: minillama.profiling.step_flops over the time and the rate of a matmul
+all tokens; ratios are taken within a round. MFU: minillama.training.flops.step_flops over the time and the rate of a matmul
 timed right after.
 
 transformers and peft are of this environment. torchtune 0.6.1 needs one of its own, given by --torchtune-python
@@ -38,11 +38,11 @@ from typing import Any, Literal
 
 import torch
 
-from minillama.distributed import FsdpConfig
 from minillama.errors import UserError
-from minillama.hf import read_config
-from minillama.model import LlamaConfig
-from minillama.precision import choose_precision
+from minillama.formats.hf import read_config
+from minillama.hardware.precision import choose_precision
+from minillama.model.config import LlamaConfig
+from minillama.parallel.sharding import FsdpConfig
 
 PARTS = Path(__file__).parent / "bench_parts"
 
@@ -499,8 +499,8 @@ def main(bench: Bench) -> None:
 if __name__ == "__main__":
     import tyro
 
-    from minillama.faults import user_errors
     from minillama.help import filled
+    from minillama.parallel.failures import user_errors
 
     with user_errors():
         main(tyro.cli(filled(Bench), description=__doc__))

@@ -24,17 +24,18 @@ import numpy as np
 import torch
 import tyro
 
+from minillama.adapters.merge import export_checkpoint
 from minillama.errors import UserError
-from minillama.faults import user_errors
 from minillama.files import check_unused, folder_size, new_folder, size_text, write_json
+from minillama.formats.hf import check_weights, read_config
+from minillama.formats.hf_export import companions, copy_files, write_hf, write_model
+from minillama.formats.hub import find_model
+from minillama.formats.meta import finite, interleaved, is_meta_folder, write_meta
 from minillama.help import filled
-from minillama.hf import check_weights, companions, copy_files, read_config, write_hf, write_model
-from minillama.hub import find_model
-from minillama.merge import export_checkpoint
-from minillama.meta import finite, interleaved, is_meta_folder, write_meta
-from minillama.model import Llama
-from minillama.resume import saved_steps
-from minillama.tokenizer_json import added_token, bos_first, tokenizer_json
+from minillama.model.llama import Llama
+from minillama.parallel.failures import user_errors
+from minillama.tokenizer.export import added_token, bos_first, tokenizer_json
+from minillama.training.resume import saved_steps
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"

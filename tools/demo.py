@@ -29,10 +29,10 @@ import tyro
 from torch.nn.utils.rnn import pad_sequence
 
 import minillama
-from minillama.datasets import BUNDLED
+from minillama.data.datasets import BUNDLED
 from minillama.errors import UserError
-from minillama.faults import user_errors
 from minillama.help import filled
+from minillama.parallel.failures import user_errors
 
 ROOT = Path(__file__).parents[1]
 MODEL = Path("models/SmolLM2-135M-Instruct")

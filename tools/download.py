@@ -25,10 +25,10 @@ from typing import Annotated, Any
 import tyro
 
 from minillama.errors import UserError
-from minillama.faults import user_errors
 from minillama.files import is_plain, size_text
+from minillama.formats.hub import HUB_ID, SMALL_FILES, check_found, explained, weight_files
 from minillama.help import filled
-from minillama.hub import HUB_ID, SMALL_FILES, check_found, explained, weight_files
+from minillama.parallel.failures import user_errors
 
 FILES_AT_ONCE = 4
 

@@ -34,7 +34,7 @@ from typing import IO, Any
 import torch
 
 from minillama.errors import UserError
-from minillama.hardware import processor
+from minillama.hardware.rates import processor
 
 TOOLS = Path(__file__).parent
 GROUPS = (
@@ -305,7 +305,7 @@ def main(flags: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    from minillama.faults import user_errors
+    from minillama.parallel.failures import user_errors
 
     with user_errors():
         sys.exit(main(parse()))

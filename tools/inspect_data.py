@@ -21,16 +21,17 @@ from typing import Any
 import numpy as np
 import tyro
 
-from minillama.cache import open_packed, prepare, refused_rows
-from minillama.datasets import FIELDS, DataConfig, training_sources
-from minillama.distributed import say
-from minillama.faults import user_errors
+from minillama.data.cache import open_packed, prepare, refused_rows
+from minillama.data.datasets import DataConfig, training_sources
+from minillama.data.encoders import FIELDS
+from minillama.data.packing import Packed
+from minillama.data.permutation import permuted
+from minillama.formats.hub import find_model
 from minillama.help import filled
-from minillama.hub import find_model
-from minillama.packing import Packed
-from minillama.permutation import permuted
-from minillama.run import check_seed
-from minillama.tokenizer import load_tokenizer
+from minillama.parallel.failures import user_errors
+from minillama.parallel.processes import say
+from minillama.tokenizer.tokenizer import load_tokenizer
+from minillama.training.config import check_seed
 
 BARS = 12
 WIDTH = 50
@@ -70,9 +71,9 @@ def described(packed: Packed) -> Iterator[str]:
     )
     yield f"{len(packed.sizes):,} documents, {packed.tokens:,} tokens, {trained / packed.tokens:.1%} of them trained"
     if packed.batching == "packing":
-        yield f"{len(packed):,} packs of {packed.context_length}, {packed.efficiency:.2%} full"
+        yield f"{len(packed):,} packs of {packed.context_length}, {packed.efficiency():.2%} full"
     else:
-        yield f"batches of 4 are {packed.padded_efficiency(4, 1, 1):.2%} full"
+        yield f"batches of 4 are {packed.efficiency(4):.2%} full"
     if count := documents.had_ends:
         yield f"{count:,} had BOS or EOS in their text, and were given no second one"
     for what, count in packed.long.items():

@@ -15,8 +15,8 @@ import json
 import random
 from pathlib import Path
 
-from minillama.faults import user_errors
 from minillama.files import write_whole
+from minillama.parallel.failures import user_errors
 
 SEED = 20
 TRAIN_ROWS, VALIDATION_ROWS = 800, 100

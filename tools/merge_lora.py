@@ -17,11 +17,11 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from minillama.faults import user_errors
+from minillama.adapters.merge import merge_adapter
 from minillama.files import check_unused, folder_size, size_text
+from minillama.formats.hub import find_model
 from minillama.help import filled
-from minillama.hub import find_model
-from minillama.merge import merge_adapter
+from minillama.parallel.failures import user_errors
 
 
 def merge_lora(

@@ -12,9 +12,9 @@ from typing import Annotated
 import tyro
 
 from minillama.errors import UserError
-from minillama.faults import user_errors
 from minillama.help import filled
-from minillama.metrics import plot_loss
+from minillama.parallel.failures import user_errors
+from minillama.training.metrics import plot_loss
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ import torch
 from work import Job, compute_dtype, make_model, make_work
 
 from minillama.errors import UserError
-from minillama.profiling import matmul_rate, peak_memory_gib, step_flops
+from minillama.hardware.rates import matmul_rate
+from minillama.parallel.memory import peak_memory_gib
+from minillama.training.flops import step_flops
 
 
 def make_contender(job: Job, stack: contextlib.ExitStack) -> Any:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from work import Job, Work, compute_dtype, make_model
 
+from minillama.adapters.lora import LoraLinear
 from minillama.errors import UserError
-from minillama.lora import LoraLinear
-from minillama.model import Llama
+from minillama.model.llama import Llama
 
 
 class Floor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from work import Job, Work, compute_dtype, parameter_value
 
 from minillama.errors import UserError
-from minillama.loss import linear_cross_entropy
+from minillama.model.loss import linear_cross_entropy
 
 
 class Loss:

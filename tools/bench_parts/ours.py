@@ -6,23 +6,17 @@ import torch
 from torch import Tensor
 from work import CLIP_NORM, LR, Job, Work, compute_dtype, fill, make_model
 
-from minillama.distributed import (
-    FsdpConfig,
-    choose_strategy,
-    local,
-    make_mesh,
-    materialise,
-    process_group,
-    set_dtypes,
-    shard,
-)
-from minillama.generate import generate
-from minillama.hf import from_pretrained
-from minillama.kernels import KernelsConfig, choose_kernels, compile_blocks
-from minillama.model import Llama, LlamaConfig
-from minillama.optim import OptimConfig, make_optimizer
-from minillama.packing import Batch
-from minillama.train import train_step
+from minillama.data.batch import Batch
+from minillama.formats.hf import from_pretrained
+from minillama.hardware.kernels import KernelsConfig, choose_kernels, compile_blocks
+from minillama.inference.generate import generate
+from minillama.model.config import LlamaConfig
+from minillama.model.llama import Llama
+from minillama.parallel.initialise import materialise
+from minillama.parallel.processes import process_group
+from minillama.parallel.sharding import FsdpConfig, choose_strategy, local, make_mesh, set_dtypes, shard
+from minillama.training.optim import OptimConfig, make_optimizer
+from minillama.training.step import train_step
 
 
 class Ours:

@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from minillama.hf import from_pretrained
-from minillama.model import Llama, LlamaConfig
+from minillama.formats.hf import from_pretrained
+from minillama.model.config import LlamaConfig
+from minillama.model.llama import Llama
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "recipes" / "lora_fsdp.py")
@@ -87,7 +88,7 @@ def a_line(model: Path) -> float:
 
 LINES = """
 import runpy, statistics, sys, time
-from minillama.metrics import Metrics
+from minillama.training.metrics import Metrics
 step, seconds = Metrics.step, []
 def timed(*arguments):
     began = time.perf_counter()

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
-from minillama.lora import LoraConfig, apply_lora
-from minillama.model import Llama, LlamaConfig
+from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
+from minillama.adapters.lora import LoraConfig, apply_lora
+from minillama.model.config import LlamaConfig
+from minillama.model.llama import Llama
 
 RANK, ALPHA, PROMPT_LEN, LR, CLIP_NORM = 8, 32, 10, 1e-4, 1.0
 SHORTEST, LONGEST = 50, 400

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillama.distributed import process_group
-from minillama.model import LlamaConfig
+from minillama.model.config import LlamaConfig
+from minillama.parallel.processes import process_group
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from checks import Check, Context, distance, short, worst
 from torch import Tensor
 
-from minillama.attention import BACKENDS
-from minillama.loss import IGNORE, linear_cross_entropy
-from minillama.optim import PART, CompensatedAdamW
+from minillama.model.attention import BACKENDS
+from minillama.model.loss import IGNORE, linear_cross_entropy
+from minillama.training.optim import PART, CompensatedAdamW
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)

@@ -11,26 +11,19 @@ from kernels import random
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from minillama.datasets import Documents
-from minillama.distributed import (
-    FsdpConfig,
-    choose_strategy,
-    like,
-    local,
-    make_mesh,
-    materialise,
-    set_dtypes,
-    shard,
-)
+from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
+from minillama.adapters.lora import LoraConfig, apply_lora
+from minillama.data.batch import Batch, collate
+from minillama.data.documents import Documents
+from minillama.data.packing import Packed, pack
 from minillama.errors import UserError
-from minillama.generate import generate, stream
-from minillama.kernels import KernelsConfig, choose_kernels, compile_blocks
-from minillama.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
-from minillama.lora import LoraConfig, apply_lora
-from minillama.model import Llama
-from minillama.optim import LossScaler, OptimConfig, make_optimizer
-from minillama.packing import Batch, Packed, collate, pack
-from minillama.train import batch_loss, train_step
+from minillama.hardware.kernels import KernelsConfig, choose_kernels, compile_blocks
+from minillama.inference.generate import generate, stream
+from minillama.model.llama import Llama
+from minillama.parallel.initialise import materialise
+from minillama.parallel.sharding import FsdpConfig, choose_strategy, like, local, make_mesh, set_dtypes, shard
+from minillama.training.optim import LossScaler, OptimConfig, make_optimizer
+from minillama.training.step import batch_loss, train_step
 
 KINDS = {"full": 1e-3, "lora": 3e-3, "dora": 3e-3, "lora on head and embedding": 3e-3, "llama-adapter": 1e-1}
 """With the learning rate of each."""

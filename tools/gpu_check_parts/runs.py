@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,20 +20,25 @@ from checks import Check, Context, NotRun, distance, worst
 from model_parts import KINDS, adapted, answering, batches_of, build, documents, filled, prompts_of
 from torch import Tensor
 
-from minillama.checkpoint import CheckpointConfig, Checkpoints
-from minillama.distributed import FsdpConfig, local, materialise, set_dtypes
+from minillama.data.batch import collate
 from minillama.errors import UserError
-from minillama.generate import generate
-from minillama.kernels import KernelsConfig, choose_kernels
-from minillama.memory import out_of_memory_explained
-from minillama.metrics import Metrics
-from minillama.model import Llama
-from minillama.optim import OptimConfig, make_optimizer
-from minillama.packing import collate
-from minillama.profiling import FlopCounter, ProfileConfig, profiled, step_flops
-from minillama.resume import find_checkpoint
-from minillama.run import RunConfig, Start
-from minillama.train import Progress, TrainConfig, batch_loss, prefetched, steps, train_step
+from minillama.hardware.kernels import KernelsConfig, choose_kernels
+from minillama.inference.generate import generate
+from minillama.model.llama import Llama
+from minillama.parallel.initialise import materialise
+from minillama.parallel.sharding import FsdpConfig, local, make_mesh, set_dtypes
+from minillama.training.checkpoint import CheckpointConfig
+from minillama.training.config import RunConfig
+from minillama.training.flops import FlopCounter, step_flops
+from minillama.training.loop import training_loop
+from minillama.training.metrics import Metrics
+from minillama.training.optim import OptimConfig, make_optimizer
+from minillama.training.out_of_memory import out_of_memory_explained
+from minillama.training.plan import Progress, TrainConfig, steps
+from minillama.training.profiling import ProfileConfig
+from minillama.training.resume import find_checkpoint
+from minillama.training.run import Run
+from minillama.training.step import batch_loss, train_step
 
 ROOT = Path(__file__).parents[2]
 EVERY_TWO, NO_PROFILE = CheckpointConfig(every=2), ProfileConfig()
@@ -166,34 +172,40 @@ def train(
     packed = documents(context, 2 * total)
     fsdp = FsdpConfig(precision=precision, strategy="full-shard")  # type: ignore[arg-type]
     settings = TrainConfig(epochs=1, max_steps=total, batch_size=2)
-    config = RunConfig(Path("none"), folder, train=settings, fsdp=fsdp, checkpoint=checkpoint, profile=profile)
+    config = RunConfig(
+        Path("none"),
+        folder,
+        train=settings,
+        optim=OptimConfig(lr=3e-3, schedule="constant"),
+        fsdp=fsdp,
+        checkpoint=checkpoint,
+        profile=profile,
+    )
     found = find_checkpoint("auto", folder)
-    start = Start(found.progress if found else settings.begin(dist.get_world_size()), found, {"model": "", "data": ""})
+    run = Run(
+        context.device,
+        fsdp,
+        make_mesh(fsdp, context.device),
+        SimpleNamespace(pad_id=0),
+        train=packed,
+        validation=None,
+        progress=found.progress if found else settings.begin(dist.get_world_size()),
+        checkpoint=found,
+        fingerprints={"model": "", "data": ""},
+    )
     torch.manual_seed(1)
     model = build(context, "lora", fsdp, attention=attention, dropout=0.1).train()
-    optimizer = make_optimizer(model.parameters(), OptimConfig(lr=3e-3))
-    metrics = Metrics(config, model, context.device, total, start.progress)
-    losses, at_start = [], {}
-    with (
-        Checkpoints(config, start, model, optimizer, None, context.device) as checkpoints,
-        out_of_memory_explained(config, fsdp, model, optimizer, metrics),
-        profiled(profile, metrics) as profiler,
-    ):
+    optimizer = make_optimizer(model.parameters(), config.optim)
+    losses = []
+    with training_loop(config, run, model, optimizer) as loop:
         at_start = state_of(model, optimizer)
-        plan = steps(packed, settings, 0, dist.get_rank(), dist.get_world_size(), start.progress)
-        for step, ready in prefetched(
-            plan, lambda step: [collate(packed, p, 0, context.device) for p in step.micro_batches]
-        ):
+        for step, batches in loop.steps():
             if step.number == until:
                 break
-            with metrics.waiting():
-                batches = ready.result()
-            with profiler.step(batches):
+            with loop.profiler.step(batches):
                 loss, norm = train_step(model, optimizer, batches, clip_norm=1.0)
-            metrics.step(step, 3e-3, loss, norm, batches)
+            loop.after(step, loss, norm, batches)
             losses.append(loss.item())
-            checkpoints.after(step, metrics)
-    metrics.close()
     return Trained(losses, state_of(model, optimizer) if losses else at_start)
 
 
@@ -263,7 +275,9 @@ def out_of_memory_error(context: Context) -> tuple[float, str]:
     optimizer = make_optimizer(model.parameters(), OptimConfig())
     config = RunConfig(Path("none"), fresh(context, "memory"), fsdp=fsdp)
     config.output_dir.mkdir()
-    metrics = Metrics(config, model, context.device, 1, Progress(window=1))
+    metrics = Metrics(
+        config.output_dir, config.log, model, context.device, torch.float32, 1, Progress(packs_per_step=1)
+    )
     try:
         with out_of_memory_explained(config, fsdp, model, optimizer, metrics):
             torch.empty(2**50, device=context.device)
@@ -337,7 +351,7 @@ def numbers_of(context: Context, kind: str, fsdp: FsdpConfig | None) -> dict[str
     ranks, own, count = dist.get_world_size(), dist.get_rank(), 4
     packed = documents(context, WINDOW - 2)  # fewer than a step takes: some processes have less to do, or nothing
     config = TrainConfig(epochs=count, max_steps=count, batch_size=2, accumulate=1)
-    start = Progress(window=WINDOW)
+    start = Progress(packs_per_step=WINDOW)
     found: dict[str, list[float]] = {"losses": [], "norms": []}
     for step in steps(packed, config, 0, own, ranks, start):
         batches = [collate(packed, packs, 0, context.device) for packs in step.micro_batches]

@@ -1,6 +1,6 @@
 """Which faults the tests do not see: changes a number, sign, comparison, condition, dtype, reduction or seed, and runs them.
 
-    python tools/measure/mutants.py --file minillama/loss.py --tests tests/test_loss.py tests/test_lora.py --sample 25
+    python tools/measure/mutants.py --file minillama/model/loss.py --tests tests/test_loss.py tests/test_lora.py --sample 25
 
 Prints a line a mutant: whether a test failed, where and what was changed, seconds, the test. All happens in a copy of the
 files that git knows. A process that has made the slow imports, none of them minillama's, forks for each mutant and rank.

@@ -1,0 +1,1 @@
+"""LoRA and llama-adapter, in PEFT's format."""

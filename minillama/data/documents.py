@@ -1,0 +1,49 @@
+"""Tokenized rows, end to end."""
+
+import mmap
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Tokenized documents end to end; document i is the span offsets[i]:offsets[i + 1]. The arrays may lie on the disk."""
+
+    tokens: np.ndarray
+    """int32 (N,)"""
+    trained: np.ndarray
+    """bool (N,): the token itself is a label, to be predicted from what stands before it in its document."""
+    offsets: np.ndarray
+    """int64 (n + 1,), from 0 to N"""
+    fingerprint: str = ""
+    """The same for the same tokens, wherever they were read from"""
+    refused: int = 0
+    """Rows that could not be used, left out by --data.bad-rows skip"""
+    had_ends: int = 0
+    """Rows whose text began with BOS, or ended with EOS, and so was given no second one"""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (T,) and trained (T,) of document i, as views."""
+        i = range(len(self))[i]  # negative indices, and the IndexError that ends a for loop
+        span = slice(self.offsets[i], self.offsets[i + 1])
+        return self.tokens[span], self.trained[span]
+
+    def release(self) -> None:
+        """Gives back the memory that parts of the files take which were read; they stay in the system's cache.
+
+        Else a process that goes through all of a large set would seem to hold all of it.
+        """
+        for array in (self.tokens, self.trained):
+            if isinstance(array.base, np.memmap):
+                cast(mmap.mmap, array.base.base).madvise(mmap.MADV_DONTNEED)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 (n,)"""
+        return np.diff(self.offsets)

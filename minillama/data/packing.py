@@ -1,0 +1,219 @@
+"""Documents -> packs of at most context_length tokens -> batches.
+
+Packing puts many documents into a pack. Padding makes each document a pack of its own and batches those of like length.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from minillama.data.documents import Documents
+from minillama.data.permutation import permuted
+from minillama.errors import UserError
+
+BUCKET = 64
+"""Padded documents of like length that follow each other in an epoch."""
+SORTED_TOGETHER = 64 * BUCKET
+"""Padded documents that are sorted into buckets together."""
+PACKED_TOGETHER = 65_536
+"""Documents among which those are sought that fill a pack."""
+
+TooLong = Literal["drop", "truncate", "split"]
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Documents, or pieces of them, in packs, and how an epoch goes through these. The arrays may lie on the disk."""
+
+    batching: Literal["packing", "padding"]
+    context_length: int
+    documents: Documents
+    starts: np.ndarray
+    """int64 (pieces,): where in the documents' tokens each piece starts; the pieces of a pack stand together"""
+    sizes: np.ndarray
+    """int64 (pieces,): tokens in each piece"""
+    firsts: np.ndarray
+    """int64 (packs + 1,): pack p holds the pieces firsts[p]:firsts[p + 1]"""
+    lengths: np.ndarray
+    """int64 (packs,): tokens in each pack"""
+    long: dict[str, int] = field(default_factory=dict)
+    """How many documents longer than the context were dropped, truncated, or split, and how many of their pieces have no
+    token to train and were left out ("untrained")"""
+    fingerprint: str = ""
+    """The same for the same tokens in the same packs, wherever they were read from"""
+    collator: Callable[[list[dict[str, list[int]]]], dict[str, Tensor]] | None = None
+    """The user's own, from documents to a padded batch"""
+
+    def __len__(self) -> int:
+        """Packs"""
+        return len(self.firsts) - 1
+
+    @property
+    def tokens(self) -> int:
+        return int(self.sizes.sum())
+
+    def efficiency(self, batch_size: int = 1, world_size: int = 1, accumulate: int = 1) -> float:
+        """Tokens over the places that the packs have for them.
+
+        Under padding: over those of batches that are each as wide as their longest row, in the first 10,000 or so rows of
+        an epoch.
+        """
+        if self.batching == "packing":
+            return self.tokens / (len(self) * self.context_length)
+        packs_per_step = batch_size * world_size * accumulate
+        tokens = places = 0
+        for cursor in range(0, min(len(self), 10_000), packs_per_step):
+            # all full steps fall into the same micro-batches whoever takes them: one rank is quicker to go through
+            for rows in self.micro_batches(self.order(0, 0, cursor, cursor + packs_per_step), batch_size, 0, 1):
+                tokens += int(self.lengths[rows].sum())
+                places += len(rows) * int(self.lengths[rows].max())
+        return tokens / places
+
+    def order(self, seed: int, epoch: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The packs at the places from start to stop of the order in which an epoch goes through all of them.
+
+        It depends on no batch size and no number of ranks: all ranks agree on it, and so does a resumed run on others.
+        """
+        stop = len(self) if stop is None else min(stop, len(self))
+        if self.batching == "packing":
+            return permuted(np.arange(start, stop), len(self), seed, epoch)
+        first = start - start % SORTED_TOGETHER
+        parts = [self._by_length(seed, epoch, place) for place in range(first, stop, SORTED_TOGETHER)]
+        return np.concatenate(parts)[start - first : stop - first]
+
+    def _by_length(self, seed: int, epoch: int, place: int) -> np.ndarray:
+        """The padded documents at SORTED_TOGETHER places from `place` on, in buckets of like length."""
+        random = np.random.default_rng((seed, epoch, place))
+        places = np.arange(place, min(place + SORTED_TOGETHER, len(self)))
+        rows = permuted(places, len(self), seed, epoch)
+        # The noise gives a document other neighbours in each epoch; sorted by bare length, a small set would make much
+        # the same steps again and again.
+        rows = rows[np.argsort(self.lengths[rows] * random.uniform(1, 1.1, len(rows)), kind="stable")]
+        buckets = np.split(rows, range(BUCKET, len(rows), BUCKET))
+        random.shuffle(buckets)
+        return np.concatenate(buckets)
+
+    def micro_batches(self, packs: np.ndarray, batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:
+        """The micro-batches of one rank for the packs of one step, at most batch_size packs each.
+
+        All ranks get equally many; where the packs do not go round, some are smaller, or empty. Padded documents are
+        dealt out by length: little padding, and ranks that wait for each other have much the same to do.
+        """
+        if self.batching == "padding":
+            packs = packs[np.argsort(self.lengths[packs], kind="stable")]
+        rounds = -(-len(packs) // (batch_size * world_size))
+        return np.array_split(packs, rounds * world_size)[rank::world_size]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some documents, and what becomes of those that are longer than the context."""
+
+    rows: np.ndarray
+    """int64 (n,): numbers of documents; one may come more than once"""
+    too_long: TooLong
+    """split: into pieces that overlap by one token, as a piece's first cannot be predicted, so that each token is, once"""
+
+
+def pack(documents: Documents, context_length: int, seed: int, parts: Sequence[Part] = ()) -> Packed:
+    """Best fit, longest first: each piece goes whole into the fullest pack that still has room for it.
+
+    parts: which documents; without, all, and those longer than the context are dropped. Documents that stand together in
+    the file, of one source perhaps, come into different packs. Raises UserError if nothing is left to train on.
+    """
+    starts, sizes, long = _pieces(documents, context_length, parts or [Part(np.arange(len(documents)), "drop")])
+    mixed = permuted(np.arange(len(sizes)), len(sizes), seed)
+    orders, counts = [], [np.zeros(1, np.int64)]
+    for some in np.array_split(mixed, -(-len(mixed) // PACKED_TOGETHER)):
+        packs = _best_fit(sizes[some], context_length)
+        orders.append(some[np.concatenate([np.sort(p) for p in packs])])
+        counts.append(np.array([len(p) for p in packs]))
+    order, firsts = np.concatenate(orders), np.cumsum(np.concatenate(counts))
+    return _packed("packing", context_length, documents, starts[order], sizes[order], firsts, long)
+
+
+def pad(documents: Documents, context_length: int, parts: Sequence[Part] = ()) -> Packed:
+    """Each piece alone in a pack. parts as for `pack`, but without, long documents are truncated.
+
+    Raises UserError if nothing is left to train on.
+    """
+    starts, sizes, long = _pieces(documents, context_length, parts or [Part(np.arange(len(documents)), "truncate")])
+    return _packed("padding", context_length, documents, starts, sizes, np.arange(len(starts) + 1), long)
+
+
+def _packed(batching, context_length: int, documents: Documents, starts, sizes, firsts, long: dict[str, int]) -> Packed:
+    digest = hashlib.blake2b(f"{batching} {documents.fingerprint}".encode(), digest_size=16)
+    for array in (starts, sizes, firsts):
+        digest.update(np.ascontiguousarray(array).data)
+    lengths = np.add.reduceat(sizes, firsts[:-1])
+    return Packed(batching, context_length, documents, starts, sizes, firsts, lengths, long, digest.hexdigest())
+
+
+def _pieces(
+    documents: Documents, context_length: int, parts: Sequence[Part]
+) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """Where the pieces start in the documents' tokens and how many they have, both int64 (pieces,), and Packed.long."""
+    found, rows = [], 0
+    long = {"dropped": 0, "truncated": 0, "split": 0, "untrained": 0}
+    shortest = None
+    for part in parts:
+        starts = documents.offsets[part.rows]
+        sizes = documents.offsets[part.rows + 1] - starts
+        cut = sizes > context_length
+        rows += len(sizes)
+        if len(sizes):
+            shortest = min(int(sizes.min()), shortest or int(sizes.min()))
+        long[{"drop": "dropped", "truncate": "truncated", "split": "split"}[part.too_long]] += int(cut.sum())
+        found.append(np.stack((starts[~cut], sizes[~cut])))
+        if part.too_long == "drop" or not cut.any():
+            continue
+        starts, sizes = starts[cut], sizes[cut]
+        if part.too_long == "truncate":
+            sizes = np.full_like(sizes, context_length)
+        else:
+            pieces = -(-(sizes - 1) // (context_length - 1))  # each but the first token is predicted once
+            number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+            ends = np.repeat(starts + sizes, pieces)
+            starts = np.repeat(starts, pieces) + number * (context_length - 1)
+            sizes = np.minimum(ends - starts, context_length)
+        spans = zip(starts.tolist(), (starts + sizes).tolist(), strict=True)
+        trained = np.array([documents.trained[start + 1 : end].any() for start, end in spans])
+        long["untrained"] += int((~trained).sum())
+        found.append(np.stack((starts[trained], sizes[trained])))
+    starts, sizes = np.concatenate(found, axis=1)
+    if len(starts) == 0:
+        if long["dropped"] == rows:
+            problem = (
+                f"all {rows} rows are longer than --data.context-length {context_length} (the shortest has {shortest} "
+            )
+            problem += "tokens)"
+        else:
+            problem = f"no row has a token to train among its first --data.context-length {context_length}"
+        raise UserError(f"{problem}: raise it")
+    return starts, sizes, long
+
+
+def _best_fit(sizes: np.ndarray, context_length: int) -> list[list[int]]:
+    """Packs of indices into sizes (n,), none of which is above context_length."""
+    packs: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(context_length + 1)]  # packs, by the room they have left
+    rooms = 0  # the set of r for which with_room[r] is not empty, as the bits of an integer
+    by_size = np.argsort(-sizes, kind="stable")
+    for piece, size in zip(by_size.tolist(), sizes[by_size].tolist(), strict=True):
+        wide_enough = rooms >> size
+        if wide_enough:
+            room = size + (wide_enough & -wide_enough).bit_length() - 1
+            chosen = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, chosen = context_length, len(packs)
+            packs.append([])
+        packs[chosen].append(piece)
+        with_room[room - size].append(chosen)
+        rooms |= 1 << (room - size)
+    return packs

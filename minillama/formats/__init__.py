@@ -1,0 +1,1 @@
+"""Checkpoints of Hugging Face and Meta, in and out."""

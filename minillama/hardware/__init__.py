@@ -1,0 +1,1 @@
+"""What this machine computes fast: precision, kernels, measured rates."""

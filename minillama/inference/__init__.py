@@ -1,0 +1,1 @@
+"""Sampling, and evaluation by lm-eval."""

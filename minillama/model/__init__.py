@@ -1,0 +1,6 @@
+"""The model: plain PyTorch, and the kernels behind it. Imports torch alone."""
+
+from minillama.model.config import LlamaConfig
+from minillama.model.llama import Llama
+
+__all__ = ["Llama", "LlamaConfig"]

@@ -1,0 +1,1 @@
+"""Processes, sharding and memory: a model spread over ranks."""

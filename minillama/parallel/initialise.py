@@ -1,0 +1,57 @@
+"""From a model on the meta device to one with memory and values."""
+
+import zlib
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from minillama.errors import UserError
+from minillama.model.llama import Llama
+from minillama.parallel.sharding import like, local
+
+
+def materialise(model: Llama, device: torch.device | str) -> None:
+    """Gives the parameters of a model on the meta device memory, not values. Offloaded ones belong on "cpu"."""
+    model.to_empty(device=device)
+    model.tie_weights()
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int, loaded: Collection[str] = ()) -> None:
+    """Fills every parameter and buffer not in `loaded` through its module's reset_parameters().
+
+    The numbers depend on seed and name alone, not on the number of ranks or the device: each module's parameters are
+    drawn whole on the host, one module at a time, and each rank keeps its part. (Random functions on DTensors draw the
+    same numbers in every shard on CPU.) Raises UserError for a module that does not fill what it owns.
+    """
+    # without the second name of a tied head
+    missing = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}.difference(loaded)
+    for path, module in model.named_modules():
+        kept = {name: t for name, t in (module._parameters | module._buffers).items() if t is not None}
+        own = {name: t for name, t in kept.items() if (f"{path}.{name}" if path else name) in missing}
+        if not own:
+            continue
+        who = f"{path or 'the model'} ({type(module).__name__})"
+        if not hasattr(module, "reset_parameters"):
+            raise UserError(f"{who} owns {', '.join(own)}, but has no reset_parameters() that fills it: give it one")
+        for name, tensor in kept.items():
+            # What is loaded stays on the meta device, where drawing costs nothing.
+            blank = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu" if name in own else "meta")
+            if blank.is_floating_point():
+                blank.fill_(torch.nan)
+            if isinstance(tensor, nn.Parameter):
+                module._parameters[name] = nn.Parameter(blank, tensor.requires_grad)
+            else:
+                module._buffers[name] = blank
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(zlib.crc32(f"{seed} {path}".encode()))
+            module.reset_parameters()
+        for name, tensor in kept.items():
+            tensors = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
+            drawn, tensors[name] = tensors[name], tensor
+            if name not in own:
+                continue
+            if drawn is None or drawn.isnan().any():
+                raise UserError(f"{who}: its reset_parameters() does not fill {name}, or not with numbers")
+            local(tensor).copy_(local(like(drawn, tensor)))

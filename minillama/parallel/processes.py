@@ -1,0 +1,183 @@
+"""Processes, sharding and precision: from a model on the meta device to one spread over the ranks."""
+
+import atexit
+import ctypes
+import gc
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from minillama.errors import UserError, disk_text
+from minillama.parallel.failures import processes, rank, user_errors
+from minillama.parallel.rendezvous import fresh_store
+
+T = TypeVar("T")
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def say(text: str) -> None:
+    """Prints once, on rank 0."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """Prints a warning once, on rank 0, to stderr: what a program answers on stdout stays as it is."""
+    if rank() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def quiet_but_on_rank_zero() -> Iterator[None]:
+    """Nothing is printed on other ranks: what all would say, say about wrong flags, is said once."""
+    with open(os.devnull, "w") as nowhere, ExitStack() as stack:
+        if rank() != 0:
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield
+
+
+@contextmanager
+def process_group(device: Device = "auto", timeout_minutes: float = 30.0) -> Iterator[str]:
+    """Joins the processes that torchrun (or another launcher) started, or this one alone; yields "cuda" or "cpu".
+
+    Ends them all, as user_errors does, on a UserError of one.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use; try --device cpu")
+    if device == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        wanted = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # so that rank 0 sees it too
+        if wanted > torch.cuda.device_count():
+            raise UserError(f"{wanted} processes on a machine with {torch.cuda.device_count()} GPUs: start one a GPU")
+        torch.cuda.set_device(local_rank)
+    else:
+        keep_freed_memory()
+    backend = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}[device]
+    if "RANK" in os.environ:
+        if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise UserError(f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK")
+        timeout = timedelta(minutes=timeout_minutes)
+        store, own_rank, world_size = fresh_store(timeout)
+        dist.init_process_group(backend, store=store, rank=own_rank, world_size=world_size, timeout=timeout)
+    else:  # no launcher, so no address to meet at either
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    finished = False
+    processes[:] = [("", 0)] * dist.get_world_size()
+    dist.all_gather_object(processes, (platform.node(), os.getpid()))
+    try:
+        with user_errors():
+            yield device
+        finished = True
+    finally:
+        # NCCL would wait for the other ranks, and they perhaps for this one. An exit alone makes torchrun end them.
+        if finished or device == "cpu":
+            dist.destroy_process_group()
+        # A sharded model holds its group, and gloo's threads with it, in reference cycles. A thread that drops its last
+        # tensor while the interpreter is being torn down aborts the process: end the threads before that.
+        atexit.register(gc.collect)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc, where it is the allocator, keep what is freed for the tensors that come next.
+
+    By default large pieces go back to the kernel, which clears each page when it is taken again: a third of the time of
+    a step that trains all weights on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, at its highest: larger pieces still go back, smaller ones do not
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+
+
+def group_without_timeout() -> dist.ProcessGroup:
+    """All ranks in a group of its own, for waits that take as long as they take. Every rank must call it."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=30))
+
+
+def on_rank_zero(task: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Runs task on rank 0 while the others wait; if it raises there, every rank raises: UserError where it was an OSError.
+
+    Returns the task's result on every rank. Every rank must call it.
+    """
+    result, failure = None, None
+    if dist.get_rank() == 0:
+        try:
+            result = task()
+        except Exception as error:
+            failure = error
+    answer: list[Any] = [failure and _text(failure), result]
+    dist.broadcast_object_list(answer, src=0, group=group)
+    _raise(failure, answer[:1])
+    return answer[1]
+
+
+def _text(error: Exception) -> str:
+    """What is wrong, for the other ranks; "" of what is no user's mistake, which one rank alone tells of."""
+    if isinstance(error, OSError):
+        return disk_text(error) if error.errno else str(error)
+    return str(error) if isinstance(error, UserError) else ""
+
+
+def _raise(failure: Exception | None, problems: list[str | None]) -> None:
+    """Raises what failed on any rank. problems: of all that may have, as _text has it."""
+    if failure is not None and not isinstance(failure, (OSError, UserError)):
+        raise failure
+    for problem in problems:
+        if problem == "":
+            sys.exit(1)
+        if problem is not None:
+            raise UserError(problem)
+
+
+def on_each_node(task: Callable[[], T]) -> T:
+    """Runs task on the first process of each machine while the others wait, however long it takes.
+
+    Returns on every rank the result of its machine. If it raises anywhere, every rank raises, as on_rank_zero does.
+    Every rank must call it.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    result, failure = None, None
+    if local_rank == 0:
+        try:
+            result = task()
+        except Exception as error:
+            failure = error
+    answers: list[Any] = [None] * dist.get_world_size()
+    patient = group_without_timeout()
+    dist.all_gather_object(answers, (failure and _text(failure), result), patient)
+    dist.destroy_process_group(patient)
+    _raise(failure, [problem for problem, _ in answers])
+    return answers[dist.get_rank() - local_rank][1]
+
+
+def all_reduce(
+    values: list[float], op: Literal["sum", "max"] = "sum", device: torch.device | str = "cpu"
+) -> list[float]:
+    """Each of a few numbers summed (or maximised) over all ranks, exactly (fp64)."""
+    numbers = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(numbers, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+    return numbers.tolist()
+
+
+def local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or dist.get_world_size())
+
+
+def is_rank_zero() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def process_count() -> int:
+    """Processes that train together: 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1

@@ -1,0 +1,1 @@
+"""A run: the step, optimizer, metrics, checkpoints, profiling."""

@@ -1,0 +1,441 @@
+"""Training state on the disk: saved whole or not at all, resumed on any number of processes."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from minillama.errors import REMEDIES, UserError, disk_error
+from minillama.files import described, size_text
+from minillama.formats.hf_export import MAX_FILE_BYTES, split_by_size, write_tensors
+from minillama.model.attention import BACKENDS
+from minillama.model.llama import Llama
+from minillama.parallel.processes import all_reduce, on_rank_zero, rank, say
+from minillama.parallel.sharding import reshard
+from minillama.training.checkpoint_index import INDEX, IndexReader, IndexWriter
+from minillama.training.metrics import Metrics
+from minillama.training.optim import LossScaler
+from minillama.training.plan import Progress, Step
+from minillama.training.resume import MANIFEST, Checkpoint, hash_of, saved_steps
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The training state: trained parameters, optimizer, random numbers, place in the data."""
+
+    every: int = 0
+    """Steps between checkpoints; 0: after each epoch; -1: none, unless a signal stops the run."""
+    keep: int = 2
+    """The newest checkpoints that stay; 0: all."""
+    best: bool = False
+    """Save also after an evaluation with the lowest loss so far, and keep that one beside the newest."""
+    save_optimizer: bool = True
+    """Without, a checkpoint is a third of the size, and a resumed run does not continue exactly."""
+    format: Literal["sharded", "full"] = "sharded"
+    """sharded: torch.distributed.checkpoint's, each process writes its part. full: safetensors of whole tensors, that
+    need no process group to be read. A run resumes from either on any number of processes."""
+    async_save: bool = True
+    """Copy the state to host memory and write it while training goes on."""
+
+    def __post_init__(self) -> None:
+        if self.every < -1:
+            raise UserError(f"--checkpoint.every {self.every}: must be at least 1, or 0 or -1")
+        if self.keep < 0:
+            raise UserError(f"--checkpoint.keep {self.keep}: must be at least 1, or 0 for all")
+
+    def due(self, step: Step) -> bool:
+        """Whether to save once this step is made."""
+        if self.every == -1:
+            return False
+        return step.is_last or ((step.number + 1) % self.every == 0 if self.every else step.ends_epoch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving and loading
+
+
+class Checkpoints:
+    """The checkpoints of one run. Making it loads the one to resume from, if any, into model, optimizer and scaler.
+
+    Every rank must make it, and call its methods at the same places. From then on SIGTERM and SIGUSR1 no longer kill
+    the process: the running step ends, a checkpoint is written, and the process exits with 128 + the signal's number.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        config: CheckpointConfig,
+        model: Llama,
+        optimizer: torch.optim.Optimizer,
+        scaler: LossScaler | None,
+        device: str,
+        *,
+        packs_per_step: int,
+        about: dict[str, Any],
+        resume_from: Checkpoint | None = None,
+        seed: int = 0,
+        timeout_minutes: float = 30.0,
+    ) -> None:
+        """about: what is saved besides, for the run that resumes to compare: "flags" and "fingerprints"."""
+        self.output_dir, self.config, self.about = output_dir, config, about
+        self.model, self.optimizer, self.scaler, self.device = model, optimizer, scaler, device
+        self.packs_per_step, self.seed = packs_per_step, seed
+        self.folder = output_dir / "checkpoints"
+        # Of its own, on the host: a checkpoint is written while the steps use the others.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+        cuda = device == "cuda"
+        self.alone = dist.new_group([0], backend="gloo") if config.format == "full" else None
+        self.staging = StagingOptions(cuda, False, False, cuda)
+        self.stager = DefaultStager(self.staging)
+        self.writer = ThreadPoolExecutor(1)
+        self.writing: Future[None] | None = None
+        self.best: tuple[float, int] | None = None  # lowest evaluation loss, and the step it was found at
+        self.signal = 0  # that this process got
+        self.stopped_by = 0  # that any process got, as all have agreed
+        on_rank_zero(lambda: _remove_leftovers(self.folder))
+        if resume_from is not None:
+            self._load(resume_from)
+        self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signal = number
+
+    def _state(self, optimizer: bool) -> dict[str, dict[str, Tensor]]:
+        """What trains, by name; saved from and loaded into these very tensors."""
+        reshard(self.model)  # after an evaluation: it is the sharded parameters that train
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        state = {"model": {name: p.detach() for name, p in trained.items()}}
+        if optimizer:
+            state["optimizer"] = {
+                f"{name}.{key}": value for name, p in trained.items() for key, value in self.optimizer.state[p].items()
+            }
+        return state
+
+    def _random(self) -> dict[str, Tensor]:
+        """The state of this rank's generators. Random numbers are only used for dropout."""
+        states = {f"{rank()}.cpu": torch.get_rng_state()}
+        return states | {f"{rank()}.cuda": torch.cuda.get_rng_state()} if self.device == "cuda" else states
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        content, failed = checkpoint.content, f"{checkpoint.folder} cannot be loaded"
+        state = self._state(optimizer=content["optimizer"])
+        same_ranks = content["world_size"] == dist.get_world_size() and content["device"] == self.device
+        if same_ranks:
+            state["random"] = self._random()
+
+        def reader(part: str) -> dcp.FileSystemReader:
+            if content["format"] == "sharded":
+                return IndexReader(checkpoint.folder)
+            return dcp.HuggingFaceStorageReader(str(checkpoint.folder / part))
+
+        def check() -> None:
+            for part, tensors in state.items():
+                prefix = f"{part}." if content["format"] == "sharded" else ""
+                _check_shapes(reader(part).read_metadata(), tensors, part, prefix)
+
+        def load() -> None:
+            if content["format"] == "sharded":
+                dcp.load(state, storage_reader=reader(""), process_group=self.group)
+            else:
+                for part, tensors in state.items():
+                    dcp.load(tensors, storage_reader=reader(part), process_group=self.group)
+
+        self._together(check, failed)
+        self._together(load, failed)
+        if same_ranks:
+            torch.set_rng_state(state["random"][f"{rank()}.cpu"])
+            if self.device == "cuda":
+                torch.cuda.set_rng_state(state["random"][f"{rank()}.cuda"])
+        else:  # as good as any other, but not those that the run began with
+            torch.manual_seed(zlib.crc32(f"{self.seed} {checkpoint.progress.step} {rank()}".encode()))
+        if self.scaler and content["scaler"]:
+            self.scaler.load_state_dict(content["scaler"])
+        self.best = content["best"] and tuple(content["best"])
+        if not content["optimizer"]:
+            say("the checkpoint has no optimizer state: its moments start at zero")
+
+    def stopping(self) -> bool:
+        """Whether a signal has asked any rank to stop. Raises UserError if a checkpoint could not be written."""
+        if self.stopped_by:
+            return True
+        failed = self.writing is not None and self.writing.done() and self.writing.exception() is not None
+        self.stopped_by, any_failed = map(int, all_reduce([self.signal, failed], "max"))
+        if any_failed:
+            self.finish()
+        return self.stopped_by > 0
+
+    def leave_if_stopping(self, metrics: Metrics) -> None:
+        """Ends the process, with the code that says so, if a signal has asked for it. Saves nothing."""
+        if self.stopping():
+            self._leave(metrics)
+
+    def _leave(self, metrics: Metrics) -> None:
+        self.finish()
+        metrics.close()
+        say(f"stopped by {signal.Signals(self.stopped_by).name}: to go on, the same command with --resume auto")
+        sys.exit(128 + self.stopped_by)
+
+    def after(self, step: Step, metrics: Metrics, *, evaluation_due: bool) -> None:
+        """To be called after each step and its evaluation: saves if it is time to; ends the process on a signal.
+
+        evaluation_due: whether there was to be one, which a signal may have stopped.
+        """
+        done = step.number + 1
+        loss = metrics.evaluated.get(done)
+        best = self.config.best and loss is not None and (self.best is None or loss < self.best[0])
+        if best:
+            assert loss is not None
+            self.best = (loss, done)
+        stopping = self.stopping()
+        if stopping or best or self.config.due(step):
+            tokens, unlogged = metrics.so_far(done)
+            with metrics.paused():
+                self.save(
+                    Progress(
+                        step=done,
+                        epoch=step.epoch,
+                        cursor=step.cursor,
+                        packs_per_step=self.packs_per_step,
+                        tokens=tokens,
+                        unlogged=unlogged,
+                        evaluate=evaluation_due and loss is None,
+                    )
+                )
+        if stopping:
+            self._leave(metrics)
+        if step.is_last and self.best is not None:
+            metrics.say(f"lowest validation loss {self.best[0]:.4f}: checkpoints/step-{self.best[1]:08}")
+
+    def save(self, progress: Progress) -> None:
+        """Writes a checkpoint, or with async_save begins to. The one begun before is finished first."""
+        self.finish()
+        state = self._state(self.config.save_optimizer)
+        content = {
+            "progress": asdict(progress),
+            "world_size": dist.get_world_size(),
+            "device": self.device,
+            "attention": next((name for name, kind in BACKENDS.items() if kind is self.model.attention), None),
+            "format": self.config.format,
+            "optimizer": self.config.save_optimizer,
+            "scaler": self.scaler and self.scaler.state_dict(),
+            "best": self.best,
+            **self.about,
+            "torch": torch.__version__,
+        }
+        state["random"] = self._random()
+        if self.config.async_save:
+            self.writing = self.writer.submit(self._write, self._staged(state), content)
+        else:
+            self._write(state, content)
+
+    def _staged(self, state: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """A copy of the state in host memory, which training leaves as it is."""
+        try:
+            return self.stager.stage(state)  # type: ignore[return-value]
+        except KeyError:  # before torch 2.12 a stager closes itself after its first copy
+            self.stager = DefaultStager(self.staging)
+            return self.stager.stage(state)  # type: ignore[return-value]
+
+    def finish(self) -> None:
+        """Until the checkpoint begun before is written. Raises what went wrong with it."""
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            writing.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Finishes the checkpoint that is being written, and gives signals their old effect."""
+        try:
+            self.finish()
+        except UserError:
+            if kind is None:  # what is already going wrong is the cause, or worse
+                raise
+        else:
+            if kind is KeyboardInterrupt and (steps := saved_steps(self.output_dir)):
+                say(f"\nstopped: to go on from step {max(steps)}, the same command with --resume auto")
+        finally:
+            self.writer.shutdown()
+            self.stager.close()
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+
+    def _write(self, state: dict[str, dict[str, Tensor]], content: dict[str, Any]) -> None:
+        """Writes aside; renames once all is on the disk. May run beside the steps, so it has a group of its own."""
+        final = self.folder / f"step-{content['progress']['step']:08}"
+        path = final.with_name(final.name + ".partial")
+        size = sum(tensor.numel() * tensor.element_size() for part in state.values() for tensor in part.values())
+        failed = f"{final}, of {size_text(size)}, cannot be written"
+
+        def write() -> None:
+            dcp.save(state, storage_writer=IndexWriter(path), process_group=self.group)
+
+        try:
+            self._together(lambda: _make_empty(path) if rank() == 0 else None, failed)
+            self._together(write, failed)
+            names = self._together(lambda: [file.name for file in _files_of(path)], failed)
+            self._together(lambda: _check_shared(path, names) if rank() == 0 else None, failed)
+            if content["format"] == "full":
+                self._together(lambda: _consolidate(path, self.alone) if rank() == 0 else None, failed)
+            files = self._together(
+                lambda: {str(file.relative_to(path)): described(file) for file in _files_of(path)}, failed
+            )
+            content["files"] = {name: file for of_rank in files for name, file in of_rank.items()}
+            self._together(lambda: self._complete(path, final, content) if rank() == 0 else None, failed)
+        except BaseException:
+            if rank() == 0:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+
+    def _complete(self, path: Path, final: Path, content: dict[str, Any]) -> None:
+        with (path / MANIFEST).open("w") as file:
+            json.dump(content | {"sha256": hash_of(json.loads(json.dumps(content)))}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        _remove(final)  # of a run that was resumed from before it
+        path.rename(final)
+        _sync_folder(self.folder)
+        keep, best = self.config.keep, content["best"]
+        steps = saved_steps(self.output_dir)
+        for number in list(steps)[:-keep] if keep else ():
+            if best is None or number != best[1]:
+                _remove(steps[number])
+
+    def _together(self, task: Callable[[], T], failed: str) -> list[T]:
+        """What the task returns on each rank. Raises UserError on every rank if it fails on one, or one is gone."""
+        result, problem = None, None
+        try:
+            result = task()
+        except (dcp.api.CheckpointException, Exception) as error:
+            problem = _first_line(error)
+        answers: list[Any] = [None] * dist.get_world_size()
+        try:
+            dist.all_gather_object(answers, (problem, result), group=self.group)
+        except RuntimeError as error:  # its connection is closed
+            raise UserError(f"{failed}: {problem or 'another process has ended'} ({_first_line(error)})") from None
+        for text, _ in answers:
+            if text is not None:
+                raise UserError(f"{failed}: {text}")
+        return [answer for _, answer in answers]
+
+
+def _check_shapes(metadata: Metadata, tensors: Mapping[str, Tensor], part: str, prefix: str) -> None:
+    """Raises UserError unless this part of a checkpoint has exactly these tensors, in these shapes."""
+    saved = {
+        name.removeprefix(prefix): list(tensor.size)
+        for name, tensor in metadata.state_dict_metadata.items()
+        if name.startswith(prefix) and isinstance(tensor, TensorStorageMetadata)
+    }
+    wanted = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    problems = [f"{name} is missing" for name in wanted.keys() - saved.keys()]
+    if part != "random":  # of which each rank takes its own
+        problems += [f"{name} is not part of this run" for name in saved.keys() - wanted.keys()]
+    problems += [
+        f"{name} has shape {saved[name]}, not {wanted[name]}"
+        for name in saved.keys() & wanted.keys()
+        if saved[name] != wanted[name]
+    ]
+    if problems:
+        raise UserError(f"{part}: {'; '.join(sorted(problems)[:4])}{'; ...' if len(problems) > 4 else ''}")
+
+
+def _consolidate(path: Path, alone: dist.ProcessGroup | None) -> None:
+    """Turns what all ranks wrote into safetensors files of whole tensors, in a folder each for model, optimizer, random.
+
+    alone: a group of this process, which takes the memory of one file.
+    """
+    metadata = IndexReader(path).read_metadata().state_dict_metadata
+    saved = {name: tensor for name, tensor in metadata.items() if isinstance(tensor, TensorStorageMetadata)}
+    for part in sorted({name.partition(".")[0] for name in saved}):
+        sizes = {
+            name: tensor.size.numel() * tensor.properties.dtype.itemsize
+            for name, tensor in saved.items()
+            if name.startswith(f"{part}.")
+        }
+        (path / part).mkdir()
+        for number, names in enumerate(split_by_size(sizes, MAX_FILE_BYTES), 1):
+            tensors = {name: torch.empty(saved[name].size, dtype=saved[name].properties.dtype) for name in names}
+            dcp.load(tensors, storage_reader=IndexReader(path), process_group=alone)
+            file = path / part / f"{number:05}.safetensors"
+            write_tensors(file, {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()})
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
+    for file in (*path.glob("*.distcp"), path / ".metadata", path / INDEX):
+        file.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def _make_empty(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Those that this rank has written, and so is to describe."""
+    if rank() != 0:
+        return list(path.glob(f"__{rank()}_*.distcp"))
+    if (path / INDEX).exists():
+        return [path / ".metadata", path / INDEX, *path.glob("__0_*.distcp")]
+    return list(path.rglob("*.*"))
+
+
+def _check_shared(path: Path, names: list[list[str]]) -> None:
+    there = {file.name for file in path.iterdir()}
+    if missing := [name for of_rank in names for name in of_rank if name not in there]:
+        raise UserError(
+            f"{missing[0]}, of another machine, is not there: --output-dir must be on a disk that all share"
+        )
+
+
+def _remove(checkpoint: Path) -> None:
+    """First its name, so that it is never found with a part of its files."""
+    if checkpoint.exists():
+        dying = checkpoint.with_name(checkpoint.name + ".deleted")
+        checkpoint.rename(dying)
+        shutil.rmtree(dying)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What a killed run had begun to write or to remove."""
+    for path in [*folder.glob("step-*.partial"), *folder.glob("step-*.deleted")]:
+        shutil.rmtree(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Names reach the disk too, before anything relies on them."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first_line(error: BaseException) -> str:
+    failed_rank = rank()
+    if isinstance(error, dcp.api.CheckpointException):
+        failed_rank, (error, _) = next(iter(error.failures.items()))
+    text = (str(error).strip() or repr(error)).splitlines()[0]
+    if full_disk := disk_error(error):
+        text = f"{full_disk.strerror}: {REMEDIES[full_disk.errno or 0]}, and go on with --resume auto"
+    return f"{text} (rank {failed_rank})"

@@ -1,0 +1,115 @@
+"""What surrounds the steps of every recipe: data that is read ahead, learning rate, metrics, evaluation, checkpoints."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from minillama.data.batch import Batch, collate
+from minillama.model.llama import Llama
+from minillama.parallel.processes import rank
+from minillama.training.checkpoint import Checkpoints
+from minillama.training.config import RunConfig
+from minillama.training.metrics import Metrics
+from minillama.training.optim import LossScaler, learning_rate
+from minillama.training.out_of_memory import out_of_memory_explained
+from minillama.training.plan import Step, count_steps, eval_batches, prefetched, steps
+from minillama.training.profiling import Profiler, profiled
+from minillama.training.run import Run
+from minillama.training.step import evaluate
+
+
+@dataclass
+class Loop:
+    """The steps of a run, and what is done after each."""
+
+    config: RunConfig
+    run: Run
+    model: Llama
+    optimizer: torch.optim.Optimizer
+    scaler: LossScaler | None
+    """For fp16"""
+    metrics: Metrics
+    checkpoints: Checkpoints
+    profiler: Profiler
+    total: int
+    """Steps of the whole run"""
+
+    def steps(self) -> Iterator[tuple[Step, list[Batch]]]:
+        """Each step from run.progress on, with its micro-batches on the device; its learning rate is set.
+
+        Evaluates first if that is due. A thread makes the batches while the step before is computed.
+        """
+        config, run = self.config, self.run
+        if run.progress.evaluate:
+            self._evaluate(run.progress.step)
+        self.checkpoints.leave_if_stopping(self.metrics)
+
+        def load(step: Step) -> list[Batch]:
+            return [collate(run.train, packs, run.tokenizer.pad_id, run.device) for packs in step.micro_batches]
+
+        self.model.train()
+        own_steps = steps(run.train, config.train, config.seed, rank(), run.mesh.size(), run.progress)
+        for step, batches in prefetched(own_steps, load):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(step.number, step.epoch, self.total, config.optim)
+            with self.metrics.waiting():
+                ready = batches.result()
+            yield step, ready
+
+    def after(self, step: Step, loss: Tensor, norm: Tensor, batches: list[Batch]) -> None:
+        """Logs a step that was made; evaluates and saves where that is due; ends the process on a signal.
+
+        loss, norm: what train_step returned. Raises UserError if training has diverged.
+        """
+        self.metrics.step(step, self.optimizer.param_groups[0]["lr"], loss, norm, batches)
+        evaluation_due = self.config.eval.due(step)
+        if evaluation_due:
+            self._evaluate(step.number + 1)
+        self.checkpoints.after(step, self.metrics, evaluation_due=evaluation_due)
+
+    def _evaluate(self, done: int) -> None:
+        run = self.run
+        if run.validation:
+            batches = eval_batches(
+                run.validation, self.config.eval, run.tokenizer.pad_id, run.device, rank(), run.mesh.size()
+            )
+            with self.metrics.paused():
+                result = evaluate(self.model, batches, self.checkpoints.stopping)
+            self.metrics.evaluation(done, result)
+
+
+@contextmanager
+def training_loop(config: RunConfig, run: Run, model: Llama, optimizer: torch.optim.Optimizer) -> Iterator[Loop]:
+    """Around training: opens metrics.jsonl, loads the checkpoint to resume from, and closes all at the end.
+
+    Every rank must enter it. Inside, SIGTERM and SIGUSR1 save and end the run, and an out-of-memory error says what
+    would help.
+    """
+    total = count_steps(run.train, config.train, run.progress.packs_per_step)
+    scaler = LossScaler() if run.fsdp.precision == "fp16" else None
+    dtype = run.fsdp.compute_dtype
+    metrics = Metrics(config.output_dir, config.log, model, run.device, dtype, total, run.progress)
+    torch.manual_seed(config.seed + rank())  # dropout differs between ranks
+    with (
+        Checkpoints(
+            config.output_dir,
+            config.checkpoint,
+            model,
+            optimizer,
+            scaler,
+            run.device,
+            resume_from=run.checkpoint,
+            packs_per_step=run.progress.packs_per_step,
+            seed=config.seed,
+            timeout_minutes=config.fsdp.timeout_minutes,
+            about={"flags": json.loads(json.dumps(asdict(config), default=str)), "fingerprints": run.fingerprints},
+        ) as checkpoints,
+        out_of_memory_explained(config, run.fsdp, model, optimizer, metrics),
+        profiled(config.profile, metrics) as profiler,
+    ):
+        yield Loop(config, run, model, optimizer, scaler, metrics, checkpoints, profiler, total)
+    metrics.close()

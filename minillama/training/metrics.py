@@ -1,0 +1,295 @@
+"""What a run writes while it trains: metrics.jsonl, loss.png, and the loggers asked for."""
+
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minillama.data.batch import Batch
+from minillama.errors import UserError, disk_text
+from minillama.files import misfit, read_bytes, write_whole
+from minillama.hardware.rates import matmul_rate
+from minillama.model.llama import Llama
+from minillama.parallel.memory import peak_memory_gib
+from minillama.parallel.processes import all_reduce, rank
+from minillama.training.flops import step_flops
+from minillama.training.plan import Progress, Step
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where the numbers go, besides metrics.jsonl."""
+
+    every: int = 1
+    """Steps between lines of metrics.jsonl. Loss, counts and speed are those of all steps since the last line, lr and
+    grad_norm those of the last step."""
+    tensorboard: bool = False
+    """Also write TensorBoard files to OUTPUT_DIR/tensorboard (needs the package tensorboard)."""
+    wandb: bool = False
+    """Also log to Weights & Biases, set up by its own environment variables (needs the package wandb)."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"--log.every {self.every}: must be at least 1")
+        for name in ("tensorboard", "wandb"):
+            if getattr(self, name) and find_spec(name) is None:
+                raise UserError(f"--log.{name} needs a package: pip install {name}")
+
+
+LOSSES = {"loss", "eval_loss"}
+
+
+class Metrics:
+    """Collects what each step did, and every `--log.every` steps makes one line of it, of all ranks together."""
+
+    def __init__(
+        self,
+        output_dir: Path,
+        config: LogConfig,
+        model: Llama,
+        device: str,
+        dtype: torch.dtype,
+        steps: int,
+        start: Progress,
+    ) -> None:
+        """dtype: what the model computes in; steps: how many the run makes in all."""
+        self.every, self.model, self.device, self.dtype = config.every, model, device, dtype
+        self.rate = matmul_rate(device, dtype)
+        self.tokens = start.tokens - int(start.unlogged[2])  # of all lines so far
+        self.trained = start.step > 0  # whether any token has been
+        self.evaluated: dict[int, float] = {}  # step -> loss
+        self.file = _reopen(output_dir / "metrics.jsonl", start) if rank() == 0 else None
+        form = "step {n_fmt}/{total_fmt}{postfix} |{bar}| {elapsed}<{remaining}"  # a narrow terminal cuts the end
+        self.bar = tqdm(total=steps, initial=start.step, bar_format=form, disable=rank() != 0)
+        self.tensorboard = self.wandb = None
+        if rank() == 0 and config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start.step + 1)
+        if rank() == 0 and config.wandb:
+            import wandb
+
+            run = json.loads((output_dir / "run.json").read_text())
+            self.wandb = wandb.init(
+                project="minillama", dir=str(output_dir), config=run["flags"], id=run["id"], resume="allow"
+            )
+        self._reset(*(start.unlogged if rank() == 0 else ()))
+
+    def _reset(self, loss_sum: float = 0.0, seconds: float = 0.0, *counts: float) -> None:
+        # this rank's since the last line: each step's loss times its trained tokens; tokens, trained tokens and squares
+        self.loss_sum: Tensor | float = loss_sum
+        self.counts = [int(count) for count in counts] or [0, 0, 0]
+        self.seconds = seconds
+        self.waited = 0.0
+        self.started: float | None = None  # the clock
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what makes the step wait for its data."""
+        started = time.perf_counter()
+        if self.started is None:
+            self.started = started
+        yield
+        self.waited += time.perf_counter() - started
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what does not count for the speed of the steps."""
+        started = time.perf_counter()
+        yield
+        if self.started is not None:
+            self.started += time.perf_counter() - started
+
+    def _clock(self) -> float:
+        return self.seconds + (time.perf_counter() - self.started if self.started is not None else 0)
+
+    def step(self, step: Step, lr: float, loss: Tensor, norm: Tensor, batches: list[Batch]) -> None:
+        """Notes a step that has been made: its learning rate, what train_step returned, this rank's micro-batches.
+
+        Raises UserError, where it makes a line, if training has diverged.
+        """
+        # exact in fp64: losses have 24 bits, and so the sum does not depend on where a run was interrupted
+        self.loss_sum = self.loss_sum + loss.double() * sum(batch.trained for batch in batches)
+        self.norm = norm
+        for batch in batches:
+            for i, count in enumerate((batch.count, batch.trained, batch.squares)):
+                self.counts[i] += count
+        self.bar.update()
+        if (step.number + 1) % self.every and not step.is_last:
+            return
+        number, seconds = step.number + 1, self._clock()
+        loss_sum, grad_norm = float(self.loss_sum), norm.item()  # waits for the device
+        flops = step_flops(self.model, *self.counts)
+        tokens, trained, flops, rate, loss_sum = all_reduce([*self.counts[:2], flops, self.rate, loss_sum])
+        self.trained = self.trained or trained > 0
+        if not self.trained:  # only a user's own collator can do that
+            self.close()
+            raise UserError(f"step {number}: none of its {tokens:.0f} tokens is trained: mend your collator's labels")
+        mean_loss = loss_sum / max(1, trained)
+        self.tokens += int(tokens)
+        memory, waited, seconds = all_reduce([peak_memory_gib(self.device), self.waited, seconds], "max")
+        self.bar.set_postfix_str(f"loss {mean_loss:.4f}, {tokens / seconds:.0f} tokens/s")
+        self._write(
+            {
+                "step": number,
+                "epoch": round(step.progress, 4),
+                "loss": mean_loss,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "tokens": int(tokens),
+                "trained_tokens": int(trained),
+                "tokens_per_s": round(tokens / seconds, 1),
+                "tflops": round(flops / seconds / 1e12, 4),
+                "mfu": round(flops / seconds / rate, 4),
+                "peak_memory_gib": round(memory, 3),
+                "data_wait_s": round(waited, 4),
+            }
+        )
+        if self.dtype == torch.float16 and math.isfinite(mean_loss) and not math.isfinite(grad_norm):
+            self.say(f"step {number}: a gradient overflowed in fp16; the step is skipped and the loss scale halved")
+        self._check(number, mean_loss, grad_norm)
+        self._reset()
+
+    def _check(self, number: int, loss: float, grad_norm: float) -> None:
+        if math.isfinite(loss) and (math.isfinite(grad_norm) or self.dtype == torch.float16):
+            return
+        self.close()
+        raise UserError(
+            f"step {number}: the loss is {loss}, the gradient's norm {grad_norm}: training has diverged; try a lower "
+            "--optim.lr, --optim.warmup-steps or --train.clip-norm"
+        )
+
+    def so_far(self, number: int) -> tuple[int, list[float]]:
+        """(Tokens trained on, Progress.unlogged) after the step of this number, for a checkpoint.
+
+        Raises UserError if training has diverged: such a state is not worth keeping.
+        """
+        [seconds] = all_reduce([self._clock()], "max")
+        loss_sum, *counts = all_reduce([float(self.loss_sum), *self.counts])
+        self._check(number, loss_sum, self.norm.item())
+        return self.tokens + int(counts[0]), [loss_sum, seconds, *counts]
+
+    def evaluation(self, done: int, result: tuple[float, int] | None) -> None:
+        """Notes the loss on the validation set after `done` steps: (mean nats a trained token, how many); None: nothing."""
+        if result is None:
+            return
+        loss, tokens = result
+        perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()  # inf, not an error, where it is too large
+        self.evaluated[done] = loss
+        self._write({"step": done, "eval_loss": loss, "eval_perplexity": perplexity, "eval_tokens": tokens})
+        self.say(f"step {done}: validation loss {loss:.4f}, perplexity {perplexity:.3f} ({tokens} tokens)")
+
+    def say(self, text: str) -> None:
+        """Prints above the progress bar, on rank 0."""
+        if rank() == 0:
+            self.bar.write(text)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.file is None:
+            return
+        line = {key: value if math.isfinite(value) else None for key, value in line.items()}  # JSON has no NaN
+        if os.fstat(self.file.fileno()).st_nlink == 0:
+            raise UserError(f"{self.file.name} was removed while the run wrote to it: leave --output-dir as it is")
+        end, rest = self.file.tell(), (json.dumps(line) + "\n").encode()
+        try:
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.file.name, end)  # not half a line
+            raise UserError(_unwritable(self.file.name, error)) from None
+        values = {key: value for key, value in line.items() if key != "step" and value is not None}
+        if self.tensorboard is not None:
+            for key, value in values.items():
+                self.tensorboard.add_scalar(key, value, line["step"])
+        if self.wandb is not None:
+            self.wandb.log(values, step=line["step"])
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.file is not None:
+            self.file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _unwritable(file: Path | str, error: OSError) -> str:
+    return f"{disk_text(error, file, 'cannot be written')}, and go on with --resume auto"
+
+
+def _reopen(file: Path, start: Progress) -> BinaryIO:
+    """metrics.jsonl, to be appended to: without what a run wrote after the checkpoint that it now goes on from."""
+    kept = []
+    for text in read_bytes(file).decode(errors="replace").splitlines() if file.exists() else ():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):  # cut off when the run was killed
+            continue
+        if misfit(line, {"step": int}):  # none of ours
+            continue
+        if line["step"] < start.step or (line["step"] == start.step and ("loss" in line or not start.evaluate)):
+            kept.append(text + "\n")
+    try:
+        write_whole(file, "".join(kept))
+        return file.open("ab", buffering=0)
+    except OSError as error:
+        raise UserError(_unwritable(file, error)) from None
+
+
+def read_metrics(file: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """The lines of metrics.jsonl: (those of steps, those of evaluations). Raises UserError for one that is cut off."""
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(read_bytes(file).decode(errors="replace").splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        shape = {"step": int} | {name: (None, float) for name in LOSSES if isinstance(line, dict) and name in line}
+        if misfit(line, shape):
+            raise UserError(
+                f"{file}, line {number} is none of a run's: was the run that wrote it killed? drop the line"
+            )
+        lines.append(line)
+    return [line for line in lines if "loss" in line], [line for line in lines if "eval_loss" in line]
+
+
+def plot_loss(metrics_file: Path, image: Path) -> bool:
+    """Draws training and validation loss over the steps. Returns False, drawing nothing, without matplotlib."""
+    if find_spec("matplotlib") is None:
+        return False
+    from matplotlib.figure import Figure
+
+    trained, evaluated = read_metrics(metrics_file)
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    axes.plot([m["step"] for m in trained], [m["loss"] for m in trained], lw=1, label="training")
+    if evaluated:
+        axes.plot([m["step"] for m in evaluated], [m["eval_loss"] for m in evaluated], "o-", label="validation")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a trained token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    drawn = io.BytesIO()
+    try:
+        figure.savefig(drawn, dpi=120)
+    except (ArithmeticError, LookupError, ValueError) as error:  # which, depends on the version of matplotlib
+        raise UserError(
+            f"{metrics_file}: its numbers are too large to be drawn ({error}): remove those lines"
+        ) from None
+    try:
+        write_whole(image, drawn.getvalue())
+    except OSError as error:
+        raise UserError(f"{disk_text(error)}, and draw it by tools/plot_metrics.py") from None
+    return True

@@ -1,0 +1,160 @@
+"""The output folder: whose it is, and run.json."""
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import asdict
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from minillama.data.packing import Packed
+from minillama.errors import UserError, disk_text
+from minillama.files import lock, read_json, write_whole
+from minillama.formats.hf import weights_fingerprint
+from minillama.formats.hub import model_name
+from minillama.parallel.processes import all_reduce, on_rank_zero, say
+from minillama.training.config import RunConfig
+from minillama.training.flag_changes import compare_flags
+from minillama.training.plan import Progress, count_steps
+from minillama.training.resume import Checkpoint, find_checkpoint, has_checkpoint, saved_steps
+
+
+def find_start(config: RunConfig) -> Checkpoint | None:
+    """The checkpoint to resume from, read through and sound; None to start from the base model. Every rank must call it.
+
+    Raises UserError for --resume DIR without a sound one.
+    """
+    resume = config.resume
+    if _restarted(config.output_dir) and on_rank_zero(lambda: has_checkpoint(config.output_dir)):
+        resume = "auto"
+    return None if resume == "none" else find_checkpoint(resume, config.output_dir)
+
+
+def _restarted(output_dir: Path) -> bool:
+    """Whether torchrun --max-restarts started this process: the run goes on, whatever it started from."""
+    # Only the node whose worker died counts up.
+    [restarts] = all_reduce([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))], "max")
+    return restarts > 0 and on_rank_zero(lambda: _is_of_this_launch(output_dir))
+
+
+def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -> tuple[Progress, dict[str, str]]:
+    """Makes the output folder and writes run.json: the resolved flags and what they run on. Every rank must call it.
+
+    Returns where the run starts, and the fingerprints of base model and data.
+
+    Raises UserError if the folder cannot be written or holds a run that is not to be resumed, and for a checkpoint of a
+    run that this one could not continue.
+    """
+    output_dir, resume = config.output_dir, config.resume
+    restarted = _restarted(output_dir)
+    fingerprints = {
+        "model": on_rank_zero(lambda: weights_fingerprint(config.model)),
+        "data": train.fingerprint,
+    }
+    efficiency = train.efficiency(config.train.batch_size, dist.get_world_size(), config.train.accumulate)
+    lines = []
+    if checkpoint is None:
+        progress = config.train.begin(dist.get_world_size())
+    else:
+        progress = checkpoint.progress
+        lines = compare_flags(config, checkpoint, fingerprints)
+    total = count_steps(train, config.train, progress.packs_per_step)
+    if checkpoint and total < progress.step:
+        raise UserError(
+            f"{checkpoint.folder} is after step {progress.step}, and this run would end after step {total}: raise "
+            "--train.max-steps or --train.epochs, or resume from an earlier checkpoint"
+        )
+    config.profile.check_steps(total - progress.step)
+    config.profile.make_folders()
+
+    def write() -> None:
+        run = {
+            "id": uuid.uuid4().hex,
+            "launch": _launch(),
+            "command": sys.argv,
+            "flags": asdict(config) | {"model": model_name(config.model)},
+            "model_folder": config.model.resolve(),
+            "data": {"tokens": train.tokens, "packs": len(train), "efficiency": round(efficiency, 4)},
+            "world_size": dist.get_world_size(),
+            "resumed_from": checkpoint and checkpoint.folder,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "minillama": version("minillama"),
+            },
+            "git_commit": _git_commit(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        file = output_dir / "run.json"
+        continues = restarted or _continues(output_dir, resume, checkpoint)
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            _claim(output_dir.resolve())
+            if continues and file.exists():
+                run["id"] = read_json(file).get("id", run["id"])
+            write_whole(file, json.dumps(run, indent=2, default=str) + "\n")
+        except OSError as error:
+            raise UserError(disk_text(error, f"--output-dir {output_dir}", "cannot be written")) from None
+
+    on_rank_zero(write)
+    for line in lines:
+        say(line)
+    return progress, fingerprints
+
+
+@cache
+def _claim(folder: Path) -> None:
+    """Locks the folder until this process ends. Raises UserError if another process has locked it."""
+    try:
+        lock(folder)
+    except BlockingIOError:
+        raise UserError(f"another run is writing to {folder}: wait for its end, or give another --output-dir") from None
+
+
+def _launch() -> str:
+    """Tells one call of torchrun from another."""
+    return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID')}"
+
+
+def _is_of_this_launch(output_dir: Path) -> bool:
+    file = output_dir / "run.json"
+    return file.exists() and read_json(file).get("launch") == _launch()
+
+
+def _continues(output_dir: Path, resume: str, checkpoint: Checkpoint | None) -> bool:
+    """Whether the run that output_dir holds, if any, is the one that goes on. Raises UserError if it must not."""
+    metrics = output_dir / "metrics.jsonl"
+    finished = (output_dir / "adapter").exists() or (output_dir / "model").exists()
+    trained = metrics.exists() and '"loss"' in metrics.read_text()
+    if checkpoint is not None and checkpoint.folder.resolve().parent == (output_dir / "checkpoints").resolve():
+        if newer := [step for step in saved_steps(output_dir) if step > checkpoint.progress.step]:
+            raise UserError(
+                f"--resume {resume}: {output_dir} holds a newer checkpoint, of step {newer[-1]}: remove it, or give "
+                "another --output-dir"
+            )
+        return True
+    if resume == "auto" and not finished:  # stopped before its first checkpoint: it starts again
+        return True
+    if finished or trained or has_checkpoint(output_dir):
+        raise UserError(
+            f"{output_dir} already holds a run: go on with it by --resume auto, if it has a checkpoint, give another "
+            "--output-dir, or remove that folder"
+        )
+    return False
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,162 @@
+"""Which packs each step trains on: a function of seed and progress alone."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from minillama.data.batch import Batch, collate
+from minillama.data.packing import Packed
+from minillama.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long to train, and on how much at a time."""
+
+    epochs: int = 3
+    """Times through the training set."""
+    max_steps: int = 0
+    """Stop after this many optimizer steps; 0: after the epochs."""
+    batch_size: int = 4
+    """Packs (padding: rows of data) that each process takes at a time."""
+    accumulate: int = 1
+    """Micro-batches whose gradients are added up to one step, of batch-size x accumulate x processes packs."""
+    clip_norm: float = 0.0
+    """Scale the gradient down to this norm where it is longer; 0: never."""
+    freeze_layers: int = 0
+    """Full fine-tuning: keep this many of the first blocks, and the embedding, as they are."""
+
+    def __post_init__(self) -> None:
+        least_values = {"epochs": 1, "max_steps": 0, "batch_size": 1, "accumulate": 1, "clip_norm": 0}
+        for name, least in (least_values | {"freeze_layers": 0}).items():
+            if not least <= getattr(self, name) < math.inf:
+                raise UserError(f"--train.{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
+
+    def begin(self, world_size: int) -> "Progress":
+        """Where a run on so many ranks starts, unless it resumes."""
+        return Progress(packs_per_step=self.batch_size * self.accumulate * world_size)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Loss on held-out rows."""
+
+    enabled: bool = True
+    """Evaluate before training, at the end, and as --eval.every says."""
+    every: int = 0
+    """Steps between evaluations; 0: after each epoch."""
+    max_steps: int = 0
+    """Batches per process in an evaluation; 0: all."""
+    batch_size: int = 1
+    """Packs (padding: rows of data) that each process evaluates at a time."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 0), ("max_steps", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"--eval.{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
+
+    def due(self, step: "Step") -> bool:
+        """Whether to evaluate once this step is made."""
+        return step.is_last or ((step.number + 1) % self.every == 0 if self.every else step.ends_epoch)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: all that decides what its next step trains on, whoever takes it."""
+
+    packs_per_step: int
+    """Packs a step"""
+    step: int = 0
+    """Optimizer steps made"""
+    epoch: int = 0
+    cursor: int = 0
+    """Packs of this epoch's order that were trained on, over all ranks"""
+    tokens: int = 0
+    """Trained on so far"""
+    unlogged: Sequence[float] = (0.0, 0.0, 0, 0, 0)
+    """Since the last line of metrics.jsonl, over all ranks: losses times trained tokens, seconds, tokens, trained tokens,
+    squares of the documents' lengths"""
+    evaluate: bool = True
+    """Whether an evaluation is due before the next step"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step to be made."""
+
+    number: int
+    """Counted from 0"""
+    epoch: int
+    """Counted from 0"""
+    cursor: int
+    """Packs of this epoch's order that are done when this step is"""
+    progress: float
+    """Epochs done when this step is, like 1.25"""
+    ends_epoch: bool
+    is_last: bool
+    """Of the run"""
+    micro_batches: list[np.ndarray]
+    """The packs of each micro-batch of this rank"""
+
+
+def count_steps(packed: Packed, config: TrainConfig, packs_per_step: int) -> int:
+    """Optimizer steps of a run that takes `packs_per_step` packs a step."""
+    per_epoch = -(-len(packed) // packs_per_step)
+    return min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
+
+
+def steps(
+    packed: Packed, config: TrainConfig, seed: int, rank: int, world_size: int, start: Progress
+) -> Iterator[Step]:
+    """What each step from `start` on trains on.
+
+    Every epoch takes every pack once, in an order of its own; its last step may be short. A step's packs do not depend
+    on the number of ranks: each takes its share of them, in as many micro-batches of config.batch_size as that needs.
+    """
+    packs, packs_per_step, number = len(packed), start.packs_per_step, start.step
+    total = count_steps(packed, config, packs_per_step)
+    for epoch in range(start.epoch, config.epochs):
+        for cursor in range(start.cursor if epoch == start.epoch else 0, packs, packs_per_step):
+            if number >= total:
+                return
+            taken = packed.order(seed, epoch, cursor, cursor + packs_per_step)
+            mine = packed.micro_batches(taken, config.batch_size, rank, world_size)
+            end = min(cursor + packs_per_step, packs)
+            yield Step(number, epoch, end, epoch + end / packs, end == packs, number + 1 == total, mine)
+            number += 1
+
+
+def prefetched(
+    steps: Iterable[Step], load: Callable[[Step], list[Batch]]
+) -> Iterator[tuple[Step, Future[list[Batch]]]]:
+    """Each step with load(step), which a thread computes while the step before is made: the result raises what load did."""
+    # a new thread is on the first GPU, whatever the process is on
+    place = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+    with ThreadPoolExecutor(1, initializer=place) as thread:
+        waiting = None
+        for step in steps:
+            coming = step, thread.submit(load, step)
+            if waiting:
+                yield waiting
+            waiting = coming
+        if waiting:
+            yield waiting
+
+
+def eval_batches(
+    packed: Packed, config: EvalConfig, pad_id: int, device: torch.device | str, rank: int, world_size: int
+) -> Iterator[Batch]:
+    """The validation packs of this rank, each pack once over all ranks; equally many batches on every rank.
+
+    config.max_steps takes the same mixed sample of them each time, whatever the run's seed.
+    """
+    packs_per_step = config.batch_size * world_size
+    for cursor in range(0, len(packed), packs_per_step)[: config.max_steps or None]:
+        taken = packed.order(0, 0, cursor, cursor + packs_per_step)
+        [packs] = packed.micro_batches(taken, config.batch_size, rank, world_size)
+        yield collate(packed, packs, pad_id, device)

@@ -1,0 +1,167 @@
+"""What a run decides before its model gets memory, and what it says at its start and end."""
+
+from dataclasses import dataclass, replace
+from datetime import date
+from typing import Any, TypeVar
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from minillama.data.datasets import DataConfig
+from minillama.data.load import load_data
+from minillama.data.packing import Packed
+from minillama.errors import UserError
+from minillama.formats.hub import find_model, model_name
+from minillama.formats.meta import Weights
+from minillama.hardware.kernels import choose_kernels
+from minillama.hardware.precision import choose_precision, compact_base
+from minillama.model.config import LlamaConfig
+from minillama.model.llama import Llama
+from minillama.parallel.processes import on_rank_zero, rank, say, warn
+from minillama.parallel.sharding import FsdpConfig, choose_strategy, make_mesh, set_dtypes
+from minillama.tokenizer.tokenizer import load_tokenizer
+from minillama.training.config import RunConfig
+from minillama.training.flops import MFU_FORMULA, count_parameters
+from minillama.training.metrics import plot_loss
+from minillama.training.output_folder import find_start, start_run
+from minillama.training.plan import Progress, count_steps
+from minillama.training.resume import Checkpoint
+
+C = TypeVar("C", bound="RunConfig")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has decided before its model gets memory."""
+
+    device: str
+    fsdp: FsdpConfig
+    """With strategy and precision resolved"""
+    mesh: DeviceMesh
+    tokenizer: Any
+    train: Packed
+    validation: Packed | None
+    progress: Progress
+    """Where it starts"""
+    checkpoint: Checkpoint | None
+    """What it resumes from; None: the base model"""
+    fingerprints: dict[str, str]
+    """Of the base model and of the training data: what a run that resumes must find again"""
+
+    @property
+    def parameter_device(self) -> str:
+        """Where the parameters live."""
+        return "cpu" if self.fsdp.cpu_offload else self.device
+
+
+def resolve(config: C, device: str) -> tuple[C, Checkpoint | None, str]:
+    """config with its hub id, precision and date resolved, the checkpoint to resume from, and the precision in words.
+
+    Every rank must call it. Raises UserError for a model that is not there and for --resume without a sound checkpoint.
+    """
+    config = replace(config, model=find_model(config.model))
+    checkpoint = find_start(config)
+    saved = checkpoint.content["flags"]["fsdp"]["precision"] if checkpoint else None
+    fsdp, precision = choose_precision(config.fsdp, device, saved=saved, cache_dir=config.data.cache_dir)
+    return replace(config, fsdp=fsdp, data=with_date(config.data, checkpoint)), checkpoint, precision
+
+
+def with_date(config: DataConfig, checkpoint: Checkpoint | None) -> DataConfig:
+    """config with the day that chat templates are told: the one given, else that of the checkpoint, else today.
+
+    Every rank must call it, and gets rank 0's day: on another machine it may be tomorrow already.
+    """
+    saved = checkpoint.content["flags"]["data"].get("date") if checkpoint else None
+    return replace(config, date=config.date or saved or on_rank_zero(lambda: date.today().isoformat()))
+
+
+def prepare_run(
+    config: RunConfig, model: Llama, weights: Weights, device: str, checkpoint: Checkpoint | None, precision: str
+) -> Run:
+    """Decides dtypes, strategy, mesh and attention for a model on the meta device, reads the data, writes run.json.
+
+    weights: of the base model; config, checkpoint, precision: as `resolve` returns them. Says what the run is about to do.
+    Every rank must call it. Raises UserError for what is wrong with data and flags, before any weight is read.
+    """
+    set_dtypes(model, config.fsdp)
+    fsdp = choose_strategy(model, config.fsdp, device)
+    mesh = make_mesh(fsdp, device)
+    precision += compact_base(model, weights, fsdp, mesh)
+    saved = checkpoint.attention(device) if checkpoint else None
+    attention = choose_kernels(model, config.kernels, fsdp.compute_dtype, device, config.data.cache_dir, saved)
+    tokenizer = load_tokenizer(config.tokenizer or config.model, day=config.data.day)
+    train, validation = load_data(
+        config.data, tokenizer, model.config.vocab_size, config.seed, validation=config.eval.enabled
+    )
+    progress, fingerprints = start_run(config, train, checkpoint)
+    run = Run(device, fsdp, mesh, tokenizer, train, validation, progress, checkpoint, fingerprints)
+    say(summary(config, run, model, precision, attention))
+    return run
+
+
+def summary(config: RunConfig, run: Run, model: Llama, precision: str, attention: str) -> str:
+    """What a run is about to do, in a few lines. precision, attention: which, and why."""
+    fsdp, mesh = run.fsdp, run.mesh
+    total, trained = count_parameters(model)
+    spread = fsdp.strategy + (f" of {mesh.size(1)}" if fsdp.strategy == "hybrid-shard" else "")
+    if fsdp.strategy != config.fsdp.strategy:
+        spread += f" (chosen by {config.fsdp.strategy})"
+    lines = [
+        f"model       {total:,} parameters, {trained:,} of them trained ({trained / total:.3%})",
+        f"processes   {mesh.size()} on {mesh.device_type}, {spread}{', offloaded' if fsdp.cpu_offload else ''}, "
+        f"recompute {fsdp.recompute}",
+        f"precision   {precision}",
+        f"attention   {attention}{'; blocks compiled' if config.kernels.compile else ''}",
+    ]
+    train, optim = config.train, config.optim
+    steps = count_steps(run.train, train, run.progress.packs_per_step)
+    text = described(run.train, model.config, train.batch_size, mesh.size(), train.accumulate)
+    lines.append(f"training    {text}")
+    if run.validation:
+        text = described(run.validation, model.config, config.eval.batch_size, mesh.size())
+    lines.append(f"validation  {text if run.validation else 'none'}")
+    lines.append(
+        f"steps       {steps}, {optim.kind}, learning rate {optim.lr:g} "
+        f"({optim.schedule}, {optim.warmup_steps} steps of warmup), weight decay {optim.weight_decay:g}"
+    )
+    lines.append(f"output      {config.output_dir}")
+    lines.append(f"mfu         {MFU_FORMULA}")
+    return "\n".join(lines)
+
+
+def finish_run(config: RunConfig) -> None:
+    """Draws loss.png, and says how to go on. What it cannot draw is no reason to fail: all is saved."""
+    if rank() != 0:
+        return
+    output, trained = config.output_dir, "--model {0} --adapter {1}/adapter"
+    try:
+        if not plot_loss(output / "metrics.jsonl", output / "loss.png"):
+            say(f"loss.png: not drawn without matplotlib: pip install matplotlib, tools/plot_metrics.py {output}")
+    except UserError as error:
+        warn(str(error))
+    if not (output / "adapter").is_dir():
+        trained = "--model {1}/model"
+    asked = "" if config.data.dataset == "chat" else " --template none"
+    say(f"next: python recipes/generate.py {trained.format(model_name(config.model), output)}{asked} --prompt TEXT")
+
+
+def described(packed: Packed, config: LlamaConfig, batch_size: int, world_size: int, accumulate: int = 1) -> str:
+    """How many rows, tokens and packs there are, and what was left out of them. config: the model's."""
+    rows = "rows and pieces of rows" if packed.long["split"] else "rows"
+    text = f"{len(packed.sizes):,} {rows}, {packed.tokens:,} tokens, "
+    if packed.batching == "padding":
+        text += f"batches of {batch_size} padded to the longest"
+    else:
+        text += f"{len(packed):,} packs of {packed.context_length}"
+    text += f" ({packed.efficiency(batch_size, world_size, accumulate):.1%} full)"
+    for what in ("dropped", "truncated", "split"):
+        if packed.long[what]:
+            text += f"; {packed.long[what]:,} longer than {packed.context_length} {what.upper()}"
+    if packed.long["untrained"]:
+        text += f", of which {packed.long['untrained']:,} {rows} LEFT OUT, with nothing to train"
+    if packed.documents.refused:
+        text += f"; {packed.documents.refused:,} bad ones SKIPPED"
+    if packed.documents.had_ends:
+        text += f"; {packed.documents.had_ends:,} had BOS or EOS in their text, and were given no second one"
+    if (longest := int(packed.sizes.max())) > (limit := config.max_position_embeddings):
+        text += f"; the longest, {longest}, BEYOND the {limit} the model was made for"
+    return text

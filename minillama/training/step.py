@@ -1,0 +1,141 @@
+"""The numerics that must be the same in every recipe: one optimizer step, and the evaluation."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.parallel import DistributedDataParallel
+
+from minillama.data.batch import Batch
+from minillama.errors import UserError
+from minillama.parallel.processes import all_reduce, process_count
+from minillama.parallel.sharding import local, reshard, sum_gradients, summed_gradients
+from minillama.training.optim import LossScaler
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[Batch],
+    *,
+    clip_norm: float = 0.0,
+    scaler: LossScaler | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step over the micro-batches of all ranks, of which each rank must bring equally many.
+
+    The loss is the sum over all trained tokens of the step, of all micro-batches and ranks, divided by their number, so
+    it does not depend on how the samples are split. Returns (loss, norm of the gradient before clipping), both fp32 ():
+    reading them waits for the device. No trained token at all: loss and gradient are 0. Nothing here waits for it, but
+    for a scaler, which must know whether the norm is finite, and offloaded gradients.
+
+    On several processes the model is what `shard` made, or a user's own fully_shard, whose gradients are from now on
+    summed and not averaged, or DistributedDataParallel; without a process group this one is alone. Raises UserError, on
+    every rank and with the weights as they were, for a parameter whose gradient is not summed over all processes.
+
+    With a scaler, for fp16, the gradients are those of the loss times scaler.scale until they are summed up; a step whose
+    norm is not finite is skipped. The norm is one number for all ranks, so they all skip or none does.
+    """
+    device = micro_batches[0].tokens.device
+    scale = scaler.scale if scaler else 1.0
+    sum_gradients(model)
+    factor = process_count() if isinstance(model, DistributedDataParallel) else 1  # it can only average
+    trained = torch.full((), float(sum(batch.trained for batch in micro_batches)), device=device)
+    _all_reduce(trained)
+    trained.clamp_(min=1)
+    total = torch.zeros((), device=device)
+    for number, batch in enumerate(micro_batches, 1):
+        last = number == len(micro_batches)  # replicas add up their micro-batches before they meet
+        if isinstance(model, FSDPModule):
+            model.set_requires_all_reduce(last)
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
+            loss = batch_loss(model, batch) / trained
+            (loss * (scale * factor)).backward()
+        total += loss.detach()
+    _all_reduce(total)
+    gradients = summed_gradients(model)
+    if scaler:
+        _multiply(gradients, 1 / scale)
+    norm = gradient_norm(gradients)
+    if clip_norm:  # as clip_grads_with_norm_, which does not take plain gradients and DTensors together
+        _multiply(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1))
+    finite = scaler is None or bool(norm.isfinite())
+    if finite:
+        optimizer.step()
+    if scaler:
+        scaler.update(finite)
+    optimizer.zero_grad()
+    return total, norm
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """L2 norm of all gradients together, computed in fp32 whatever their dtype: (). Of none: 0.
+
+    Plain gradients are taken to be alike on all ranks. Of DTensors, on one mesh or several, every rank must bring its part.
+    """
+    parts: dict[tuple[tuple[DeviceMesh, int], ...], list[Tensor]] = {}  # by the dimensions of meshes that split them
+    for gradient in gradients:
+        split: list[tuple[DeviceMesh, int]] = []
+        if isinstance(gradient, DTensor):
+            if any(placement.is_partial() for placement in gradient.placements):
+                gradient = gradient.redistribute(placements=[Replicate()] * gradient.device_mesh.ndim)
+            placed = enumerate(gradient.placements)
+            split = [(gradient.device_mesh, d) for d, placement in placed if not placement.is_replicate()]
+        parts.setdefault(tuple(split), []).append(local(gradient))
+    total = None
+    for split_along, tensors in parts.items():
+        squared = torch.stack(torch._foreach_norm(tensors, 2, torch.float32)).square().sum()
+        for mesh, dimension in split_along:
+            dist.all_reduce(squared, group=mesh.get_group(dimension))
+        total = squared if total is None else total + squared.to(total.device)
+    return torch.zeros(()) if total is None else total.sqrt()
+
+
+def _multiply(gradients: Sequence[Tensor], factor: float | Tensor) -> None:
+    if gradients:
+        torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
+
+
+def _all_reduce(number: Tensor) -> None:
+    if dist.is_initialized():
+        dist.all_reduce(number)
+
+
+def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Loss summed over a batch's labels: fp32 ()."""
+    return model(batch.tokens, positions=batch.positions, lengths=batch.lengths, labels=batch.targets)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], stopping: Callable[[], bool] = lambda: False
+) -> tuple[float, int] | None:
+    """(Mean loss a trained token in nats, number of trained tokens) over the batches of all ranks.
+
+    Every rank must bring equally many. None once `stopping`, asked before each batch and of one mind on all ranks, says
+    so. Raises UserError if there is nothing to predict.
+    """
+    was_training = model.training
+    model.eval()
+    total, trained, device = None, 0, torch.device("cpu")
+    stopped = False
+    for batch in batches:
+        if stopped := stopping():
+            break
+        device = batch.tokens.device
+        loss = batch_loss(model, batch).double()
+        total = loss if total is None else total + loss
+        trained += batch.trained
+    model.train(was_training)
+    reshard(model)
+    if stopped:
+        return None
+    summed = 0.0 if total is None else total.item()
+    summed, trained_everywhere = all_reduce([summed, trained], device=device)
+    if not trained_everywhere:
+        raise UserError("the validation set has no token to predict")
+    return summed / trained_everywhere, int(trained_everywhere)
