@@ -271,7 +271,7 @@ def test_which_rows_are_evaluated(folder, tmp_path):
 
 def test_what_is_wrong_is_said_once(folder, adapter, tmp_path):
     other = save_folder(random_model(hidden_size=16), tmp_path / "other", hidden_size=16)
-    rows = RECIPES.parent / "minillama" / "data" / "samsum_validation.jsonl"
+    rows = RECIPES.parent / "minillama" / "bundled" / "samsum_validation.jsonl"
     for flags, message in (
         ((), "give what to measure: rows with --data.path or --data.val-path, or --tasks"),
         (("--data.path", rows, "--compare"), "--compare needs the --adapter"),

@@ -108,7 +108,7 @@ def test_a_training_step_waits_for_nothing(fake, kind, attention, precision):
     assert all(non_blocking for _, _, non_blocking in copies), copies
     if precision == "fp16":  # whether the norm is finite decides whether the step is made
         [place] = reads
-        assert place.startswith("train.py") and "isfinite" in place
+        assert place.startswith("step.py") and "isfinite" in place
     else:
         assert reads == []
 
@@ -130,7 +130,7 @@ def test_compiled_blocks(fake, attention, precision):
 
 def written_out(mode):
     """What the operator of math does on a device, where calling it would only ask for the shapes of its result."""
-    from minillama.model.llama import blockwise
+    from minillama.model import blockwise
 
     results = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -218,7 +218,7 @@ def test_loading_and_generating(fake, tiny_folder):
 
 def logged(mode, folder):
     """Metrics, profiler, evaluation and prefetching of a run on the device."""
-    from minillama.hardware.rates import matmul_rate
+    from minillama.hardware.benchmark import matmul_rate
     from minillama.parallel.memory import peak_memory_gib
     from minillama.training.config import RunConfig
     from minillama.training.metrics import Metrics
@@ -302,13 +302,14 @@ def test_the_strategy_that_fits_a_device(fake):
     assert fake(strategy, 80) == "no-shard" and fake(strategy, 1e-4) == "full-shard"
 
 
-def joined(mode, devices, local_rank):
+def joined(mode, devices, local_rank, visible=None):
     """What process_group says of so many devices; it cannot go further than to NCCL, which is not there."""
     import os
 
     from minillama.parallel.processes import process_group
 
     given = {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(local_rank + 1)}
+    given |= {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
     wanted = []
     with (
         answering(devices=devices) as told,
@@ -327,6 +328,7 @@ def joined(mode, devices, local_rank):
 def test_a_process_takes_its_device(fake):
     assert fake(joined, 4, 3) == ("cuda", [3], ("cpu:gloo,cuda:nccl",))
     assert fake(joined, 1, 1) == "2 processes on a machine with 1 GPUs: start one a GPU"
+    assert fake(joined, 1, 3, "3") == ("cuda", [0], ("cpu:gloo,cuda:nccl",))  # a launcher that shows each its own
 
 
 def spread(mode, strategy, offload):

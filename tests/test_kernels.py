@@ -14,8 +14,8 @@ from test_matrix import build
 
 from minillama.errors import UserError
 from minillama.formats.hf import load_weights
+from minillama.hardware import benchmark
 from minillama.hardware.kernels import KernelsConfig, choose_kernels, compile_blocks
-from minillama.hardware.rates import rates
 from minillama.model.attention import BACKENDS
 from minillama.parallel.initialise import initialise, materialise
 from minillama.parallel.sharding import FsdpConfig, make_mesh, set_dtypes, shard
@@ -31,7 +31,7 @@ def chosen(device, dtype, **config):
 def test_auto_takes_what_is_measured_to_be_faster(monkeypatch, tmp_path, faster, slower):
     seconds = iter([0.01, 0.02] if faster == "math" else [0.02, 0.01])  # math is measured first
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(rates, "fastest", lambda call: next(seconds))
+    monkeypatch.setattr(benchmark, "fastest", lambda call: next(seconds))
     said = f"{faster} (auto: 51,200 tokens/s a core, {slower} 25,600)"
     for _ in range(2):  # the second time from the file
         name, attention = chosen("cpu", torch.float32)

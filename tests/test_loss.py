@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minillama.model.llama import loss as loss_module
+from minillama.model import loss as loss_module
 from minillama.model.loss import find_targets, linear_cross_entropy
 
 

@@ -16,8 +16,8 @@ from minillama.adapters.lora import LoraConfig, apply_lora
 from minillama.data.batch import collate
 from minillama.data.packing import pack
 from minillama.formats.hf import check_weights, load_weights, read_config
+from minillama.hardware import benchmark, precision
 from minillama.hardware.precision import choose_precision, compact_base, cpu_rate
-from minillama.hardware.rates import precision, rates
 from minillama.inference.load import load_model
 from minillama.model.llama import Llama
 from minillama.parallel.initialise import initialise, materialise
@@ -40,7 +40,7 @@ def machine(monkeypatch, tmp_path):
             measured.append(dtype)
             return rates[dtype]
 
-        monkeypatch.setattr(rates, "training_rate", training_rate)
+        monkeypatch.setattr(benchmark, "training_rate", training_rate)
         return measured
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -125,18 +125,18 @@ def test_what_other_programs_take_of_a_core_is_not_measured():
         while time.thread_time() < start + 0.001:
             pass
 
-    assert 0.001 <= rates.fastest(call) < 0.003
+    assert 0.001 <= benchmark.fastest(call) < 0.003
 
 
 def test_a_slower_run_at_the_same_time_takes_the_answer_that_is_there(machine, monkeypatch):
     machine(SLOW_BF16)
 
     def training_rate(dtype):  # while it measures, another run does
-        monkeypatch.setattr(rates, "training_rate", lambda dtype: 77e9)
+        monkeypatch.setattr(benchmark, "training_rate", lambda dtype: 77e9)
         assert cpu_rate(dtype) == 77e9
         return 50e9
 
-    monkeypatch.setattr(rates, "training_rate", training_rate)
+    monkeypatch.setattr(benchmark, "training_rate", training_rate)
     assert cpu_rate(torch.float32) == 77e9 == cpu_rate(torch.float32)
 
 
@@ -181,7 +181,7 @@ def test_gpus(monkeypatch, capsys):
 
 def choose_apart(mesh, folder):
     os.environ["XDG_CACHE_HOME"] = f"{folder}/{dist.get_rank()}"
-    rates.training_rate = (FAST_BF16 if dist.get_rank() == 0 else SLOW_BF16).get
+    benchmark.training_rate = (FAST_BF16 if dist.get_rank() == 0 else SLOW_BF16).get
     chosen = choose_precision(AUTO, "cpu")
     torch.cuda.get_device_name = lambda: "a GPU"
     torch.cuda.get_device_capability = lambda: (9, 0) if dist.get_rank() == 0 else (7, 0)
@@ -196,10 +196,10 @@ def test_ranks_of_unlike_machines_compute_alike(tmp_path):
 def remember(folder, rates, attention):
     """Makes the measurements of a run with --data.cache-dir folder, in which an attention is the fastest."""
     for dtype, rate in rates.items():
-        rates.remembered(f"matmul-{dtype}".replace("torch.", ""), lambda rate=rate: rate, folder)
+        benchmark.remembered(f"matmul-{dtype}".replace("torch.", ""), lambda rate=rate: rate, folder)
         for name in ("math", "sdpa"):
             rate = 2.0 if name == attention else 1.0
-            rates.remembered(f"attention-{name}-{dtype}".replace("torch.", ""), lambda rate=rate: rate, folder)
+            benchmark.remembered(f"attention-{name}-{dtype}".replace("torch.", ""), lambda rate=rate: rate, folder)
     return folder
 
 

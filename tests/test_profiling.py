@@ -267,7 +267,7 @@ def test_a_rank_that_runs_out_of_memory_ends_all_with_one_message(tiny_folder, t
 def test_elsewhere_running_out_of_memory_is_said_too(tmp_path):
     script = tmp_path / "greedy.py"
     script.write_text(
-        "import torch\nfrom minillama.parallel.processes import user_errors\nwith user_errors):\n    torch.empty(2**50)\n"
+        "import torch\nfrom minillama.parallel.failures import user_errors\nwith user_errors():\n    torch.empty(2**50)\n"
     )
     codes, text = run_script(script, log=tmp_path / "log")
     assert codes == [1] and text.startswith("error: out of memory, asked for another 4.295e+09 MiB: ")

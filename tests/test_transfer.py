@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 import minillama.model.attention
 from minillama.data.batch import collate
 from minillama.data.packing import pack
+from minillama.model import loss
 from minillama.model.attention import BACKENDS, document_mask
-from minillama.model.llama import loss
 from minillama.parallel.sharding import FsdpConfig, set_dtypes
 from minillama.training import optim
 from minillama.training.optim import CompensatedAdamW

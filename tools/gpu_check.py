@@ -34,7 +34,7 @@ from typing import IO, Any
 import torch
 
 from minillama.errors import UserError
-from minillama.hardware.rates import processor
+from minillama.hardware.benchmark import processor
 
 TOOLS = Path(__file__).parent
 GROUPS = (

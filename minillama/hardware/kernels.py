@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minillama.errors import UserError
-from minillama.hardware.rates import rates
+from minillama.hardware import benchmark
 from minillama.model.attention import BACKENDS, AttentionContext, Blockwise
 from minillama.model.llama import Llama
 
@@ -110,9 +110,9 @@ def attention_rate(name: str, dtype: torch.dtype, cache_dir: Path | None = None)
             leaves = [x.requires_grad_() for x in (q, k, v)]
             torch.autograd.grad(context.attend(*leaves), leaves, torch.ones_like(q))
 
-        return tokens / rates.fastest(forward_and_backward)
+        return tokens / benchmark.fastest(forward_and_backward)
 
-    return rates.remembered(f"attention-{name}-{dtype}".replace("torch.", ""), measure, cache_dir)
+    return benchmark.remembered(f"attention-{name}-{dtype}".replace("torch.", ""), measure, cache_dir)
 
 
 def compile_blocks(model: Llama) -> Llama:

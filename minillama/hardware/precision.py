@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from minillama.formats.hf import base_parameters
 from minillama.formats.meta import Weights
-from minillama.hardware.rates import rates
-from minillama.hardware.rates import matmul_rate
+from minillama.hardware import benchmark
+from minillama.hardware.benchmark import matmul_rate
 from minillama.model.llama import Llama
 from minillama.parallel.memory import least_memory, parameter_bytes
 from minillama.parallel.processes import all_reduce, warn
@@ -97,8 +97,8 @@ def _fastest_on_cpu(cache_dir: Path | None) -> tuple[Precision, str]:
 
 def cpu_rate(dtype: torch.dtype, cache_dir: Path | None = None) -> float:
     """FLOP/s of a linear layer's products on one core, of this run and all later ones on this machine."""
-    measure = partial(rates.training_rate, dtype)
-    return rates.remembered(f"matmul-{dtype}".replace("torch.", ""), measure, cache_dir)
+    measure = partial(benchmark.training_rate, dtype)
+    return benchmark.remembered(f"matmul-{dtype}".replace("torch.", ""), measure, cache_dir)
 
 
 def _warn_if_slow(name: Precision, what: str, device: str, cache_dir: Path | None) -> None:

@@ -54,18 +54,22 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0) -> Ite
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use; try --device cpu")
+    needed = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if "RANK" in os.environ and (missing := [name for name in needed if name not in os.environ]):
+        raise UserError(f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK")
     if device == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         wanted = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # so that rank 0 sees it too
-        if wanted > torch.cuda.device_count():
-            raise UserError(f"{wanted} processes on a machine with {torch.cuda.device_count()} GPUs: start one a GPU")
-        torch.cuda.set_device(local_rank)
+        count = torch.cuda.device_count()
+        # Some launchers show each process its own GPU alone.
+        own = count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
+        if wanted > count and not own:
+            raise UserError(f"{wanted} processes on a machine with {count} GPUs: start one a GPU")
+        torch.cuda.set_device(0 if own else local_rank)
     else:
         keep_freed_memory()
     backend = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}[device]
     if "RANK" in os.environ:
-        if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-            raise UserError(f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK")
         timeout = timedelta(minutes=timeout_minutes)
         store, own_rank, world_size = fresh_store(timeout)
         dist.init_process_group(backend, store=store, rank=own_rank, world_size=world_size, timeout=timeout)

@@ -71,7 +71,7 @@ class ChatTemplate:
 
         marked: with the marks of template.py for messages[i], by i. Raises UserError for whatever the template does wrong.
         """
-        from minillama.tokenizer.tokenizer import template# jinja2 is not loaded before it is needed
+        from minillama.tokenizer import template  # jinja2 is not loaded before it is needed
 
         values = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         return template.render(
@@ -84,7 +84,7 @@ class ChatTemplate:
 
     @cached_property
     def marks_generation(self) -> bool:
-        from minillama.tokenizer.tokenizer import template
+        from minillama.tokenizer import template
 
         return template.has_generation(self.source, self.where)
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from minillama.data.batch import Batch
 from minillama.errors import UserError, disk_text
 from minillama.files import misfit, read_bytes, write_whole
-from minillama.hardware.rates import matmul_rate
+from minillama.hardware.benchmark import matmul_rate
 from minillama.model.llama import Llama
 from minillama.parallel.memory import peak_memory_gib
 from minillama.parallel.processes import all_reduce, rank

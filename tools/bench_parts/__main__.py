@@ -20,7 +20,7 @@ import torch
 from work import Job, compute_dtype, make_model, make_work
 
 from minillama.errors import UserError
-from minillama.hardware.rates import matmul_rate
+from minillama.hardware.benchmark import matmul_rate
 from minillama.parallel.memory import peak_memory_gib
 from minillama.training.flops import step_flops
 
