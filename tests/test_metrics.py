@@ -14,7 +14,7 @@ from minillama.adapters.lora import LoraConfig, apply_lora
 from minillama.data.batch import collate
 from minillama.data.packing import pack
 from minillama.errors import UserError
-from minillama.hardware.rates import matmul_rate
+from minillama.hardware.benchmark import matmul_rate
 from minillama.training.flops import count_parameters, step_flops
 from minillama.training.metrics import LogConfig, Metrics, _reopen, plot_loss, read_metrics
 from minillama.training.plan import Progress
