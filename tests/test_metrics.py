@@ -53,7 +53,7 @@ def test_parameters_and_rate(monkeypatch):
     # a product of 128 takes 1 ms, too short to time; one of 256 takes 4 at best
     seconds = iter([1, 1, 1, 5, 4, 6, 7, 5, 9, 4, 6])
     ends = (moment for taken in seconds for moment in (0, taken / 1000))
-    monkeypatch.setattr("minillama.hardware.rates.time.perf_counter", lambda: next(ends))
+    monkeypatch.setattr("minillama.hardware.benchmark.time.perf_counter", lambda: next(ends))
     assert matmul_rate("cpu", torch.float32) == pytest.approx(2 * 256**3 / 0.004)
 
 
