@@ -121,8 +121,8 @@ def test_doras_gain_is_kept_only_while_nothing_trains():
     layer = adapted(LoraConfig(rank=4, targets=("q_proj",), dora=True)).model.layers[0].self_attn.q_proj.eval()
     x = torch.randn(5, 32)
     with torch.no_grad():
-        before = layer(x)
-        assert torch.equal(layer(x), before)
+        before, change = layer(x), layer.lora_magnitude_change
+        assert torch.equal(layer(x), before) and layer.gain(change) is layer.gain(change)
         layer.train()
         layer.lora_magnitude_change += 1
         layer.eval()
@@ -188,6 +188,23 @@ def test_adapters_are_fp32_on_a_bf16_base_and_summed_in_fp32():
     # rounded once: by at most half the distance of two bf16 numbers
     half = 2.0 ** (exact.frexp().exponent - 9)
     assert ((layer(x) - exact).abs() <= half + 1e-5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_kind_of_layer_on_a_bf16_base_computes_as_in_fp32(dtype):
+    config = LoraConfig(rank=4, dropout=0.0, targets=EVERYWHERE)
+    model, exact = adapted(config).bfloat16(), adapted(config)
+    for parameter in trainable(model).values():
+        parameter.data = parameter.data.to(dtype)
+    exact.load_state_dict(model.state_dict())
+    tokens = torch.randint(0, 512, (2, 40))
+    loss, expected = (m(tokens, labels=tokens) for m in (model, exact))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
+    loss.backward()
+    expected.backward()
+    for name, parameter in trainable(model).items():
+        grad = exact.get_parameter(name).grad
+        assert parameter.grad.dtype == dtype and (parameter.grad - grad).norm() < 0.1 * grad.norm(), name
 
 
 @pytest.mark.parametrize(

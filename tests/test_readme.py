@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import run_script
 
+from minillama.adapters.llama_adapter import LlamaAdapterConfig
+from minillama.adapters.lora import LoraConfig
+from minillama.training.config import RunConfig
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CODE = re.findall(r"```\w*\n(.*?)```", README, re.S)
@@ -58,17 +62,22 @@ def test_every_flag_it_names_exists(flags):
         assert not {word for word in command if word.startswith("--")} - flags[recipe] - {"--nproc_per_node"}
 
 
-def test_every_flag_the_recipe_has_for_a_default_of_the_seed_is_stated_truly():
-    from dataclasses import asdict
-
-    from minillama.adapters.lora import LoraConfig
-    from minillama.training.plan import TrainConfig
-
-    assert "--train.batch-size 4" in README and TrainConfig().batch_size == 4
-    assert "--train.epochs 3" in README and TrainConfig().epochs == 3
-    lora = asdict(LoraConfig())
-    assert "--lora.rank 8 --lora.alpha 32 --lora.dropout 0.05 --lora.targets q_proj v_proj" in README
-    assert (lora["rank"], lora["alpha"], lora["dropout"], lora["targets"]) == (8, 32, 0.05, ("q_proj", "v_proj"))
+def test_the_numbers_in_the_table_are_defaults_and_llama_recipes():
+    groups = {"lora": LoraConfig(), "adapter": LlamaAdapterConfig()} | vars(RunConfig(Path(), Path()))
+    table = README.split("## Coming from llama-recipes")[1].split("## Other formats")[0]
+    number = r"-?[\d.]+(?:e-?\d+)?"
+    found = {}
+    for theirs, ours in (row.split("|")[1:3] for row in table.splitlines() if row.startswith("| ")):
+        stated = {flag: float(value) for flag, value in re.findall(rf"--([a-z][\w.-]*) ({number})(?![\w.])", ours)}
+        given = {float(value) for value in re.findall(rf" ({number})(?![\w.])", theirs)}
+        assert not given or set(stated.values()) <= given, theirs
+        found |= stated
+    for flag, value in found.items():
+        group, _, name = flag.replace("-", "_").rpartition(".")
+        default = getattr(groups[group], name) if group else groups[name]
+        assert default == value, flag
+    assert len(found) == 20
+    assert "--lora.targets " + " ".join(LoraConfig().targets) in table
 
 
 def test_its_make_targets_exist():

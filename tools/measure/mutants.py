@@ -1,58 +1,38 @@
 """Which faults the tests do not see: changes a number, sign, comparison, condition, dtype, reduction or seed, and runs them.
 
-    python tools/measure/mutants.py --file minillama/model/loss.py --tests tests/test_loss.py tests/test_lora.py --sample 25
+    python tools/measure/mutants.py minillama/model/loss.py --sample 25 -- tests/test_loss.py tests/test_lora.py
 
-Prints a line a mutant: whether a test failed, where and what was changed, seconds, the test. All happens in a copy of the
-files that git knows. A process that has made the slow imports, none of them minillama's, forks for each mutant and rank.
+Prints a line a mutant: whether a test failed, where and what was changed, seconds, the test. Tests are collected once. Each
+mutant is a fork in which the changed function's code is replaced, and that runs the tests that reach its line, quickest
+first; ranks are forks of that. What modules and classes do when they are made is not changed, but for their constants.
 """
 
+import argparse
 import ast
 import copy
 import gc
-import importlib
+import json
+import multiprocessing
 import os
 import random
-import re
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
+import threading
 import time
-import traceback
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import accumulate
 from multiprocessing import forkserver
 from pathlib import Path
+from types import CodeType, FunctionType
 
-import tyro
+import pytest
 
-IMPORTS = (
-    "torch._dynamo torch.distributed.fsdp torch.distributed.tensor torch.distributed.checkpoint peft tiktoken pytest"
-)
-IMPORTS += " transformers.models.llama.modeling_llama matplotlib.figure jinja2"
 PAIRS = "Add-Sub Mult-Div And-Or Lt-LtE Gt-GtE Eq-NotEq Is-IsNot In-NotIn BitAnd-BitOr FloorDiv-Mod"
 PAIRS += " sum-mean any-all max-min amax-amin SUM-MAX float32-bfloat16 int64-int32 float64-float16"
 OTHER = dict(pair.split("-") for pair in PAIRS.split())
 OTHER |= {b: a for a, b in OTHER.items()} | {"Pow": "Mult"}
-CASTS = ("float", "double", "to", "int", "bfloat16", "clamp", "clamp_")
-
-
-@dataclass(frozen=True)
-class Mutants:
-    """Faults of one file that its tests do not see."""
-
-    file: Path
-    """The file to change."""
-    tests: list[str]
-    """What covers it, as pytest names it, the fastest first."""
-    sample: int = 25
-    """How many of all changes; 0: all."""
-    seed: int = 0
-    """Which they are."""
-    replace: tuple[str, str] | None = None
-    """Instead: this text by that one."""
+CASTS = ("float", "double", "to", "int", "bfloat16", "clamp", "clamp_", "detach")
 
 
 def changes(tree: ast.Module) -> Iterator[tuple[ast.AST, ast.AST]]:
@@ -71,7 +51,7 @@ def changes(tree: ast.Module) -> Iterator[tuple[ast.AST, ast.AST]]:
                 yield node, ast.Constant(value + 1 if isinstance(value, int) else 2 * value or 1.0)
             case ast.UnaryOp(op=ast.USub() | ast.Not(), operand=operand):
                 yield node, operand
-            case ast.BinOp(left=left) | ast.BoolOp(values=[left, *_]) if other:
+            case (ast.BinOp(left=left) | ast.BoolOp(values=[left, *_])) if other:
                 yield from ((node, changed(node, op=getattr(ast, other)())), (node, left))
             case ast.AugAssign() if other:
                 yield node, changed(node, op=getattr(ast, other)())
@@ -97,72 +77,176 @@ def changed(node: ast.AST, **fields: object) -> ast.AST:
     return node
 
 
-def texts(source: str, config: Mutants) -> list[tuple[int, int, str]]:
-    """Start, end and new text of each change, in bytes of the source."""
-    if config.replace:
-        old, new = config.replace
-        start = source.encode().index(old.encode())
-        return [(start, start + len(old.encode()), new)]
+def texts(source: str, sample: int, seed: int) -> list[tuple[int, int, str]]:
+    """Start, end and new text of each change, in bytes of the source; no line moves."""
     starts = [0, *accumulate(len(line.encode()) for line in source.splitlines(keepends=True))]
     found = []
     for node, other in changes(ast.parse(source)):
         start, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
-        text = ast.unparse(other)
-        found.append((start, end, text if isinstance(other, ast.stmt | ast.JoinedStr) else f"({text})"))
-    return random.Random(config.seed).sample(found, min(config.sample or len(found), len(found)))
+        text = ast.unparse(other) if isinstance(other, ast.stmt | ast.JoinedStr) else f"({ast.unparse(other)})"
+        lines = "\n" * (node.end_lineno - node.lineno)
+        found.append((start, end, f"{text[:-1]}{lines})" if text.endswith(")") else text + lines))
+    return random.Random(seed).sample(found, min(sample or len(found), len(found)))
 
 
-def run(tests: list[str]) -> tuple[int, str]:
-    """pytest's exit code in a fork, minus the signal's number where one ended it, and the first test that failed."""
-    if pid := os.fork():
+def codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield from codes(part)
+
+
+def apply(file: str, source: str) -> int:
+    """Gives every function of the file its code in this source, constants their value: how many have changed."""
+    new, count = defaultdict(list), 0
+    for code in codes(compile(source, file, "exec")):
+        new[code.co_qualname, code.co_firstlineno].append(code)
+    for function in [x for x in gc.get_objects() if type(x) is FunctionType and x.__code__.co_filename == file]:
+        own = function.__code__
+        for code in new[own.co_qualname, own.co_firstlineno]:
+            if code != own and code.co_freevars == own.co_freevars:
+                function.__code__, count = code, count + 1
+    [module] = [m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == file]
+    made = {"__name__": module.__name__, "__file__": file}
+    if not count:  # a constant, or a default
+        exec(compile(source, file, "exec"), made)
+    for name, value in made.items():
+        old = getattr(module, name, None)
+        if isinstance(value, int | float | str | tuple | dict) and value != old and not name.startswith("__"):
+            for other in [m for m in list(sys.modules.values()) if getattr(m, name, None) is old]:
+                setattr(other, name, value)
+                count += 1
+        functions = [(old, value), *((vars(old)[k], v) for k, v in vars(value).items() if k in vars(old))] if isinstance(value, type) and isinstance(old, type) else [(old, value)]
+        for a, b in functions:
+            for of in ("__defaults__", "__kwdefaults__"):
+                if isinstance(b, FunctionType) and isinstance(a, FunctionType) and getattr(a, of) != getattr(b, of):
+                    setattr(a, of, getattr(b, of))
+                    count += 1
+    return count
+
+
+class Mutants:
+    """A plugin of pytest that runs the tests once for each mutant."""
+
+    def __init__(self, flags: argparse.Namespace) -> None:
+        self.flags, self.file = flags, str(flags.file.absolute())
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self.session, conftest = session, sys.modules["conftest"]
+        conftest._context = multiprocessing.get_context("fork")
+        forkserver.ensure_running = lambda: None
+        reached, source = self.baseline(conftest), self.flags.file.read_text()
+        changes = [self.flags.replace] if self.flags.replace else texts(source, self.flags.sample, self.flags.seed)
+        for number, change in enumerate(changes):
+            if self.flags.replace:
+                start = source.encode().index(change[0].encode())
+                change = start, start + len(change[0].encode()), change[1]
+            start, end, text = change
+            data = source.encode()
+            first, last = (data[:place].count(b"\n") + 1 for place in (start, end))
+            items = [item for item in session.items if reached.get(item.nodeid, (0, set()))[1] & {*range(first, last + 1)}]
+            tops = [s for s in ast.parse(source).body if s.lineno <= first <= s.end_lineno]
+            if not items or not any(isinstance(s, ast.FunctionDef | ast.ClassDef) for s in tops):
+                items = [item for item in session.items if item.nodeid in reached]
+            items.sort(key=lambda item: reached[item.nodeid][0])
+            began = time.perf_counter()
+            code, failed = self.fork(lambda: self.mutant(items, (data[:start] + text.encode() + data[end:]).decode()), 300)
+            before, text = (" ".join(t.split()) for t in (data[start:end].decode(), text))
+            said = {0: "ALIVE ", 1: "killed", 2: "NONE  "}.get(code, f"ended {code}")
+            print(f"{number:3} {said} {self.flags.file}:{first}: {before:.60} -> {text:.60}", end="  ", file=self.flags.out)
+            print(f"{time.perf_counter() - began:.1f} s {failed}", file=self.flags.out, flush=True)
+        return True
+
+    def fork(self, task, seconds: int):
+        there = Path(f"/tmp/mutants-{os.getpid()}")
+        there.write_text('""')
+        if not (pid := os.fork()):
+            os.setsid()
+            signal.alarm(seconds)
+            try:
+                result = task()
+                there.write_text(json.dumps(result[1]))
+                os._exit(result[0])
+            finally:
+                os._exit(70)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", Path("log").read_text(), re.M)
-        return code, failed[1] if failed else ""
-    signal.alarm(300)  # a mutant may never end
-    # The server of ranks is there, but a process that is not its parent cannot wait for it.
-    forkserver.ensure_running = forkserver.ForkServer.ensure_running = lambda *_: None
-    log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    options = "-xq -oaddopts= -pno:cacheprovider -pno:xdist -Wignore::pytest.PytestAssertRewriteWarning --basetemp=tmp"
-    try:
-        code = importlib.import_module("pytest").main([*tests, *options.split()])
-    except BaseException:
-        code, _ = 1, traceback.print_exc()
-    os._exit(code)
+        try:
+            os.killpg(pid, signal.SIGKILL)  # its ranks, where it left some
+        except ProcessLookupError:
+            pass
+        return code, json.loads(there.read_text())
 
+    def run(self, items) -> str:
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
+            if self.session.testsfailed:
+                return item.nodeid
+        return ""
 
-def measure(config: Mutants) -> None:
-    source, (code, failed) = config.file.read_text(), run(config.tests)
-    if code:
-        sys.exit(f"{failed or 'pytest'} fails without a change:\n{Path('log').read_text()[-2000:]}")
-    for start, end, text in texts(source, config):
-        data, began = source.encode(), time.perf_counter()
-        config.file.write_bytes(data[:start] + text.encode() + data[end:])
-        code, failed = run(config.tests)
-        before, line = " ".join(data[start:end].decode().split()), data[:start].count(b"\n") + 1
-        said = f"{'killed' if code else 'ALIVE '} {config.file}:{line}: {before:.60} -> {text:.60}"
-        print(f"{said}  {time.perf_counter() - began:.1f} s {failed}", flush=True)
+    def mutant(self, items, source: str) -> tuple[int, str]:
+        try:
+            if not apply(self.file, source):
+                return 2, ""
+        except Exception as error:
+            return 1, f"as it is made: {error!r}"
+        failed = self.run(items)
+        return (1 if failed else 0), failed
+
+    def baseline(self, conftest):
+        """Of each test that passes: its seconds, and which lines of the file it or its ranks reach."""
+        folder = Path(f"/tmp/mutants-lines-{os.getpid()}")
+        folder.mkdir(exist_ok=True)
+
+        def all_of() -> tuple[int, dict]:
+            lines: set[int] = set()
+
+            def trace(frame, event, argument):
+                if frame.f_code.co_filename != self.file:
+                    return None
+                lines.add(frame.f_lineno)
+                return trace
+
+            child = conftest._child
+
+            def rank(*args):
+                lines.clear()
+                try:
+                    child(*args)
+                finally:
+                    (folder / str(os.getpid())).write_text(json.dumps(sorted(lines)))
+
+            conftest._child = rank
+            sys.settrace(trace)
+            threading.settrace(trace)
+            found = {}
+            for item, following in zip(self.session.items, [*self.session.items[1:], None], strict=True):
+                lines.clear()
+                before, began = self.session.testsfailed, time.process_time()
+                item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
+                of_ranks = [json.loads(file.read_text()) for file in folder.iterdir()]
+                for file in folder.iterdir():
+                    file.unlink()
+                if self.session.testsfailed == before:
+                    found[item.nodeid] = time.process_time() - began + 2 * len(of_ranks), sorted(lines.union(*of_ranks))
+            return 0, found
+
+        code, found = self.fork(all_of, 1500)
+        print(f"{len(self.session.items)} tests, {len(found)} pass, {sum(s for s, _ in found.values()):.0f} s {code}", file=self.flags.out, flush=True)
+        return {name: (seconds, set(lines)) for name, (seconds, lines) in found.items()}
 
 
 def main() -> None:
-    config = tyro.cli(Mutants)
-    known = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard", "-z"], text=True).split("\0")
-    with tempfile.TemporaryDirectory() as folder:
-        for name in (name for name in known if os.path.isfile(name)):
-            (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(name, Path(folder) / name)
-        os.chdir(folder)
-        os.environ |= {"PYTHONPATH": f"{folder}:{folder}/tests", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        os.environ |= dict.fromkeys(("MINILLAMA_TEST_CACHE", "XDG_CACHE_HOME", "HF_DATASETS_CACHE"), f"{folder}/cache")
-        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a mutant has the size and the second of another
-        sys.path[:0], sys.dont_write_bytecode = [folder, f"{folder}/tests"], True
-        forkserver.set_forkserver_preload(IMPORTS.split())
-        forkserver.ensure_running()
-        for name in IMPORTS.split():
-            importlib.import_module(name)
-        gc.freeze()  # a fork copies no page of theirs
-        measure(config)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("file", type=Path, help="the file to change")
+    parser.add_argument("tests", nargs="+", help="what covers it, as pytest names it")
+    parser.add_argument("--sample", type=int, default=25, help="how many of all changes; 0: all")
+    parser.add_argument("--seed", type=int, default=0, help="which they are")
+    parser.add_argument("--replace", nargs=2, help="instead: this text by that one")
+    parser.add_argument("--out", type=argparse.FileType("a"), default=os.dup(1))
+    flags = parser.parse_args()
+    multiprocessing.set_start_method("fork")
+    options = ["-q", "-oaddopts=", "-pno:cacheprovider", "-pno:xdist", "-Wignore::pytest.PytestAssertRewriteWarning"]
+    sys.exit(pytest.main([*flags.tests, *options], plugins=[Mutants(flags)]))
 
 
 if __name__ == "__main__":
