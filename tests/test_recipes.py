@@ -226,8 +226,13 @@ def test_every_precision_trains(run, tiny_folder, recipe, precision):
 def test_accumulation_on_one_rank_is_two_ranks(run):
     flags = (*FAST, "--lora.dropout", 0, "--train.max-steps", 3)
     _, text, one = run(*flags, "--train.accumulate", 2, out="one")
-    codes, text, two = run(*flags, out="two", world_size=2)
+    codes, text, two = run(*flags, "--checkpoint.format", "full", out="two", world_size=2)
     assert codes == [0, 0], text
+    # each rank has a seed of its own, of which nothing was drawn: there is no dropout
+    random = load_file(two / "checkpoints/step-00000003/random/00001.safetensors")
+    assert random.keys() == {"0.cpu", "1.cpu"}
+    for rank in range(2):
+        assert torch.equal(random[f"{rank}.cpu"], torch.Generator().manual_seed(42 + rank).get_state())
     for a, b in zip(metrics(one)[0], metrics(two)[0], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
             b["grad_norm"], rel=1e-5
@@ -313,7 +318,8 @@ def test_every_bundled_set_trains(run, dataset, tiny_folder):
     )
     assert codes == [0], text
     assert "DROPPED" not in text and [m["step"] for m in metrics(out)[1]] == [0, 1]
-    held_out = sum(held_out_packs(DataConfig(dataset=dataset, context_length=1024), tiny_folder), [])
+    packs = held_out_packs(DataConfig(dataset=dataset, context_length=1024), tiny_folder)
+    held_out = [document for pack in packs for document in pack]
     before = metrics(out)[1][0]
     assert before["eval_tokens"] == sum(int((labels != -100).sum()) for _, labels in held_out)
     assert before["eval_loss"] == pytest.approx(mean_loss(hf_twin(random_model()), held_out), abs=1e-4)

@@ -51,7 +51,7 @@ def changes(tree: ast.Module) -> Iterator[tuple[ast.AST, ast.AST]]:
                 yield node, ast.Constant(value + 1 if isinstance(value, int) else 2 * value or 1.0)
             case ast.UnaryOp(op=ast.USub() | ast.Not(), operand=operand):
                 yield node, operand
-            case (ast.BinOp(left=left) | ast.BoolOp(values=[left, *_])) if other:
+            case ast.BinOp(left=left) | ast.BoolOp(values=[left, *_]) if other:
                 yield from ((node, changed(node, op=getattr(ast, other)())), (node, left))
             case ast.AugAssign() if other:
                 yield node, changed(node, op=getattr(ast, other)())
@@ -81,7 +81,9 @@ def texts(source: str, sample: int, seed: int) -> list[tuple[int, int, str]]:
     """Start, end and new text of each change, in bytes of the source; no line moves."""
     starts = [0, *accumulate(len(line.encode()) for line in source.splitlines(keepends=True))]
     found = []
-    for node, other in changes(ast.parse(source)):
+    tree = ast.parse(source)
+    tree.body = [part for part in tree.body if isinstance(part, ast.FunctionDef | ast.ClassDef)]
+    for node, other in changes(tree):
         start, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
         text = ast.unparse(other) if isinstance(other, ast.stmt | ast.JoinedStr) else f"({ast.unparse(other)})"
         lines = "\n" * (node.end_lineno - node.lineno)
@@ -96,12 +98,16 @@ def codes(code: CodeType) -> Iterator[CodeType]:
             yield from codes(part)
 
 
-def apply(file: str, source: str) -> int:
+def functions_of(file: str) -> list[FunctionType]:
+    return [x for x in gc.get_objects() if type(x) is FunctionType and x.__code__.co_filename == file]
+
+
+def apply(file: str, source: str, functions: list[FunctionType]) -> int:
     """Gives every function of the file its code in this source, constants their value: how many have changed."""
     new, count = defaultdict(list), 0
     for code in codes(compile(source, file, "exec")):
         new[code.co_qualname, code.co_firstlineno].append(code)
-    for function in [x for x in gc.get_objects() if type(x) is FunctionType and x.__code__.co_filename == file]:
+    for function in functions:
         own = function.__code__
         for code in new[own.co_qualname, own.co_firstlineno]:
             if code != own and code.co_freevars == own.co_freevars:
@@ -116,7 +122,11 @@ def apply(file: str, source: str) -> int:
             for other in [m for m in list(sys.modules.values()) if getattr(m, name, None) is old]:
                 setattr(other, name, value)
                 count += 1
-        functions = [(old, value), *((vars(old)[k], v) for k, v in vars(value).items() if k in vars(old))] if isinstance(value, type) and isinstance(old, type) else [(old, value)]
+        functions = (
+            [(old, value), *((vars(old)[k], v) for k, v in vars(value).items() if k in vars(old))]
+            if isinstance(value, type) and isinstance(old, type)
+            else [(old, value)]
+        )
         for a, b in functions:
             for of in ("__defaults__", "__kwdefaults__"):
                 if isinstance(b, FunctionType) and isinstance(a, FunctionType) and getattr(a, of) != getattr(b, of):
@@ -133,6 +143,9 @@ class Mutants:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.session, conftest = session, sys.modules["conftest"]
+        self.functions = functions_of(self.file)
+        gc.collect()
+        gc.freeze()  # a fork copies no page of theirs
         conftest._context = multiprocessing.get_context("fork")
         forkserver.ensure_running = lambda: None
         reached, source = self.baseline(conftest), self.flags.file.read_text()
@@ -144,16 +157,24 @@ class Mutants:
             start, end, text = change
             data = source.encode()
             first, last = (data[:place].count(b"\n") + 1 for place in (start, end))
-            items = [item for item in session.items if reached.get(item.nodeid, (0, set()))[1] & {*range(first, last + 1)}]
+            items = [
+                item for item in session.items if reached.get(item.nodeid, (0, set()))[1] & {*range(first, last + 1)}
+            ]
             tops = [s for s in ast.parse(source).body if s.lineno <= first <= s.end_lineno]
             if not items or not any(isinstance(s, ast.FunctionDef | ast.ClassDef) for s in tops):
                 items = [item for item in session.items if item.nodeid in reached]
             items.sort(key=lambda item: reached[item.nodeid][0])
             began = time.perf_counter()
-            code, failed = self.fork(lambda: self.mutant(items, (data[:start] + text.encode() + data[end:]).decode()), 300)
+            code, failed = self.fork(
+                lambda: self.mutant(items, (data[:start] + text.encode() + data[end:]).decode()), 300
+            )
             before, text = (" ".join(t.split()) for t in (data[start:end].decode(), text))
             said = {0: "ALIVE ", 1: "killed", 2: "NONE  "}.get(code, f"ended {code}")
-            print(f"{number:3} {said} {self.flags.file}:{first}: {before:.60} -> {text:.60}", end="  ", file=self.flags.out)
+            print(
+                f"{number:3} {said} {self.flags.file}:{first}: {before:.60} -> {text:.60}",
+                end="  ",
+                file=self.flags.out,
+            )
             print(f"{time.perf_counter() - began:.1f} s {failed}", file=self.flags.out, flush=True)
         return True
 
@@ -185,7 +206,7 @@ class Mutants:
 
     def mutant(self, items, source: str) -> tuple[int, str]:
         try:
-            if not apply(self.file, source):
+            if not apply(self.file, source, self.functions):
                 return 2, ""
         except Exception as error:
             return 1, f"as it is made: {error!r}"
@@ -231,7 +252,11 @@ class Mutants:
             return 0, found
 
         code, found = self.fork(all_of, 1500)
-        print(f"{len(self.session.items)} tests, {len(found)} pass, {sum(s for s, _ in found.values()):.0f} s {code}", file=self.flags.out, flush=True)
+        print(
+            f"{len(self.session.items)} tests, {len(found)} pass, {sum(s for s, _ in found.values()):.0f} s {code}",
+            file=self.flags.out,
+            flush=True,
+        )
         return {name: (seconds, set(lines)) for name, (seconds, lines) in found.items()}
 
 
