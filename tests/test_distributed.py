@@ -23,7 +23,7 @@ from minillama.model.attention import BACKENDS
 from minillama.model.llama import Llama
 from minillama.model.surgery import replace_modules
 from minillama.parallel.initialise import initialise, materialise
-from minillama.parallel.processes import on_rank_zero
+from minillama.parallel.processes import all_reduce, on_rank_zero
 from minillama.parallel.sharding import FsdpConfig, choose_strategy, local, make_mesh, set_dtypes, shard
 from minillama.training.optim import OptimConfig, make_optimizer
 from minillama.training.plan import EvalConfig, TrainConfig, eval_batches, steps
@@ -504,6 +504,18 @@ def test_the_adapter_is_written_whole_by_one_rank(tiny_folder, tmp_path):
         assert torch.equal(found[f"base_model.model.{name}"], value)
     assert json.loads((tmp_path / "a/adapter_config.json").read_text())["peft_type"] == "LORA"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_numbers_of_all_ranks_are_exact():
+    """Tokens are counted in them."""
+    numbers = [2.0**53 - 1, 0.1, -3.0]
+    assert all_reduce(numbers) == all_reduce(numbers, "max") == numbers
+    assert run_ranks(sums, 2) == [([2.0**53 - 1, 6.0], [2.0**52, 4.0])] * 2
+
+
+def sums(mesh):
+    numbers = [2.0**52 - dist.get_rank(), 2.0 + 2 * dist.get_rank()]
+    return all_reduce(numbers), all_reduce(numbers, "max")
 
 
 def failing_task(mesh):

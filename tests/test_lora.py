@@ -258,10 +258,30 @@ def test_dora_at_the_ends_of_the_model_is_refused(target):
         LoraConfig(targets=("q_proj", target), dora=True)
 
 
-@pytest.mark.parametrize("wrong", [{"rank": 0}, {"dropout": 1.0}, {"targets": ()}])
-def test_impossible_settings(wrong):
-    with pytest.raises(UserError, match=f"--lora.{next(iter(wrong))}"):
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"rank": 0}, "rank 0"),
+        ({"rank": 2**24 + 1}, "rank 16777217"),
+        ({"ranks": {"lm_head": 0}}, "rank 0"),
+        ({"alpha": float("inf")}, "alpha inf"),
+        ({"alphas": {"lm_head": float("nan")}}, "alpha nan"),
+        ({"dropout": 1.0}, "dropout 1.0"),
+        ({"dropout": -0.1}, "dropout -0.1"),
+        ({"targets": ()}, "targets is empty"),
+    ],
+)
+def test_impossible_settings(wrong, named):
+    LoraConfig(rank=1, dropout=0.0)
+    with pytest.raises(UserError, match=f"--lora.{named}"):
         LoraConfig(**wrong)
+
+
+def test_ranks_and_alphas_of_single_layers():
+    name = "model.layers.1.self_attn.q_proj"
+    model = apply_lora(random_model(), LoraConfig(rank=4, alpha=8, ranks={name: 2}, alphas={name: 5.0}))
+    found = {n: (m.lora_A.out_features, m.scale) for n, m in model.named_modules() if isinstance(m, LoraLinear)}
+    assert len(found) == 6 and all(value == ((2, 2.5) if n == name else (4, 2.0)) for n, value in found.items())
 
 
 def test_only_what_matches_is_replaced():

@@ -25,7 +25,6 @@ from minillama.errors import UserError
 from minillama.formats.hf import load_weights
 from minillama.parallel.initialise import initialise, materialise
 from minillama.parallel.sharding import FsdpConfig, local, make_mesh, set_dtypes, shard, summed_gradients
-from minillama.training.checkpoint import CheckpointConfig
 from minillama.training.optim import LossScaler, OptimConfig, make_optimizer
 from minillama.training.plan import EvalConfig, Progress, TrainConfig, count_steps, eval_batches, prefetched, steps
 from minillama.training.step import evaluate, gradient_norm, train_step
@@ -151,13 +150,11 @@ def test_a_step_takes_its_share_of_an_epoch():
     assert [count_steps(packed, replace(config, max_steps=most), 8) for most in (3, 4, 5)] == [3, 4, 4]
 
 
-def test_when_an_evaluation_and_a_checkpoint_are_due():
+def test_when_an_evaluation_is_due():
     packed = pack(documents_of([20] * 13), 20, 0)
     plan = list(steps(packed, TrainConfig(epochs=2, batch_size=4), 0, 0, 1, Progress(4)))
-    for kind in (EvalConfig, CheckpointConfig):
-        for every, due in ((0, [4, 8]), (3, [3, 6, 8]), (1, [1, 2, 3, 4, 5, 6, 7, 8])):
-            assert [step.number + 1 for step in plan if kind(every=every).due(step)] == due
-    assert not any(CheckpointConfig(every=-1).due(step) for step in plan)
+    for every, due in ((0, [4, 8]), (3, [3, 6, 8]), (1, [1, 2, 3, 4, 5, 6, 7, 8])):
+        assert [step.number + 1 for step in plan if EvalConfig(every=every).due(step)] == due
 
 
 def test_an_evaluation_takes_each_pack_once_or_the_same_few():
@@ -196,8 +193,6 @@ def test_the_evaluation_is_the_mean_over_trained_tokens():
         (TrainConfig, "train", {"clip_norm": 0}, float("inf")),
         (EvalConfig, "eval", {"batch_size": 1}, 0),
         (EvalConfig, "eval", {"every": 0, "max_steps": 0}, -1),
-        (CheckpointConfig, "checkpoint", {"every": -1}, -2),
-        (CheckpointConfig, "checkpoint", {"keep": 0}, -1),
     ],
 )
 def test_impossible_settings(kind, flags, least, wrong):
