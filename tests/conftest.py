@@ -126,7 +126,7 @@ def _start(target: Callable[..., Any], world_size: int, *args: Any) -> tuple[lis
         try:
             results = []
             for pipe in pipes:
-                assert pipe.poll(1200), "a rank hangs"
+                assert pipe.poll(120), "a rank hangs"
                 try:
                     results.append(pickle.loads(pipe.recv_bytes()))
                 except EOFError:
