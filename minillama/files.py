@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and JSON, which may hold anything."""
+"""Files written whole or not at all, and JSON that is not trusted."""
 
 import errno
 import glob
@@ -15,17 +15,17 @@ from typing import Any, BinaryIO
 
 import torch.distributed as dist
 
-from minillama.errors import UserError, disk_text
+from minillama.errors import FULL, UserError, disk_text, json_problem
 from minillama.parallel.processes import group_without_timeout, on_rank_zero
 
 PARTIAL = ".minillama-partial"
-"""How the names of what is not complete end"""
+"""Suffix of files and folders that are not complete"""
 DEPTH = 64
-"""Lists and objects inside each other, beyond which JSON is not used: to go through it could exhaust Python's stack."""
+"""Depth of nested lists and objects beyond which JSON is refused: a walk over it could exhaust Python's stack."""
 
 
 def open_file(path: Path) -> BinaryIO:
-    """The file, to be read. Raises UserError where it cannot be, and for a FIFO or a device, which might be waited for."""
+    """The file, open for reading. Raises UserError if it cannot be opened, and for a FIFO or a device, which could block."""
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError(f"{path} is a pipe or a device: give a file")
@@ -46,7 +46,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def regular(file: Path) -> Path:
-    """The file itself. Raises FileNotFoundError for what is none, as a FIFO, which would be waited for."""
+    """The file, open. Raises FileNotFoundError for what is no regular file, such as a FIFO, which would block."""
     if not file.is_file():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
     return file
@@ -55,25 +55,27 @@ def regular(file: Path) -> Path:
 def described(file: Path) -> dict[str, Any]:
     """Its size and hash."""
     with regular(file).open("rb") as opened:
-        size = os.fstat(opened.fileno()).st_size  # of what was opened: a file's size may be known from before
+        size = os.fstat(opened.fileno()).st_size  # of the open file: the size by name may be cached
         return {"bytes": size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
 
 
 def read_any_json(path: Path) -> Any:
-    """What a JSON file holds. Raises UserError, naming it, for what is none, and for what is too deep to go through."""
+    """What a JSON file holds. Raises UserError, naming it, if it is not JSON or is nested too deeply."""
+    text = ""
     try:
-        content = json.loads(read_bytes(path).decode("utf-8"))
+        text = read_bytes(path).decode("utf-8")
+        content = json.loads(text)
     except UnicodeDecodeError:
         raise UserError(f"{path} cannot be read: it is not JSON, nor any other text in UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: not JSON ({error})") from None
+        raise UserError(f"{path} cannot be read: {json_problem(text, error)}") from None
     if is_deep(content):
         raise UserError(f"{path} cannot be read: more than {DEPTH} lists and objects inside each other")
     return content
 
 
 def read_json(path: Path, shape: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The object that a JSON file holds. shape: what its values are, as in misfit, where they are there and not null.
+    """The object that a JSON file holds. shape: of its values, as in misfit, if they are there and not null.
 
     Raises UserError: "FILE: KEY must be ...".
     """
@@ -87,12 +89,18 @@ def read_json(path: Path, shape: Mapping[str, Any] | None = None) -> dict[str, A
 
 
 def cache_folder(given: Path | None = None) -> Path:
-    """Where minillama keeps what it can make again: `given`, or minillama in $XDG_CACHE_HOME or ~/.cache."""
-    return given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama"
+    """Where minillama caches things: `given`, or minillama in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises UserError where there is no home.
+    """
+    try:
+        return given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama"
+    except RuntimeError:
+        raise UserError("there is no home folder to keep data in: set HOME, or XDG_CACHE_HOME to another") from None
 
 
 def is_deep(value: Any) -> bool:
-    """Whether lists and objects stand in each other more than DEPTH times."""
+    """Whether lists and objects are nested more than DEPTH times."""
     inside = [value]
     for _ in range(DEPTH):
         inside = [
@@ -144,12 +152,12 @@ def _must_be(value: Any, shape: Any, name: str) -> str:
 
 
 def is_plain(name: Any) -> bool:
-    """Whether a file name that was read from a file stays in its folder: it is no path, and nothing special."""
+    """Whether a file name that was read from a file stays in its folder: no path, no special name."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def lock(folder: Path) -> int | None:
-    """Locks a folder until the descriptor that it returns is closed, or this process ends, however it does.
+    """Locks a folder until the descriptor that it returns is closed, or this process ends in any way.
 
     None where the file system has no locks. Raises BlockingIOError if another process has locked it.
     """
@@ -170,7 +178,7 @@ def _new_partial(folder: Path) -> tuple[Path, int | None]:
     """A folder beside `folder` for one process alone, locked. Removes those of processes that were killed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.*{PARTIAL}"):
-        with suppress(OSError):  # in use; or not a folder, and so not ours
+        with suppress(OSError):  # in use; or no folder, so not ours
             if (descriptor := lock(left)) is not None:
                 shutil.rmtree(left, ignore_errors=True)
                 os.close(descriptor)
@@ -185,8 +193,8 @@ def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., No
 
     Gives the path to write to, and a function that calls another one on rank 0 while the others wait. If that fails,
     every rank raises UserError: none is left waiting in the next collective. At the end the path takes `folder`'s place,
-    unless another process has written `folder` meanwhile. A folder that holds something, but no file `mark`, is none of
-    ours: an error, never replaced.
+    unless another process has written `folder` meanwhile. A folder that is not empty and has no file `mark` is not ours:
+    an error, and it is not replaced.
     """
     folder = folder.resolve()
     path, locked, before, begun = folder, None, None, False
@@ -219,15 +227,20 @@ def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., No
 
     def finish() -> None:
         nonlocal begun
+        meanwhile = UserError(f"another process has written {folder} meanwhile, and that stays: name another target")
         if _identity(folder) != before:
-            raise UserError(f"another process has written {folder} meanwhile, and that stays: name another target")
-        begun = False  # from here on it is whole: kept, whatever goes wrong
+            raise meanwhile
+        begun = False  # from here on it is whole, and is kept if anything goes wrong
         old = path.with_name(path.name.replace(PARTIAL, ".minillama-replaced"))
         try:
             if before:
                 folder.rename(old)  # not removed before the new one is in its place
             path.rename(folder)
         except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):  # since the check above
+                begun = True
+                shutil.rmtree(old, ignore_errors=True)
+                raise meanwhile from None
             raise UserError(f"{path} is complete, but could not be renamed to {folder.name}: {error}") from None
         shutil.rmtree(old, ignore_errors=True)
 
@@ -247,7 +260,7 @@ def new_folder(folder: Path, mark: str) -> Iterator[tuple[Path, Callable[..., No
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Tells a folder from any other that takes its place, which may get the same inode; None if there is none."""
+    """Identifies a folder, also against one that replaces it and may get the same inode; None if there is none."""
     try:
         found = folder.stat()
     except FileNotFoundError:
@@ -256,7 +269,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all: until then it stays what it was. Raises OSError with the file's name."""
+    """Writes a file whole or not at all; on failure the old file stays. Raises OSError with the file's name."""
     content = content.encode() if isinstance(content, str) else content
     new = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
     try:
@@ -269,9 +282,26 @@ def write_whole(file: Path, content: str | bytes) -> None:
         new.unlink(missing_ok=True)
 
 
+@contextmanager
+def room_for(size: int, folder: Path) -> Iterator[None]:
+    """Around writing so many bytes into a folder: the OSError of a full disk says how many are needed.
+
+    Raises one before anything is written if the disk has not that many.
+    """
+    needed = f"{size_text(size)} are needed"
+    try:
+        if (free := shutil.disk_usage(folder).free) < size:
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {size_text(free)} are free", str(folder))
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(error.errno, f"{error.strerror}; {needed}", error.filename or str(folder)) from None
+
+
 def check_unused(target: Path, *sources: Path) -> None:
-    """Raises UserError unless a tool may write to this folder: one that does not exist, or is empty, and that is in none
-    of those it reads."""
+    """Raises UserError unless a tool may write to this folder: it must be empty or not exist, and be in none of the
+    folders that the tool reads."""
     for source in sources:
         if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
             raise UserError(f"{target} is in {source}, which is read: name a target elsewhere")

@@ -21,19 +21,20 @@ from typing import Any
 
 import torch.distributed as dist
 import tyro
-from tqdm import tqdm
 
 from minillama.data.datasets import DataConfig
 from minillama.data.load import load_evaluation_data
 from minillama.data.packing import Packed
-from minillama.errors import UserError
+from minillama.errors import UserError, disk_text
 from minillama.files import write_json
 from minillama.formats.hf import read_config
 from minillama.formats.hub import find_model
+from minillama.formats.quantized import Quantize
 from minillama.help import filled
 from minillama.inference.load import Dtype, find_stop_ids, load_model
 from minillama.parallel.failures import user_errors
 from minillama.parallel.processes import Device, on_rank_zero, process_group, quiet_but_on_rank_zero, rank, say
+from minillama.progress import progress
 from minillama.tokenizer.tokenizer import load_tokenizer
 from minillama.training.config import check_seed
 from minillama.training.plan import EvalConfig, eval_batches
@@ -72,13 +73,16 @@ class Config:
     """Batches of rows per process; 0: all."""
     batch_size: int = 8
     """Packs (padding: rows) and questions that each process takes at a time."""
+    quantize: Quantize = "none"
+    """Hold the linear layers of the blocks in 4 bits a weight (nf4, QLoRA's) or 8 (int8); embedding, norms and head stay
+    as they are. none: as the model's folder has them."""
     dtype: Dtype = "auto"
-    """What the model computes in. auto: what the hardware multiplies fast, as --fsdp.precision auto does: so a training's
-    own evaluation computes on this machine."""
+    """What the model computes in. auto: what the hardware multiplies fast, as --fsdp.precision auto does; a training run's
+    own evaluation computes in the same on this machine."""
     output: Path | None = None
     """A JSON file to write the numbers to."""
     seed: int = 42
-    """That of the training run: which rows --data.val-fraction holds out depends on it."""
+    """The seed of the training run: it decides which rows --data.val-fraction holds out."""
     device: Device = "auto"
 
     def __post_init__(self) -> None:
@@ -98,7 +102,7 @@ class Config:
 
 
 def check_output(output: Path) -> None:
-    """Makes the folder of the output. Raises UserError unless a file can be written there."""
+    """Creates the folder of the output. Raises UserError unless a file can be written there."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=output.parent):
@@ -106,9 +110,8 @@ def check_output(output: Path) -> None:
         if output.is_file():
             output.open("ab").close()
     except OSError as error:
-        raise UserError(
-            f"--output {output} cannot be written ({error.strerror}): name a file in a folder that you may write to"
-        ) from None
+        text = disk_text(error, f"--output {output}", "cannot be written")
+        raise UserError(f"{text}: name a file in a folder that you may write to") from None
     if output.exists() and not output.is_file() and not output.is_dir():
         raise UserError(f"--output {output} is a pipe or a device: name a file")
     if output.is_dir():
@@ -127,15 +130,16 @@ def measure(
     config: Config, adapter: Path | None, tokenizer: Any, rows: Packed | None, tasks: Any, device: str
 ) -> dict[str, Any]:
     """What one column of the table says, and what it comes from."""
-    model = load_model(config.model, device, adapter=adapter, dtype=config.dtype, cache_dir=config.data.cache_dir)
+    settings: dict[str, Any] = {"dtype": config.dtype, "quantize": config.quantize, "cache_dir": config.data.cache_dir}
+    model = load_model(config.model, device, adapter=adapter, **settings)
     found: dict[str, Any] = {}
     if rows:
         ranks = dist.get_world_size()
-        settings = EvalConfig(max_steps=config.max_steps, batch_size=config.batch_size)
-        batches = eval_batches(rows, settings, tokenizer.pad_id, device, rank(), ranks)
+        limits = EvalConfig(max_steps=config.max_steps, batch_size=config.batch_size)
+        batches = eval_batches(rows, limits, tokenizer.pad_id, device, rank(), ranks)
         total = -(-len(rows) // (config.batch_size * ranks))
         total = min(total, config.max_steps or total)
-        result = evaluate(model, tqdm(batches, desc="rows", total=total, disable=rank() != 0 or None, leave=False))
+        result = evaluate(model, progress(batches, desc="rows", total=total, leave=False))
         assert result
         loss, tokens = result
         if not math.isfinite(loss):
@@ -154,7 +158,7 @@ def measure(
 
 
 def table(columns: dict[str, dict[str, Any]]) -> str:
-    """A line a number, a column a model."""
+    """One line a number, one column a model."""
     lines: dict[str, dict[str, str]] = {}
     for column, found in columns.items():
         for name, value in found.items():
@@ -186,13 +190,13 @@ def main(config: Config) -> None:
         if config.has_rows:
             rows = load_evaluation_data(config.data, tokenizer, model.vocab_size, config.seed)
             say(f"rows        {described(rows, model, config.batch_size, dist.get_world_size())}")
-        # the adapted first: an adapter that does not fit is found before anything is measured
+        # the adapted model first: an adapter that does not fit is found before anything is measured
         adapters = {"adapted": config.adapter} if config.adapter else {}
         adapters |= {"base": None} if config.compare or not config.adapter else {}
         columns = {}
         for name, adapter in adapters.items():
             columns[name] = measure(config, adapter, tokenizer, rows, tasks, device)
-            gc.collect()  # a sharded model holds itself in reference cycles
+            gc.collect()  # a sharded model is in reference cycles
         columns = dict(reversed(columns.items()))
         say(table(columns))
         if output:

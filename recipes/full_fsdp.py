@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from minillama.errors import UserError
+from minillama.formats.bitsandbytes import BitsandbytesWeights
 from minillama.formats.hf import check_weights, load_weights, read_config
 from minillama.formats.hf_export import save_pretrained
 from minillama.hardware.kernels import compile_blocks
@@ -43,7 +44,7 @@ class Config(RunConfig):
 
 
 def freeze_first(model: Llama, count: int) -> None:
-    """Freezes the first `count` blocks and, unless that is 0, the embedding (and so the head that is its twin)."""
+    """Freezes the first `count` blocks and, unless that is 0, the embedding (and a tied head with it)."""
     blocks = model.model.layers
     if count > len(blocks):
         raise UserError(f"--train.freeze-layers {count}: the model has {len(blocks)} layers")
@@ -58,6 +59,11 @@ def main(config: Config) -> None:
             model = Llama(read_config(config.model))
         freeze_first(model, config.train.freeze_layers)
         weights = check_weights(model, config.model)
+        if isinstance(weights, BitsandbytesWeights):
+            raise UserError(
+                f"{config.model} is quantised, and its weights cannot be trained: give the plain model, or train an adapter "
+                "on it with recipes/lora_fsdp.py"
+            )
         run = prepare_run(config, model, weights, device, checkpoint, precision)
         if config.train.freeze_layers:
             head = " with the tied head" if model.config.tie_word_embeddings else ""

@@ -25,6 +25,7 @@ from minillama.data.rows import read_rows
 from minillama.errors import UserError
 from minillama.formats.hf import read_config
 from minillama.formats.hub import find_model
+from minillama.formats.quantized import Quantize
 from minillama.help import filled
 from minillama.inference.generate import check_settings, stream
 from minillama.inference.load import Dtype, find_stop_ids, load_model
@@ -57,7 +58,7 @@ class Config:
     """A .jsonl, .json, .csv or .parquet file of rows with a `prompt`, or a chat's `messages` and perhaps `tools`; a line
     of JSON is printed for each, with its `answer` and what else the row has."""
     chat: bool = False
-    """Ask again and again, each time with what was said before; an empty line ends it."""
+    """A conversation: each prompt is put with all that was said before. An empty line ends it."""
     system: str | None = None
     """The system message of a chat."""
     template: Literal["chat", "none"] = "chat"
@@ -73,6 +74,9 @@ class Config:
     seed: int = 42
     batch_size: int = 8
     """Prompts of a file that are answered together."""
+    quantize: Quantize = "none"
+    """Hold the linear layers of the blocks in 4 bits a weight (nf4, QLoRA's) or 8 (int8); embedding, norms and head stay
+    as they are. none: as the model's folder has them."""
     dtype: Dtype = "auto"
     """What the model computes in. auto: what the hardware multiplies fast, as --fsdp.precision auto does."""
     device: Device = "auto"
@@ -89,7 +93,7 @@ class Config:
 
 
 def read_prompts(config: Config, tokenizer: Any) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    """(The line to print but for its answer, what is asked in tokens) for each row of the file."""
+    """(The line to print without its answer, the prompt in tokens) for each row of the file."""
     assert config.prompts
     for place, read in read_rows(config.prompts):
         try:
@@ -125,10 +129,10 @@ def to_tokens(
 def main(config: Config) -> None:
     with process_group(config.device) as device:
         config = replace(config, model=find_model(config.model))
-        longest = read_config(config.model).max_position_embeddings - config.max_new_tokens  # first: it is no model?
+        longest = read_config(config.model).max_position_embeddings - config.max_new_tokens  # first: is it a model?
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         if config.prompt is not None:
-            to_tokens(config, tokenizer, config.prompt)  # what is wrong with it is said before the model is loaded
+            to_tokens(config, tokenizer, config.prompt)  # errors in it are reported before the model is loaded
         prompts = list(read_prompts(config, tokenizer)) if config.prompts else []
         if config.prompts and not prompts:
             raise UserError(f"--prompts {config.prompts}: no row in it")
@@ -145,7 +149,7 @@ def main(config: Config) -> None:
                 )
                 warned = True
 
-        model = load_model(config.model, device, adapter=config.adapter, dtype=config.dtype)
+        model = load_model(config.model, device, adapter=config.adapter, dtype=config.dtype, quantize=config.quantize)
         settings: dict[str, Any] = {
             "max_new_tokens": config.max_new_tokens,
             "temperature": config.temperature,
@@ -193,7 +197,7 @@ def main(config: Config) -> None:
 
 
 def as_json(line: dict[str, Any]) -> str:
-    """With escapes for everything but ASCII where the terminal could not show it, or it is half a character."""
+    """With escapes for everything but ASCII if the terminal cannot show it, or it is half a character."""
     text = json.dumps(line, ensure_ascii=False, default=str)
     try:
         text.encode(sys.stdout.encoding)

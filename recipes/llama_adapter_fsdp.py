@@ -25,6 +25,7 @@ from minillama.adapters.peft import check_adapter, continue_adapter, load_adapte
 from minillama.errors import UserError
 from minillama.formats.hf import check_weights, load_weights, read_config
 from minillama.formats.hub import model_name
+from minillama.formats.quantized import Quantize, quantize_base
 from minillama.hardware.kernels import compile_blocks
 from minillama.help import filled
 from minillama.model.llama import Llama
@@ -43,6 +44,9 @@ from minillama.training.step import train_step
 class AdapterFlags(LlamaAdapterConfig):
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Folder of a llama-adapter to start from, in PEFT's format; its prompt_len and layers are taken too."""
+    quantize: Quantize = "none"
+    """Hold the linear layers of the blocks in 4 bits a weight (nf4, QLoRA's) or 8 (int8); embedding, norms and head stay
+    as they are. none: as the model's folder has them."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ def main(config: Config) -> None:
             model = Llama(read_config(config.model))
         model.requires_grad_(False)
         weights = check_weights(model, config.model)
+        quantize_base(model, weights, config.adapter.quantize)
         if start_from := config.adapter.from_:
             config = replace(config, adapter=continue_adapter(config.adapter, start_from))
         apply_llama_adapter(model, config.adapter)

@@ -13,6 +13,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +21,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from minillama.adapters.lora import LoraConfig, apply_lora
+from minillama.adapters.lora import LoraConfig, apply_lora, lora_plus
 from minillama.adapters.merge import merge_adapter
 from minillama.adapters.peft import (
     check_adapter,
@@ -33,6 +34,7 @@ from minillama.adapters.peft import (
 from minillama.errors import UserError
 from minillama.formats.hf import check_weights, load_weights, read_config
 from minillama.formats.hub import model_name
+from minillama.formats.quantized import Quantize, quantize_base
 from minillama.hardware.kernels import compile_blocks
 from minillama.help import filled
 from minillama.model.llama import Llama
@@ -51,10 +53,21 @@ from minillama.training.step import train_step
 class LoraFlags(LoraConfig):
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Folder of a LoRA to start from, in PEFT's format; its rank, alpha, targets and dropout are taken too."""
+    quantize: Quantize = "none"
+    """Hold the linear layers of the blocks in 4 bits a weight (nf4, QLoRA's) or 8 (int8); embedding, norms and head stay
+    as they are. none: as the model's folder has them."""
+    plus_ratio: float = 1.0
+    """The learning rate of B over that of A (LoRA+, https://arxiv.org/abs/2402.12354), which is --optim.lr. The paper
+    recommends 16."""
     merge: bool = False
     """At the end, also write base and LoRA as one Hugging Face folder, OUTPUT_DIR/model."""
     ranks: tyro.conf.Suppress[dict[str, int]] = field(default_factory=dict)
     alphas: tyro.conf.Suppress[dict[str, float]] = field(default_factory=dict)  # both: of --lora.from only
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.plus_ratio < math.inf:
+            raise UserError(f"--lora.plus-ratio {self.plus_ratio}: must be a finite number above 0")
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,7 @@ def main(config: Config) -> None:
             model = Llama(read_config(config.model))
         model.requires_grad_(False)
         weights = check_weights(model, config.model)
+        quantize_base(model, weights, config.lora.quantize)
         if start_from := config.lora.from_:
             config = replace(config, lora=continue_adapter(config.lora, start_from))
         apply_lora(model, config.lora)
@@ -89,7 +103,7 @@ def main(config: Config) -> None:
             loaded |= load_adapter_weights(model, start_from)
             say(f"adapter     starts from {start_from}")
         initialise(model, config.seed, loaded=loaded)
-        optimizer = make_optimizer(model.parameters(), config.optim)
+        optimizer = make_optimizer(model.parameters(), config.optim, lora_plus(model, config.lora.plus_ratio))
 
         clip_norm = config.train.clip_norm
         with training_loop(config, run, model, optimizer) as loop:

@@ -166,9 +166,9 @@ def test_an_adapter_that_brings_the_embedding_along(tmp_path, tied):
         assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
     other = save_folder(random_model(1, **changes), tmp_path / "other", **changes)
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors brings a .* along that is not the base's"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors holds a .* that is not the base's"):
         load_adapter(from_pretrained(other), tmp_path / "a")
-    with pytest.raises(UserError, match=r"the adapter brings a .* along that is not the base's"):
+    with pytest.raises(UserError, match=r"the adapter holds a .* that is not the base's"):
         merge_adapter(other, tmp_path / "a", tmp_path / "wrong", any_base=True)
     assert not (tmp_path / "wrong").exists()
     small = save_folder(random_model(vocab_size=500, **changes), tmp_path / "small", vocab_size=500, **changes)
@@ -200,4 +200,4 @@ def test_the_embedding_is_compared_shard_by_shard(tmp_path):
         model.model.embed_tokens.weight[-1, -1] += 1  # in the last rank's part
     other = save_folder(model, tmp_path / "other")
     first, last = run_ranks(copies_on_ranks, 2, other, tmp_path / "a")
-    assert first is None and "brings a model.embed_tokens.weight along that is not the base's" in last
+    assert first is None and "holds a model.embed_tokens.weight that is not the base's" in last

@@ -182,7 +182,7 @@ def test_what_varlen_is_given(kv_heads, rows):
 
 
 def visible(mask):
-    """Which keys each query sees by FlexAttention's reading of a block mask: (tokens, tokens) bool."""
+    """Which keys each query attends to by FlexAttention's reading of a block mask: (tokens, tokens) bool."""
     tokens, (rows, columns) = mask.seq_lengths[0], mask.BLOCK_SIZE
     seen = torch.zeros(tokens, tokens, dtype=torch.bool)
     query, key = torch.arange(tokens)[:, None], torch.arange(tokens)
@@ -198,7 +198,7 @@ def visible(mask):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_blocks_that_flex_computes_are_what_documents_see(seed):
+def test_the_blocks_that_flex_computes_are_those_of_the_documents(seed):
     random = torch.Generator().manual_seed(seed)
     longest = (3, 40, 200, 700)[seed % 4]
     lengths = torch.randint(1, longest, (3 + 300 // longest,), generator=random).tolist()

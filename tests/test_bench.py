@@ -1,4 +1,4 @@
-"""tools/bench.py: that ours and transformers + peft do the same work, that the floor holds what a step does, its JSON."""
+"""tools/bench.py: ours and transformers + peft do the same work, the floor has the products of a step, the JSON."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ def test_contenders_train_the_same_model_on_the_same_documents(tmp_path):
     results = json.loads((folder / "results.json").read_text())
     [case] = results["cases"]
     ours, hf, floor = (case["contenders"][name] for name in ("ours", "hf", "floor"))
-    # Adapters are not zero and a document's tokens see only each other: another scale, mask or label would show.
+    # Adapters are not zero and documents do not attend to each other: another scale, mask or label would show.
     assert len(ours["losses"]) == 3
     assert ours["losses"] == pytest.approx(hf["losses"], rel=1e-6)
     assert ours["norms"] == pytest.approx(hf["norms"], rel=1e-4)

@@ -194,7 +194,7 @@ def put_generation(template: str) -> str:
 
 
 def pair(folder: Path, template: str, kind: str):
-    """Our tokenizer of a folder with the template, and transformers' with the template's twin."""
+    """Our tokenizer of a folder with the template, and transformers' with the template marked by hand."""
     folder.mkdir()
     names = {
         "bos_token": "<|begin_of_text|>",

@@ -306,7 +306,7 @@ def find_damaged(mesh, out):
         (sound.folder / ".metadata").unlink(missing_ok=True)
         with pytest.raises(UserError, match=r"no checkpoint of .* is sound: step-00000001: .* is missing"):
             found(run)
-        assert sound.folder.exists()  # the last ones are not renamed: the next start must not begin anew
+        assert sound.folder.exists()  # the last ones are not renamed: the next start must not start from scratch
         shutil.rmtree(run)
     return ways
 

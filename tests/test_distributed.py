@@ -170,7 +170,7 @@ def state_after_loading(mesh, folder):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_loading_and_initialising_fill_everything_alike_on_any_number_of_ranks(tmp_path, tied):
+def test_loading_and_initialising_fill_the_same_values_on_any_number_of_ranks(tmp_path, tied):
     model = random_model(tie_word_embeddings=tied)
     folder = save_folder(model, tmp_path, tie_word_embeddings=tied)
     one, two, three = (run_ranks(state_after_loading, n, folder) for n in (1, 2, 3))
@@ -348,7 +348,7 @@ def random_base(mesh, folder):
     return drawn, [name for name, value in drawn.items() if torch.equal(value, others[name])]
 
 
-def test_without_weights_everything_is_drawn_alike(tiny_folder):
+def test_without_weights_all_ranks_draw_the_same(tiny_folder):
     [(one, same)] = run_ranks(random_base, 1, tiny_folder)
     (first, _), (second, _) = run_ranks(random_base, 2, tiny_folder)
     assert same == [name for name in one if "norm" in name]  # ones, whatever the seed
@@ -416,7 +416,7 @@ def everything(mesh, folder, strategy):
     return whole(model) | dict(model.named_buffers())
 
 
-def test_all_that_any_module_owns_is_filled_alike_sharded_or_not(tiny_folder):
+def test_all_that_any_module_owns_is_filled_the_same_sharded_or_not(tiny_folder):
     (expected,) = run_ranks(everything, 1, tiny_folder, None)
     base = {n: p for n, p in random_model().named_parameters()}
     assert len(expected) == len(base) + 3 * 5 + 2

@@ -1,4 +1,4 @@
-"""What no user's mistake is: disks, signals and other processes that come between. One message, and nothing lost."""
+"""Faults that are no user's mistake: disks, signals and other processes. One message, and nothing lost."""
 
 import ast
 import itertools
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import _processes, random_model, run_script, save_folder
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from minillama.adapters.lora import LoraConfig, apply_lora
 from minillama.adapters.peft import save_adapter
@@ -54,6 +55,25 @@ def test_two_writers_of_one_target(tiny_folder, tmp_path):
     assert len(whole) == 3
     assert all(sorted(file.stat().st_size for file in target.iterdir()) == whole for target in targets)
     assert not list(tmp_path.glob(f".*{PARTIAL}"))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_writer_that_finishes_at_the_same_moment_stays(there, tmp_path, monkeypatch):
+    target, rename = tmp_path / "target", Path.rename
+    if there:
+        target.mkdir()
+        (target / "mark").touch()
+
+    def as_another_finishes(path, to):
+        if path.name.endswith(PARTIAL):
+            target.mkdir()
+            (target / "mark").write_text("another's")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", as_another_finishes)
+    with pytest.raises(UserError, match=r"another process has written .*target meanwhile"), new_folder(target, "mark"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["target"] and (target / "mark").read_text() == "another's"
 
 
 def test_what_is_written_follows_no_link_and_replaces_no_other_s(tmp_path):
@@ -112,7 +132,9 @@ import os, signal, sys, time
 import torch.distributed as dist
 from minillama.parallel.failures import user_errors
 from minillama.parallel.processes import on_rank_zero, process_group
+from minillama.errors import UserError
 what, fails = sys.argv[1], int(sys.argv[2])
+os.environ["TORCHELASTIC_ERROR_FILE"] = f"{sys.argv[0]}.{os.environ['RANK']}"
 with user_errors(), process_group("cpu"):
     if dist.get_rank() == fails and what == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -120,6 +142,8 @@ with user_errors(), process_group("cpu"):
         raise ValueError("of our own")
     if dist.get_rank() == fails and what == "elsewhere":
         raise RuntimeError("Connection refused by a server that is none of ours")
+    if dist.get_rank() == fails and what == "mistake":
+        raise UserError("a mistake: make none")
     if what == "on zero":
         on_rank_zero(lambda: [][1])
     dist.barrier()
@@ -145,6 +169,12 @@ with user_errors():
 """
 
 
+def torchrun_says(file, codes):
+    """The end of torchrun's report, without its frame, on processes with these exit codes."""
+    failures = {n: ProcessFailure(n, 0, -9 if code is None else code, f"{file}.{n}") for n, code in enumerate(codes)}
+    return str(ChildFailedError("a recipe", failures)).rstrip("=\n").rpartition("traceback : ")[2]
+
+
 def script(tmp_path, text):
     file = tmp_path / "script.py"
     file.write_text(text)
@@ -166,6 +196,7 @@ def test_a_killed_rank_is_named(tmp_path, rank):
     )
     assert len(re.findall(said, text)) == text.count("error: ") == 1, text
     assert "Traceback" not in text
+    assert re.match(said, torchrun_says(tmp_path / "script.py", codes))
 
 
 @pytest.mark.parametrize(
@@ -182,6 +213,15 @@ def test_a_fault_is_told_once_by_the_rank_that_had_it(tmp_path, what, rank, said
     codes, text = run_script(script(tmp_path, LOST), what, rank, world_size=2, log=tmp_path / "log")
     assert codes == [1, 1] and text.count("Traceback") == 1 and f"rank {rank} has failed" in text and said in text, text
     assert "error: " not in text.replace("Error: ", "")
+    assert re.match(
+        rf"rank . has failed, see its traceback above: .*{said}", torchrun_says(tmp_path / "script.py", codes)
+    )
+
+
+def test_torchrun_s_report_ends_with_the_message(tmp_path):
+    codes, text = run_script(script(tmp_path, LOST), "mistake", 1, world_size=2, log=tmp_path / "log")
+    assert codes == [1, 1] and text == "\nerror: a mistake: make none\n"
+    assert torchrun_says(tmp_path / "script.py", codes) == "error: a mistake: make none"
 
 
 def test_a_process_of_another_machine_is_gone(monkeypatch, capsys):
@@ -258,4 +298,10 @@ def test_what_is_no_reason_to_fail(tiny_folder, tmp_path):
     assert text.count("warning: ") == 2 and "error: " not in text
     assert f"adapter was trained on {stranger}, as its adapter_config.json says" in text
     assert "loss.png cannot be used" in text
-    assert f"next: python recipes/generate.py --model {tiny_folder} --adapter {out}/adapter --template none" in text
+    made = f"--model {tiny_folder} --adapter {out}/adapter"
+    for command in (
+        f"recipes/generate.py {made} --template none --prompt TEXT",
+        f"recipes/evaluate.py {made} --data.dataset samsum --data.path FILE",
+        f"tools/merge_lora.py {tiny_folder} {out}/adapter {out}/model",
+    ):
+        assert text.count(f"\nnext: python {command}\n") == 1

@@ -1,4 +1,4 @@
-"""Files that a stranger has changed at random: each is read as transformers and peft read it, or refused by a UserError.
+"""Files with random changes: each is read as transformers and peft read it, or refused by a UserError.
 
 Nothing of it runs, nothing hangs. --whole-matrix makes thousands of changes, else some of each kind.
 """
@@ -604,7 +604,7 @@ def load_changed(mesh, folder, out, first, changes):
             content = json.loads(original[name])
             del content["sha256"]
             text = mutated(content, rng, ["full", "sharded", "cuda"])
-            if rng.randrange(5):  # whoever changes it can make the hash right
+            if rng.randrange(5):  # the hash can be adapted to the changes
                 try:
                     content = json.loads(text)
                     text = json.dumps(content | {"sha256": hash_of(content)}).encode()

@@ -16,8 +16,9 @@ from conftest import run_script
 TOOL = Path(__file__).parents[1] / "tools" / "gpu_check.py"
 
 
-def test_on_a_cpu(tmp_path):
-    groups = ["setup", "attention", "loss", "fp16", "checkpoint", "sync", "strategies"]
+def test_on_a_cpu(tmp_path, tool):
+    """All of it but compilation, which takes a minute."""
+    groups = [group for group in tool.GROUPS if group not in ("compile", "performance")]
     flags = ["--device", "cpu", "--only", *groups, "performance", "--minutes", 0]
     codes, text = run_script(TOOL, *flags, "--output", tmp_path / "gpu_check.json", log=tmp_path / "log")
     assert codes == [0], text
@@ -32,7 +33,8 @@ def test_on_a_cpu(tmp_path):
             assert row["error"] <= row["tolerance"], row
         else:
             assert row["result"] == "not run" and row["error"] is None and row["detail"], row
-            assert "varlen" in what or "flex" in what or "auto" in what or row["group"] in ("sync", "performance"), row
+            unable = row["group"] in ("memory", "sync", "performance")
+            assert unable or "varlen" in what or "flex" in what or "auto" in what, row
     passed = [row["check"] for row in rows if row["result"] == "passed"]
     assert found["passed"] == len(passed) and found["failed"] == 0 and found["not_run"] == len(rows) - len(passed)
     for check in ("math, bf16, 8 query heads on 2", "LoRA on the head, fp32", "2 processes, hybrid-shard, full"):

@@ -529,7 +529,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     with pytest.raises(UserError, match="do not fit their config"):
         save_pretrained(random_model(hidden_size=64), tmp_path / "out", base)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"out cannot be written \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"out cannot be written \(a file is where a folder should be\)"):
         save_pretrained(random_model(), tmp_path / "file/out", base)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "in"]
 
@@ -562,8 +562,8 @@ def test_a_failing_disk_leaves_what_was_there_and_fails_on_every_rank(tiny_folde
     earlier = save_folder(random_model(), tmp_path / "out")
     (first, written), (second, _) = run_ranks(fail_in_the_middle, 2, tiny_folder, tmp_path / "out")
     assert written == 2 and len(first) == 2 and first == second
-    assert "out cannot be written (No space left on device): make room on its disk" in first[0]
-    assert "out cannot be written (Not a directory)" in first[1]
+    assert "out cannot be written (No space left on device; 0.15 MB are needed): make room on its disk" in first[0]
+    assert "out cannot be written (a file is where a folder should be)" in first[1]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert_same(parameters(from_pretrained(earlier)), parameters(random_model()))
 

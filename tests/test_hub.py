@@ -250,7 +250,7 @@ def test_what_a_repository_may_hold(hub, env, tiny_folder):
     assert {file.name for file in Path(both).iterdir()} == {*small, "model.safetensors"}  # the shards are not read
 
 
-def test_when_a_connection_breaks_only_the_file_is_begun_anew(hub, env):
+def test_when_a_connection_breaks_only_that_file_starts_from_scratch(hub, env):
     large = os.urandom(2 * CHUNK + 5)
     hub.repos["org/large"] = hub.repos["org/gated"] | {"model.safetensors": large}
     hub.cut, hub.refusals = CHUNK + 7, 1

@@ -1,4 +1,4 @@
-"""A checkpoint's index: what DCP's own says, in a form that runs nothing; a stranger's is refused, whatever it holds."""
+"""A checkpoint's index: what DCP's own says, in a form that runs no code; an untrusted one is refused, whatever it holds."""
 
 import json
 import pickle
@@ -33,7 +33,7 @@ def copied(checkpoint, tmp_path):
 
 
 def forge(folder, name, content):
-    """Changes a file, and the hashes with it, as whoever gives a checkpoint away can."""
+    """Changes a file, and the hashes with it, as the author of a checkpoint can."""
     (folder / name).write_bytes(content)
     mark = json.loads((folder / MANIFEST).read_text())
     del mark["sha256"]

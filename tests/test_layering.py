@@ -6,8 +6,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("model", "parallel", "files", "tokenizer", "formats", "hardware", "data", "training", "adapters", "inference")
-"""In order: each may import those before it, and minillama.errors. files is a module of its own."""
+ROOMS = (
+    "model",
+    "parallel",
+    "files",
+    "progress",
+    "tokenizer",
+    "formats",
+    "hardware",
+    "data",
+    "training",
+    "adapters",
+    "inference",
+)
+"""In order: each may import those before it, and minillama.errors. files and progress are modules of their own."""
 ONLY_IN = {
     "tyro": {"recipes", "tools"},
     "datasets": {"minillama/data/datasets.py", "tools"},
@@ -16,6 +28,7 @@ ONLY_IN = {
     "jinja2": {"minillama/tokenizer/template.py"},
     "safetensors": {"minillama/formats/hf.py", "minillama/formats/hf_export.py", "tools"},
     "huggingface_hub": {"minillama/formats/hub.py", "tools"},
+    "tqdm": {"minillama/progress.py"},
     "wandb": {"minillama/training/metrics.py"},
     "matplotlib": {"minillama/training/metrics.py", "tools"},
     "gguf": {"tools"},

@@ -1,4 +1,4 @@
-"""Meta's folders: read and written beside the same weights in Hugging Face's order."""
+"""Meta's folders: read and written, compared with the same weights in Hugging Face's order."""
 
 import json
 import pickle

@@ -6,6 +6,7 @@ import resource
 import pytest
 import torch
 from conftest import random_model
+from matplotlib.figure import Figure
 from test_packing import documents_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -57,7 +58,9 @@ def test_parameters_and_rate(monkeypatch):
     assert matmul_rate("cpu", torch.float32) == pytest.approx(2 * 256**3 / 0.004)
 
 
-def test_plot_and_read(tmp_path):
+def test_plot_and_read(tmp_path, monkeypatch):
+    drawn, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or savefig(self, *a, **k))
     lines = [
         {"step": 0, "eval_loss": 3.0},
         {"step": 1, "loss": 2.0},
@@ -69,6 +72,8 @@ def test_plot_and_read(tmp_path):
     assert [m["loss"] for m in trained] == [2, 1] and [m["eval_loss"] for m in evaluated] == [3, 2]
     assert plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    steps = drawn[0].axes[0].get_xticks()
+    assert len(steps) > 1 and all(step == int(step) for step in steps)
 
 
 def test_a_logger_that_is_not_installed_is_named(monkeypatch):

@@ -27,6 +27,9 @@ from safetensors.torch import load_file, save_file
 from minillama.adapters.llama_adapter import LlamaAdapterConfig
 from minillama.adapters.lora import LoraConfig
 from minillama.adapters.peft import adapt, save_adapter
+from minillama.formats.hf import check_weights, read_config
+from minillama.formats.hf_export import write_model
+from minillama.model.llama import Llama
 from minillama.training.resume import hash_of
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +68,14 @@ no architecture | prompt --model other | BertModel | LlamaForCausalLM
 a billion layers | full --model layers | num_hidden_layers 1000000000 | of 3 layers
 a vocabulary of 2^60 | lora --model vocabulary | vocab_size 1152921504606846976 | 16777216 is the most
 a number of another kind | lora --model kind | hidden_size = '32' | int belongs
-quantised | lora --model quantised | quantization_config | give the plain one
+quantised in another way | lora --model quantised | quantization_config | give the plain one
+quantised twice | generate --prompt a --model in_int8 --quantize nf4 | in_int8 is quantised already | leave that flag out
+quantised, converted | convert_checkpoint in_int8 target --quantize int8 | in_int8 is quantised | give the plain model
+quantised, all of it to be trained | full --model in_int8 | in_int8 is quantised | recipes/lora_fsdp.py
+rows that NF4 cannot hold | lora --lora.quantize nf4 | rows of 32 weights | quantise as int8
+rows that NF4 cannot hold, elsewhere | prompt --adapter.quantize nf4 | q_proj | quantise as int8
+B that would not learn | lora --lora.plus-ratio 0 | --lora.plus-ratio 0 | above 0
+a quantised run | convert_checkpoint STEP target --quantize nf4 | --quantize nf4 | convert to such a folder before
 cut-off weights | lora --model cut | cut/model.safetensors | truncated
 a tensor missing | full --model missing | model.norm.weight | is missing
 shards out of the folder | lora --model outside | ../model/model.safetensors | move them there
@@ -161,6 +171,7 @@ a run to be killed in | kill_and_resume --folder run --model model | run exists 
 a run to be filled | data_speed --folder run --rows train.json --tokenizer model | run exists already | another target
 a model to be measured in | conversion_cost --folder model | model exists already | another target
 a model to be written over | loading_memory --folder model | model exists already | another target
+cards of no number | quantised_fit --cards 24GB | --cards 24GB | as 8x80
 a demo of no model | demo --model nowhere | nowhere: no such file or folder | a checkpoint's folder
 a check without a GPU | gpu_check --device cuda | no CUDA device | --device cpu
 weights of integers | lora --model int8 | int8 holds weights of int8 | give the plain checkpoint
@@ -220,8 +231,8 @@ a seed below 0 | evaluate EVAL --seed -1 | --seed -1 | at least 0
 a device as output | evaluate EVAL --output device | --output device is a pipe or a device | name a file
 a full disk, plotting | plot_metrics run | run/loss.png cannot be written | make room | full 100
 a full disk, measuring | evaluate EVAL --output scores.json | scores.json cannot be written | make room | full 10
-a full disk, merging | merge_lora model adapter target | target cannot be written | make room | full 3000
-a full disk, converting | convert_checkpoint model target | target cannot be written | make room | full 3000
+a full disk, merging | merge_lora model adapter target | target cannot be written | are needed): make room | full 3000
+a full disk, converting | convert_checkpoint model target | target cannot be written | are needed): make room | full 3000
 a full disk, writing the demo's data | make_demo_data | chat_train.jsonl cannot be written | make room | full 100
 a full disk, starting | lora | --output-dir out cannot be written | make room | full 1000
 unreadable: tokenizer | lora | model/tokenizer.model cannot be | permissions | locked model/tokenizer.model
@@ -244,6 +255,22 @@ unwritable: a file of output | evaluate EVAL --output number.jsonl | number.json
 unwritable: a run | lora --output-dir empty/out | --output-dir empty/out cannot be written | permissions | kept empty
 unwritable: a target | merge_lora model adapter empty/target | empty/target cannot be written | permissions | kept empty
 unwritable: cache | inspect_data --model model --data.path train.json | cannot be written | --data.cache-dir | home empty
+no data, nor any to evaluate on | full --data.path none.json --data.val-path None | none.json does not exist | .parquet
+an empty .json | lora --data.path empty.json | empty.json: empty | list of objects
+a .json cut off | lora --data.path cut.json | cut.json: truncated, line 2 is not its last | list of objects
+JSON lines as .json | lora --data.path lines.json | lines.json: not JSON (Extra data: line 2 | .jsonl
+an empty config | lora --model blank | blank/config.json cannot be read | empty
+own rows that fail | lora --data.dataset fails.py --data.path None | --data.dataset fails.py fails | No module
+own rows that fail later | lora --data.dataset late.py:rows --data.path None | late.py fails | division by zero
+cache below a file | lora --data.cache-dir train.json/x | a file is where a folder should be | --data.cache-dir
+output below a file | lora --output-dir train.json/x | --output-dir train.json/x | a file is where a folder should be
+fewer questions than none | evaluate EVAL --limit -1 | --limit -1 | at least 0
+fewer tokens than none | generate --prompt a --max-new-tokens -1 | --max-new-tokens -1 | at least 1
+a hub that may not be asked | download ORG/NAME | HF_HUB_OFFLINE is set | unset it
+a package that is missing | lora --log.wandb | --log.wandb needs a package | pip install wandb
+output of numbers below a file | evaluate EVAL --output train.json/x | --output train.json/x | a file is where a folder
+another recipe's run | full --resume run | step-00000001 is of another recipe | the flags of lora
+a damaged checkpoint by hand | lora --resume damaged/checkpoints/step-00000001 | __0_0.distcp was changed | remove
 """
 TABLE = {}
 for line in MISTAKES.replace("EVAL", EVAL).replace("STEP", STEP).strip().splitlines():
@@ -274,12 +301,16 @@ def world(tmp_path_factory):
     save_folder(random_model(), world / "model")
     save_folder(random_model(1), world / "stranger")
     variant(world, "not_json", "{")
+    variant(world, "blank", "")
     variant(world, "deep", '{"a":' * 200_000)
     variant(world, "other", architectures=["BertModel"])
     variant(world, "layers", num_hidden_layers=10**9)
     variant(world, "vocabulary", vocab_size=2**60)
     variant(world, "kind", hidden_size="32")
     variant(world, "quantised", quantization_config={"bits": 4})
+    with torch.device("meta"):
+        weights = check_weights(Llama(read_config(world / "model")), world / "model")
+    write_model(weights, read_config(world / "model"), world / "in_int8", world / "model", quantize="int8")
     os.truncate(variant(world, "cut") / "model.safetensors", 9000)
     tensors = load_file(world / "model/model.safetensors")
     save_file(
@@ -339,6 +370,11 @@ def world(tmp_path_factory):
         "weighed.json": '[{"dataset": "samsum", "weight": "much"}]',
         "five.jsonl": '{"messages": [5]}',
         "deep.jsonl": '{"dialogue": ' + "[" * 100_000,
+        "empty.json": "",
+        "cut.json": '[{"dialogue": "a",\n "summary": "b',
+        "lines.json": "\n".join(map(json.dumps, ROWS)),
+        "fails.py": "import nowhere\n",
+        "late.py": "def rows(*_):\n    yield 1 / 0\n",
         "flags5.json": '{"flags": 5}',
         "damaged.gguf": "GGUF and nothing that belongs there",
         "own.py": "",
@@ -456,6 +492,8 @@ def problem_of(name, codes, said):
         return f"exit codes {codes}: {said[-300:]}"
     if len(boxes or errors) != 1 or "Traceback" in said:
         return f"{len(errors)} messages: {said[-600:]}"
+    if not boxes and sum(TABLE[name][1][0] in line for line in said.splitlines()) > 1:
+        return f"said twice: {said[-600:]}"
     missing = [part for part in TABLE[name][1] if part not in text]
     return f"{missing} not in: {text}" if missing else None
 

@@ -148,7 +148,6 @@ def test_rope_settings_that_disagree_are_read_as_transformers_reads_them():
         ({"hidden_size": None}, "hidden_size"),
         ({"num_attention_heads": 5}, "num_attention_heads"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"head_dim": 7}, "head_dim 7 is odd"),
         ({"vocab_size": 2**24 + 1}, "no Llama is that large"),
         ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),

@@ -292,3 +292,14 @@ def test_loss_scale():
     assert resumed.scale == 1
     with pytest.raises(UserError, match=r"training has diverged.*--optim.lr.*--fsdp.precision bf16 or mixed"):
         resumed.update(False)
+
+
+def test_a_parameter_may_have_another_learning_rate():
+    """The first step of Adam changes each number by its learning rate: B's is a multiple of A's."""
+    pair = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3, 2))]
+    optimizer = make_optimizer(pair, OptimConfig(lr=0.01), {pair[1]: 16.0})
+    for parameter in pair:
+        parameter.grad = torch.full_like(parameter, 0.3)
+    optimizer.step()
+    assert [1 - parameter.mean().item() for parameter in pair] == pytest.approx([0.01, 0.16], rel=1e-4)
+    assert [group["lr_factor"] for group in optimizer.param_groups] == [1.0, 16.0]

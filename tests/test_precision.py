@@ -1,4 +1,4 @@
-"""What a run computes in: chosen by what this machine is measured to do, remembered, and kept by a run that resumes."""
+"""What a run computes in: chosen by measurement, cached, and kept by a run that resumes."""
 
 import json
 import os
@@ -188,7 +188,7 @@ def choose_apart(mesh, folder):
     return chosen, choose_precision(AUTO, "cuda")[0].precision
 
 
-def test_ranks_of_unlike_machines_compute_alike(tmp_path):
+def test_ranks_of_different_machines_compute_the_same(tmp_path):
     one, two = run_ranks(choose_apart, 2, tmp_path)
     assert one == two and one[0][0].precision == "mixed" and one[1] == "fp16"
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from minillama.parallel.sharding import FsdpConfig
 from minillama.training.config import RunConfig
 from minillama.training.flops import FlopCounter, step_flops
 from minillama.training.optim import OptimConfig, make_optimizer
-from minillama.training.out_of_memory import FRAGMENTS, REST, held_bytes, remedies
+from minillama.training.out_of_memory import FRAGMENTS, REST, check_context_fits, held_bytes, remedies
 from minillama.training.plan import TrainConfig
 from minillama.training.profiling import ProfileConfig
 from minillama.training.step import batch_loss
@@ -190,6 +191,20 @@ def test_what_is_out_of_memory():
         "out of memory, asked for another 2560 MiB"
     )
     assert out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+def test_a_context_that_no_memory_holds():
+    model = random_model()
+    packed = pack(documents_of([20, 30]), 10**10, 0)  # in no time
+    check_context_fits(packed, model, torch.float32, "cpu")
+    endless = replace(packed, lengths=np.array([10**10]))
+    with pytest.raises(
+        UserError, match=r"--data.context-length 10000000000: .* 10,000,000,000 tokens, .* than 3,576 GiB"
+    ):
+        check_context_fits(endless, model, torch.float32, "cpu")
+    with pytest.raises(UserError, match="than 1,192 GiB"):  # of one block, the only one that trains
+        model.requires_grad_(False).model.layers[2].requires_grad_(True)
+        check_context_fits(endless, model, torch.float32, "cpu")
 
 
 def holding(mesh, tmp_path):

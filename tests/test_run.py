@@ -128,7 +128,7 @@ def test_labels_that_leave_nothing_to_train_are_refused(tiny_folder, tmp_path):
     recipe = Path(__file__).parents[1] / "recipes" / "lora_fsdp.py"
     for labels, message in (
         ("[-100, -100, -100]", "own.py:rows, row 1: all labels but the first are -100, so nothing to train on"),
-        ("[-100, 2, 3]", "step 1: none of its 12 tokens is trained: mend your collator's labels"),
+        ("[-100, 2, 3]", "step 1: none of its 12 tokens is trained: correct your collator's labels"),
     ):
         (tmp_path / "own.py").write_text((tmp_path / "own.py").read_text().replace("LABELS", labels))
         flags = ["--model", tiny_folder, "--output-dir", tmp_path / "out", "--device", "cpu", "--eval.no-enabled"]

@@ -196,7 +196,7 @@ time.sleep(100)
 
 
 @pytest.mark.parametrize(("number", "job_state"), [("SIGUSR1", "RUNNING"), ("SIGTERM", "COMPLETING")])
-def test_agents_wait_for_their_workers_and_start_none_again(sbatch, tmp_path, number, job_state):
+def test_agents_wait_for_their_workers_and_restart_none(sbatch, tmp_path, number, job_state):
     (tmp_path / "slow.py").write_text(SLOW)
     shell = sbatch("many_nodes", "2", recipe=tmp_path / "slow.py", job_state=job_state)
     until(lambda: sbatch.log.read_text().count("training") == 2, shell, sbatch.log)

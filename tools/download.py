@@ -1,11 +1,11 @@
-"""Downloads a model of the Hugging Face hub to a folder of its own, and nothing that is not needed of it.
+"""Downloads a model of the Hugging Face hub to a folder of its own: only the files that are needed.
 
     python tools/download.py meta-llama/Llama-3.2-1B                        to models/Llama-3.2-1B
     python tools/download.py meta-llama/Llama-3.2-1B /data/1B --revision 4e20de3
 
-The folder appears when it is complete and every file has the hash that the hub has for it. Until then what there is
-stands beside it, in TARGET.download: killed or cut off, the same command goes on at the byte where it stopped.
-(--model ORG/NAME, of the recipes, downloads too, into huggingface_hub's cache, which begins a file anew.)
+The folder appears when it is complete and every file has the hub's hash. Until then the files are in TARGET.download. If it
+is interrupted, the same command goes on at the byte where it stopped. (The recipes' --model ORG/NAME downloads too, into
+huggingface_hub's cache, which starts an interrupted file from scratch.)
 """
 
 import signal
@@ -20,7 +20,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import tyro
 
@@ -29,6 +29,7 @@ from minillama.files import is_plain, size_text
 from minillama.formats.hub import HUB_ID, SMALL_FILES, check_found, explained, weight_files
 from minillama.help import filled
 from minillama.parallel.failures import user_errors
+from minillama.progress import progress
 
 FILES_AT_ONCE = 4
 
@@ -97,10 +98,10 @@ def has_size(file: Path, size: int | None) -> bool:
 
 
 def fetch(repo: str, commit: str | None, folder: Path, files: list[Any]) -> None:
-    """Downloads the files, as model_info lists them, that are not in the folder, and goes on with those begun."""
+    """Downloads the files that model_info lists and the folder lacks, and resumes partial ones."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers, disable_progress_bars
 
     def part_of(file: Any) -> Path:
         return folder / f"{file.rfilename}.{file.blob_id[:12]}.part"
@@ -114,7 +115,7 @@ def fetch(repo: str, commit: str | None, folder: Path, files: list[Any]) -> None
             begun = opened.tell() if opened.tell() <= file.size else opened.truncate(0)  # two at once wrote to it
             http_get(
                 hf_hub_url(repo, file.rfilename, revision=commit),
-                opened,
+                Counted(opened, bar),
                 resume_size=begun,
                 headers=build_hf_headers() | {"Accept-Encoding": "identity"},  # bytes to go on after, not a stream's
                 expected_size=file.size,
@@ -134,12 +135,28 @@ def fetch(repo: str, commit: str | None, folder: Path, files: list[Any]) -> None
     missing, free = sum(file.size for file in files) - there, shutil.disk_usage(folder).free
     if missing > free:
         raise UserError(f"{repo} needs {missing / 1e9:.1f} GB more, and the disk of {folder} has {free / 1e9:.1f} GB")
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+    disable_progress_bars()  # one a file, and only on a terminal
+    bar = progress(total=there + missing, initial=there, desc="downloading", unit="B", unit_scale=True, leave=False)
+    with bar, ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         try:
             list(pool.map(fetch_one, files))
         except KeyboardInterrupt:
             print("\ninterrupted: the same command goes on from here", file=sys.stderr, flush=True)
             os._exit(130)  # leaving the pool would wait for its files
+
+
+class Counted:
+    """A file that reports what is written to it to a progress bar."""
+
+    def __init__(self, file: BinaryIO, bar: Any) -> None:
+        self.file, self.bar = file, bar
+
+    def write(self, content: bytes) -> int:
+        self.bar.update(len(content))
+        return self.file.write(content)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 def is_right(path: Path, file: Any) -> bool:

@@ -1,14 +1,14 @@
-"""Checks on a GPU whatever minillama computes there, and then measures how fast it is. One command, no files needed:
+"""Checks on a GPU everything that minillama computes there, then measures its speed. One command, no files needed:
 
     python tools/gpu_check.py                                    everything, on all GPUs there are
     python tools/gpu_check.py --only attention loss              some groups of checks, see GROUPS
     python tools/gpu_check.py --only performance --shapes llama-3.1-8b --methods lora
-    python tools/gpu_check.py --device cpu                       what a CPU can, at tiny shapes
+    python tools/gpu_check.py --device cpu                       what can run on a CPU, at tiny shapes
 
-Correctness comes first: a row a check, with the largest error that passes and the one found.
+Correctness comes first: one row a check, with the tolerance and the error found.
 A check that cannot be made here is "not run", with the reason; one that raises, hangs or kills its process has failed, and
-the others go on. Speed is measured by tools/bench.py, beside transformers + peft where these are installed, with no new
-case after --minutes. All of it is printed and written to --output, as it comes. Ends with code 1 if a check has failed.
+the others go on. Speed is measured by tools/bench.py, compared with transformers + peft if they are installed, with no new
+case after --minutes. Results are printed and written to --output as they come. Ends with code 1 if a check has failed.
 """
 
 import argparse
@@ -200,7 +200,7 @@ def not_run(group: str, name: str, reason: str) -> dict[str, Any]:
 
 
 class Report:
-    """Prints what is found, and has all of it in a file at any time: a run that is stopped has left what it found."""
+    """Prints results, and keeps all of them in a file at any time: a run that is stopped leaves its results."""
 
     def __init__(self, output: Path, machine: dict[str, Any]) -> None:
         self.output, self.machine = output, machine

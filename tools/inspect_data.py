@@ -2,8 +2,8 @@
 
 python tools/inspect_data.py --model MODEL_FOLDER --data.dataset chat --data.path rows.jsonl
 
-Takes the recipes' --data flags. Rows that cannot be used are listed instead of ending it. What it tokenizes stays in the
-cache, and a run with --data.bad-rows skip finds it there.
+Takes the recipes' --data flags. Rows that cannot be used are listed and do not end it. What it tokenizes stays in the
+cache, where a run with --data.bad-rows skip finds it.
 """
 
 import signal
@@ -49,7 +49,7 @@ class Config:
     refused: int = 10
     """Refused rows to show."""
     seed: int = 42
-    """The run's: decides which rows are held out, and which documents are shown."""
+    """The seed of the run: decides which rows are held out, and which documents are shown."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -89,7 +89,7 @@ def sample(packed: Packed, piece: int, tokenizer: Any, marks: bool) -> str:
     """The piece as text, what is trained in green, or between ⟦ and ⟧."""
     span = slice(packed.starts[piece], packed.starts[piece] + packed.sizes[piece])
     ids, trained = packed.documents.tokens[span].tolist(), packed.documents.trained[span].tolist()
-    trained[0] = False  # nothing stands before it to predict it from
+    trained[0] = False  # there is nothing before it to predict it from
     text = ""
     for learn, run in groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1]):
         said = tokenizer.decode([token for token, _ in run])

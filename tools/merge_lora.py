@@ -20,6 +20,7 @@ import tyro
 from minillama.adapters.merge import merge_adapter
 from minillama.files import check_unused, folder_size, size_text
 from minillama.formats.hub import find_model
+from minillama.formats.quantized import Quantize
 from minillama.help import filled
 from minillama.parallel.failures import user_errors
 
@@ -32,6 +33,7 @@ def merge_lora(
     dtype: Literal["same", "bfloat16", "float16", "float32"] = "same",
     tokenizer: Path | None = None,
     any_base: bool = False,
+    from_quantized: Quantize = "none",
 ) -> None:
     """Merge a LoRA adapter into its base model.
 
@@ -42,6 +44,8 @@ def merge_lora(
         dtype: of the weights written. same: as in the base.
         tokenizer: folder or file to take the tokenizer from; None: the base's own.
         any_base: merge also if the adapter names another base, as long as its tensors fit.
+        from_quantized: add the adapter to what the base is once it was quantised so, as it was in training. none: to the
+            base as it is.
     """
     check_unused(target, base, adapter)
     merge_adapter(
@@ -51,6 +55,7 @@ def merge_lora(
         tokenizer,
         dtype=None if dtype == "same" else getattr(torch, dtype),
         any_base=any_base,
+        from_quantized=from_quantized,
     )
     print(f"{target}: {size_text(folder_size(target))}")
 

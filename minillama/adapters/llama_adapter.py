@@ -1,4 +1,4 @@
-"""llama-adapter (https://arxiv.org/abs/2303.16199): a trained prompt that attention sees through a gate opening from zero.
+"""llama-adapter (https://arxiv.org/abs/2303.16199): a trained prompt, added to attention through a gate that starts at zero.
 
 As PEFT's AdaptionPrompt computes it: one gate a layer, without tanh.
 """
@@ -21,7 +21,7 @@ class LlamaAdapterConfig:
     """What llama-adapter adds."""
 
     prompt_len: int = 10
-    """Slots of the trained prompt that each adapted layer sees."""
+    """Length of the trained prompt in each adapted layer."""
     layers: int = 30
     """The top layers to adapt; at most the model's own count."""
 
@@ -36,12 +36,12 @@ class PromptedAttention(Attention):
     """Attention plus gate * softmax(q K^T / sqrt(D)) V, where K = k_proj(prompt), without RoPE, and V = v_proj(prompt).
 
     Keeps the projections' names, so base weights load unrenamed. `adaption_prompt` (prompt_len, C) starts as N(0, 1)
-    and `adaption_gate` (1,) as 0, both fp32 whatever the base's dtype. PEFT holds the prompt as (1, prompt_len, C), of
-    which FSDP2, which splits the first dimension, could give nothing to any rank but the first.
+    and `adaption_gate` (1,) as 0, both fp32 whatever the base's dtype. PEFT holds the prompt as (1, prompt_len, C).
+    FSDP2 shards the first dimension, so all of that would be on the first rank.
     """
 
     def __init__(self, attention: Attention, prompt_len: int) -> None:
-        nn.Module.__init__(self)  # Attention's would make projections of its own
+        nn.Module.__init__(self)  # Attention's would make new projections
         self.head_dim = attention.head_dim
         self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
         self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
@@ -59,20 +59,20 @@ class PromptedAttention(Attention):
         attended = context.attend(q, k, v)
         prompt = self.adaption_prompt.to(x.dtype)
         k, v = (proj(prompt).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))  # (len, K, D)
-        # Every token sees every slot, whatever its document: the whole batch is one row of B * T queries, and no mask.
+        # Every token attends to the whole prompt, whatever its document: one row of B * T queries, without a mask.
         q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q.flatten(0, 1), k, v))
         prompted = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
         prompted = prompted[0].transpose(0, 1).view_as(attended)
         y = self.o_proj((attended + self.adaption_gate * prompted).to(x.dtype).flatten(-2))
-        # PEFT projects both parts apart, which adds o_proj's bias, where there is one, twice: so do we.
+        # As PEFT: o_proj is applied to both parts, so its bias, if there is one, is added twice.
         return y if self.o_proj.bias is None else y + self.o_proj.bias
 
 
 def apply_llama_adapter(model: M, config: LlamaAdapterConfig) -> M:
     """Adapts the top layers of a model, best built on the meta device, before sharding. Freezes nothing.
 
-    Composes with apply_lora in either order. Raises UserError for a model that is so adapted already, and for one whose
-    heads do not add up to hidden_size, which PEFT's format does not know.
+    Composes with apply_lora in either order. Raises UserError for a model that has a llama-adapter already, and for one
+    whose heads do not add up to hidden_size: PEFT's format does not support that.
     """
     attentions = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
     for module in attentions.values():

@@ -12,7 +12,9 @@ from minillama.errors import UserError
 from minillama.model.config import LARGEST
 from minillama.model.llama import Llama, LMHead
 from minillama.model.loss import Targets, linear_cross_entropy
+from minillama.model.quant import Quantized, QuantizedLinear
 from minillama.model.surgery import replace_modules
+from minillama.parallel.processes import warn
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class LoraConfig:
     """Train the length of each row of W + scale * B A on its own (DoRA, https://arxiv.org/abs/2402.09353). Slower, and
     with dropout the base's product is computed twice."""
     ranks: dict[str, int] = field(default_factory=dict)
-    """Layers whose rank is another, by their whole name in the model: PEFT's rank_pattern."""
+    """Layers with another rank, by their full name in the model: PEFT's rank_pattern."""
     alphas: dict[str, float] = field(default_factory=dict)
-    """Layers whose alpha is another: PEFT's alpha_pattern."""
+    """Layers with another alpha: PEFT's alpha_pattern."""
 
     def __post_init__(self) -> None:
         for rank in (self.rank, *self.ranks.values()):
@@ -60,13 +62,13 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def of(self, layer: str) -> Self:
-        """That of one layer, by its name in the model: with its own rank and alpha."""
+        """The config of one layer, by its name in the model: with its own rank and alpha."""
         rank, alpha = self.ranks.get(layer, self.rank), self.alphas.get(layer, self.alpha)
         return replace(self, rank=rank, alpha=alpha, ranks={}, alphas={})
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero, as B must so that training starts from the base model."""
+    """A linear layer that starts at zero: with such a B, training starts from the base model."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -103,27 +105,34 @@ class LoraLinear(nn.Module):
             nn.init.zeros_(self.lora_magnitude_change)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = self.product(x, self.bias)
         dropped = self.dropout(x)
         low = self.lora_A(dropped.to(self.lora_A.weight.dtype))
         branch = self.lora_B(low * self.scale)
         if self.lora_magnitude_change is not None:
             gain = self.gain(self.lora_magnitude_change)
+            base = y if self.bias is None else y - self.bias
             if self.training and self.dropout.p:
-                base = F.linear(dropped, self.weight)
-            else:
-                base = y if self.bias is None else y - self.bias
+                base = self.product(dropped)
             branch = (gain - 1).to(branch.dtype) * base + gain.to(branch.dtype) * branch
         return (y + branch).to(y.dtype)
 
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """W x + bias"""
+        return F.linear(x, self.weight, bias)
+
+    def base_weight(self) -> Tensor:
+        return self.weight
+
     def gain(self, change: Tensor) -> Tensor:
-        """DoRA's m / |W + scale * B A|: fp32 (out,). Kept while nothing trains: a token costs less than this."""
+        """DoRA's m / |W + scale * B A|: fp32 (out,). Cached while nothing trains, because it costs more than a token."""
         keep = not self.training and not torch.is_grad_enabled()
         if keep and self._gain is not None:
             return self._gain
         with torch.no_grad():
-            length = row_norms(self.weight)
-            adapted = row_norms(add_product(self.weight, self.lora_A.weight, self.lora_B.weight, self.scale))
+            weight = self.base_weight()
+            length = row_norms(weight)
+            adapted = row_norms(add_product(weight, self.lora_A.weight, self.lora_B.weight, self.scale))
         gain = (length + change.float()) / adapted
         self._gain = gain if keep else None
         return gain
@@ -139,10 +148,30 @@ class LoraLinear(nn.Module):
         return linear
 
     def merged_weight(self) -> nn.Parameter:
-        merged = merge(
-            self.weight, self.lora_A.weight, self.lora_B.weight, self.scale, change=self.lora_magnitude_change
-        )
-        return nn.Parameter(merged.to(self.weight.dtype), requires_grad=False)
+        change = self.lora_magnitude_change
+        merged = merge(self.base_weight(), self.lora_A.weight, self.lora_B.weight, self.scale, change=change)
+        return nn.Parameter(merged.to(self.base_dtype), requires_grad=False)
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+
+class QuantizedLoraLinear(Quantized, LoraLinear):  # type: ignore[misc]  # which has its weight as a Tensor
+    """LoRA on a quantised layer: W is what it dequantises to."""
+
+    def __init__(self, linear: QuantizedLinear, config: LoraConfig) -> None:
+        LoraLinear.__init__(self, linear, config)
+        self.hold(linear.kind, linear.dtype, linear.weight, linear.tables)
+
+    def reset_parameters(self) -> None:
+        Quantized.reset_parameters(self)
+        if self.lora_magnitude_change is not None:
+            nn.init.zeros_(self.lora_magnitude_change)
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        return self.dtype
 
 
 class LoraHead(LoraLinear):
@@ -180,7 +209,7 @@ class LoraEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         y = F.embedding(tokens, self.weight)
-        # in fp32: the gradient of a column is a sum over all places of its token
+        # in fp32: the gradient of a column is a sum over all positions of its token
         low = F.embedding(tokens, self.lora_embedding_A.T.float())
         branch = low.to(self.lora_embedding_B.dtype) @ self.lora_embedding_B.T
         return (y + branch * self.scale).to(y.dtype)
@@ -201,7 +230,7 @@ def add_product(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float, *, change: Tensor | None = None) -> Tensor:
-    """W + scale * B A in fp32; of DoRA with each row as long as m says. Of some rows of W: with those of b and change.
+    """W + scale * B A in fp32; with DoRA each row is scaled to length m. weight: all rows, or some, with those of b.
 
     change: DoRA's m - |W|, (out,).
     """
@@ -237,17 +266,32 @@ def apply_lora(model: Llama, config: LoraConfig) -> Llama:
         own = config.of(names[module])
         if isinstance(module, nn.Embedding):
             return LoraEmbedding(module, own)
+        if isinstance(module, QuantizedLinear):
+            return QuantizedLoraLinear(module, own)
         assert isinstance(module, nn.Linear)
         return (LoraHead if isinstance(module, LMHead) else LoraLinear)(module, own)
 
-    return replace_modules(model, lambda name, _: any(matches(name, target) for target in config.targets), adapted)
+    replace_modules(model, lambda name, _: any(matches(name, target) for target in config.targets), adapted)
+    made = [module for module in model.modules() if isinstance(module, LoraLinear | LoraEmbedding)]
+    added = sum(p.numel() for module in made for name, p in module.named_parameters() if name.startswith("lora_"))
+    if added > (whole := sum(module.weight.numel() for module in made)):
+        warn(
+            f"LoRA of rank {config.rank} trains {added:,} numbers, and its layers themselves have {whole:,}: give less"
+        )
+    return model
+
+
+def lora_plus(model: nn.Module, ratio: float) -> dict[Tensor, float]:
+    """LoRA+ (https://arxiv.org/abs/2402.12354): the factor of the learning rate of each B of the linear layers."""
+    layers = (module for module in model.modules() if isinstance(module, LoraLinear))
+    return {layer.lora_B.weight: ratio for layer in layers} if ratio != 1 else {}
 
 
 @torch.no_grad()
 def merge_lora(model: Llama) -> Llama:
     """Turns every adapted layer of an unsharded model back into a plain one with W + scale * B A, added in fp32.
 
-    DoRA: each row as long as it learned. A tied head and embedding of which one was adapted are no longer tied.
+    With DoRA each row has the length it learned. If one of a tied head and embedding was adapted, they are no longer tied.
     """
     ends = [isinstance(module, LoraHead | LoraEmbedding) for module in (model.lm_head, model.model.embed_tokens)]
     if any(ends) and model.config.tie_word_embeddings:

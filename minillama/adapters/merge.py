@@ -1,4 +1,4 @@
-"""A base model with what was trained on top of it, read a few rows at a time: LoRA merged, checkpoints put in."""
+"""A base model with what was trained on top of it (a LoRA, or a checkpoint), read a few rows at a time."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,6 +43,7 @@ from minillama.formats.hf import (
 from minillama.formats.hf_export import write_model
 from minillama.formats.hub import model_name
 from minillama.formats.meta import Weights, finite
+from minillama.formats.quantized import Quantize, QuantizingWeights, quantize_base
 from minillama.model.config import LlamaConfig
 from minillama.model.llama import Llama
 from minillama.training.checkpoint_index import read_index
@@ -68,7 +69,7 @@ class MergedWeights:
             source = copied if copied in base.names else "model.embed_tokens.weight"
             self._copies.setdefault(source, []).append(name)
         ends = self._adapted & {"lm_head", "model.embed_tokens"}
-        if config.tie_word_embeddings and ends:  # what one of the two learned is not the other's
+        if config.tie_word_embeddings and ends:  # the other must not get what one of the two learned
             self.config = replace(config, tie_word_embeddings=False)
             self.names += [] if "lm_head.weight" in base.names else ["lm_head.weight"]
 
@@ -76,7 +77,7 @@ class MergedWeights:
         return self._base.shape(self._source(name))
 
     def dtype(self, name: str) -> torch.dtype:
-        """The base's: what is to be written."""
+        """The dtype of the base: what is to be written."""
         return self._base.dtype(self._source(name))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -94,7 +95,7 @@ class MergedWeights:
         change = None
         if self._lora.dora:
             change = self._trained.rows(self._name(module + CHANGE), start, stop)
-            if self._name is peft_name:  # PEFT's is the whole length
+            if self._name is peft_name:  # PEFT holds the whole length
                 change = change - row_norms(weight)
         return merge(weight, a, b, self._lora.of(module).scale, change=change)
 
@@ -107,7 +108,7 @@ class MergedWeights:
 
 
 class TrainedWeights:
-    """The tensors of a base, those that were trained in place of its own; each has the dtype that it has in the base."""
+    """The tensors of a base, with the trained ones in place of its own; each has the dtype that it has in the base."""
 
     def __init__(self, base: Weights, trained: Weights) -> None:
         self._base, self._trained, self.names = base, trained, base.names
@@ -125,8 +126,8 @@ class TrainedWeights:
 class ShardedWeights:
     """The trained parameters of a checkpoint in torch.distributed.checkpoint's format, mapped, not loaded.
 
-    DCP's own loading takes a whole tensor twice. Its file is one zip archive a shard, as torch.save writes them, with the
-    shard's bytes stored plainly in the entry `archive/data/0`.
+    DCP's own loading holds a whole tensor twice. Its file has one zip archive a shard, as torch.save writes them, with the
+    shard's bytes uncompressed in the entry `archive/data/0`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -207,7 +208,7 @@ def open_checkpoint(folder: Path) -> tuple[dict[str, Any], Weights]:
 
 
 def adapter_of(content: dict[str, Any]) -> AdapterConfig | None:
-    """The adapter that a checkpoint.json speaks of; None: full fine-tuning."""
+    """The adapter that a checkpoint.json describes; None: full fine-tuning."""
     kinds: dict[str, type[LoraConfig] | type[LlamaAdapterConfig]] = {"lora": LoraConfig, "adapter": LlamaAdapterConfig}
     for group, kind in kinds.items():
         if flags := content["flags"].get(group):
@@ -232,11 +233,14 @@ def merge_adapter(
     *,
     dtype: torch.dtype | None = None,
     any_base: bool = False,
+    from_quantized: Quantize = "none",
 ) -> None:
     """Writes base and LoRA, in PEFT's format, as one Hugging Face folder: added in fp32, a few rows at a time.
 
-    Every rank must call it; rank 0 works. dtype: None keeps the base's. Raises UserError for an adapter that cannot be
-    merged, and for one that does not fit the base, or names another unless any_base.
+    Every rank must call it; rank 0 works. dtype: None keeps the base's. from_quantized: adds to what the base dequantises
+    to, as a QLoRA was trained on, rather than to its own weights; a base in a quantised folder has no others. Raises
+    UserError for an adapter that cannot be merged, and for one that does not fit the base, or names another unless
+    any_base.
     """
     lora, config = read_adapter_config(adapter), read_config(base)
     if not isinstance(lora, LoraConfig):
@@ -246,6 +250,9 @@ def merge_adapter(
     with torch.device("meta"):
         model = Llama(config)
     weights = check_weights(model, base)
+    quantize_base(model, weights, from_quantized)
+    if from_quantized != "none":
+        weights = QuantizingWeights(weights, from_quantized)
     check_adapter(adapt(model, lora), adapter)
     file = adapter / "adapter_model.safetensors"
     trained = SafetensorsWeights(dict.fromkeys(tensor_names(file), file))

@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.adapters.lora import LoraConfig, apply_lora, row_norms
@@ -19,12 +17,13 @@ from minillama.formats.hf import SAFETENSORS_DTYPES, adapter_parameters, open_te
 from minillama.formats.hf_export import gather, write_tensors
 from minillama.formats.meta import finite
 from minillama.model.llama import Llama
+from minillama.model.quant import Quantized, dequantize
 from minillama.parallel.processes import rank, warn
-from minillama.parallel.sharding import like, local, reshard
+from minillama.parallel.sharding import like, local, reshard, row_offset
 
 PEFT_PREFIX = "base_model.model."
 CHANGE = ".lora_magnitude_change"
-"""Ours of DoRA: PEFT holds the magnitude itself, that is this plus the length of each row of W."""
+"""Our name for DoRA: PEFT holds the magnitude itself, which is this plus the length of each row of W."""
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OTHER_PEFT = (
     "fan_in_fan_out",
@@ -38,7 +37,7 @@ OTHER_PEFT = (
     "use_bdlora",
     "use_qalora",
 )
-"""Settings of PEFT's that change what an adapter computes, and that we do not know."""
+"""Settings of PEFT that change what an adapter computes and that we do not support."""
 SETTINGS = {
     "peft_type": str,
     "base_model_name_or_path": str,
@@ -49,10 +48,10 @@ SETTINGS = {
     "rank_pattern": {...: int},
     "alpha_pattern": {...: float},
 }
-"""What the settings that we read are, where they are there."""
+"""The types of the settings that we read, if they are there."""
 
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
-"""Of PEFT's init_lora_weights those that start from the base as it is"""
+"""The values of PEFT's init_lora_weights that do not change the base"""
 COPY_ROWS = 4096
 """Rows of a copy of the embedding that are compared at a time"""
 
@@ -77,7 +76,12 @@ def as_peft(name: str, tensor: Tensor) -> Tensor:
 
 def _lengths(model: nn.Module, name: str) -> Tensor:
     """Of this rank's rows of the weight whose lora_magnitude_change is called name: fp32 (rows,)."""
-    return row_norms(local(model.get_parameter(name.replace(CHANGE, ".weight"))))
+    module = model.get_submodule(name.removesuffix(CHANGE))
+    assert isinstance(module.weight, Tensor)
+    rows = local(module.weight)
+    if isinstance(module, Quantized):
+        rows = dequantize(rows, module.in_features, module.tables, first_row=row_offset(module.weight))
+    return row_norms(rows)
 
 
 def _gather_as_peft(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
@@ -119,7 +123,7 @@ def write_adapter(folder: str | Path, settings: dict[str, Any], tensors: dict[st
 
 
 def peft_config(config: AdapterConfig, base_model: str, num_layers: int) -> dict[str, Any]:
-    """What goes into adapter_config.json: only keys that older versions of PEFT, and vLLM, know too.
+    """The contents of adapter_config.json: only keys that older versions of PEFT, and vLLM, know too.
 
     num_layers: how many the model has; PEFT takes no adapter_layers beyond it.
     """
@@ -134,7 +138,7 @@ def peft_config(config: AdapterConfig, base_model: str, num_layers: int) -> dict
     targets: str | list[str] = list(config.targets)
     if targets == ["all-linear"]:
         targets = "all-linear"
-    elif "all-linear" in targets:  # which PEFT knows alone only
+    elif "all-linear" in targets:  # PEFT knows it only alone
         targets = [*LINEAR, *(target for target in targets if target not in (*LINEAR, "all-linear"))]
     return common | {
         "peft_type": "LORA",
@@ -157,7 +161,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def vllm_refusals(settings: dict[str, Any]) -> list[str]:
-    """Why vLLM would not serve an adapter with this adapter_config.json, or what it must be told; empty: it would.
+    """Why vLLM would not serve an adapter with this adapter_config.json, or which flag it needs; empty: it would serve it.
 
     The rules are those of vllm/lora/peft_helper.py and vllm/config/lora.py.
     """
@@ -235,15 +239,15 @@ def continue_adapter(flags: A, folder: str | Path) -> A:
 
 
 def other_base(base: Path, adapter: Path) -> str | None:
-    """What to say if `base` is not the model that the adapter was trained on, as far as that can be told; else None.
+    """A message if `base` is not the model that the adapter was trained on, as far as can be told; else None.
 
-    If the model it names is at hand, their contents are compared, else their names.
+    If the model that the adapter names is available, their contents are compared, else their names.
     """
     named = read_json(adapter / "adapter_config.json", SETTINGS).get("base_model_name_or_path")
     if not named:
         return None
     problem = f"{base} is not that model"
-    if os.path.isdir(named):  # unlike Path's, of any text
+    if os.path.isdir(named):  # unlike Path's, for any text
         try:
             if base.samefile(named) or weights_fingerprint(base) == weights_fingerprint(named):
                 return None
@@ -303,7 +307,7 @@ def check_copy(file: Path | str, name: str, copy: Tensor, base: Tensor) -> None:
     """Raises UserError unless rows of an adapter's copy of the base's weight `name` are the base's, in either's dtype."""
     if not torch.equal(copy.to(base.dtype), base) and not torch.equal(base.to(copy.dtype), copy):
         raise UserError(
-            f"{file} brings a {name} along that is not the base's: it was trained too, or on another base; merge it in "
+            f"{file} holds a {name} that is not the base's: it was trained too, or on another base; merge it in "
             "peft and give the merged model, or give the base that it was trained on"
         )
 
@@ -311,11 +315,7 @@ def check_copy(file: Path | str, name: str, copy: Tensor, base: Tensor) -> None:
 def _check_copies(model: nn.Module, file: Path, tensors: Any) -> None:
     for name, copied in copies_of_base(tensors.keys()).items():
         parameter, copy = model.get_parameter(copied), tensors.get_slice(name)
-        first, mine = 0, local(parameter)
-        if isinstance(parameter, DTensor):
-            _, (first, *_) = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
+        first, mine = row_offset(parameter), local(parameter)
         for start in range(0, len(mine), COPY_ROWS):
             part = mine[start : start + COPY_ROWS]
             check_copy(file, copied, copy[first + start : first + start + len(part)].to(part.device), part)
@@ -326,7 +326,7 @@ def load_adapter_weights(model: nn.Module, folder: str | Path) -> set[str]:
     """Fills the adapter parameters of a materialised model, sharded or not, from a folder in PEFT's format.
 
     DoRA's are relative to the base weights, which must be loaded before. Returns the parameters' names. Raises UserError
-    as check_adapter does, and if a base weight that the folder brings along is not the model's, before it writes anything.
+    as check_adapter does, and if a base weight in the folder is not the model's, before it writes anything.
     """
     check_adapter(model, folder)
     parameters = adapter_parameters(model)
@@ -352,7 +352,7 @@ def load_adapter(model: Llama, folder: str | Path) -> Llama:
             "between two"
         )
     config = read_adapter_config(folder)
-    with torch.device("meta"):  # before memory is taken: its numbers may be any
+    with torch.device("meta"):  # before memory is allocated: its numbers may be anything
         check_adapter(adapt(type(model)(model.config), config), folder)
     adapt(model, config)
     load_adapter_weights(model, folder)
@@ -376,7 +376,9 @@ def _lora_config(folder: Path, settings: dict[str, Any]) -> LoraConfig:
     other_targets = regex or any(settings.get(key) not in (None, [], False) for key in others)
     ranks, alphas = (settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
     if other_targets or ranks or alphas:
-        with open_tensors(folder / "adapter_model.safetensors") as tensors:  # which layers are meant, it says plainly
+        with open_tensors(
+            folder / "adapter_model.safetensors"
+        ) as tensors:  # the file's keys say which layers are meant
             names = [name for name in tensors.keys() if ".lora_" in name]  # noqa: SIM118
         layers = sorted({name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in names})
         targets = layers if other_targets else targets
@@ -403,7 +405,7 @@ def _lora_config(folder: Path, settings: dict[str, Any]) -> LoraConfig:
 
 def _by_layer(folder: Path, pattern: dict[str, Any], layers: list[str]) -> dict[str, Any]:
     """The values of a rank_pattern or alpha_pattern by the layers' names; of two keys that match, PEFT takes the first."""
-    import regex  # comes with tiktoken: it can be stopped
+    import regex  # comes with tiktoken, and has a timeout
 
     found = {}
     try:

@@ -16,7 +16,7 @@ from minillama.model.transfer import to_device
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of a rank. What the host needs to know of it stays there: asking a device would wait for it."""
+    """One micro-batch of a rank. What the host needs stays on the host: reading it from a device would wait."""
 
     tokens: Tensor
     """(B, T) int64, on the device"""
@@ -31,11 +31,11 @@ class Batch:
     trained: int
     """Labels"""
     squares: int
-    """Sum of the squares of the documents' lengths: what their attention costs"""
+    """Sum of the squares of the documents' lengths, to which the cost of attention is proportional"""
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Of the documents and the runs of padding, row after row"""
+        """Lengths of the documents and the runs of padding, row after row"""
         return document_lengths(self.document_ids)
 
     @cached_property
@@ -45,7 +45,7 @@ class Batch:
 
 
 def collate(packed: Packed, packs: np.ndarray | list[int], pad_id: int, device: torch.device | str) -> Batch:
-    """Lays packs side by side, padded to the longest. No packs: a batch of one padding token and no label."""
+    """Packs as the rows of a batch, padded to the longest. No packs: a batch of one padding token and no label."""
     documents = packed.documents
     spans = [range(packed.firsts[p], packed.firsts[p + 1]) for p in packs]
     if packed.collator and spans:
@@ -74,7 +74,7 @@ def collate(packed: Packed, packs: np.ndarray | list[int], pad_id: int, device: 
 
 
 def _collated(packed: Packed, pieces: list[int], device: torch.device | str) -> Batch:
-    """A batch as the user's collator makes it of these documents, its labels shifted. Raises UserError if it is none."""
+    """The batch that the user's collator makes of these documents, labels shifted. Raises UserError if it is invalid."""
     rows = []
     for piece in pieces:
         span = slice(packed.starts[piece], packed.starts[piece] + packed.sizes[piece])

@@ -32,7 +32,8 @@ from minillama.data.packing import Packed, Part, pack, pad
 from minillama.data.permutation import permuted
 from minillama.errors import REMEDIES, UserError, disk_text
 from minillama.files import cache_folder, described, read_json, write_json
-from minillama.parallel.processes import rank, warn
+from minillama.parallel.processes import warn
+from minillama.progress import progress
 
 DOCUMENTS = {"tokens": np.int32, "trained": np.bool_, "offsets": np.int64}
 PARTS = ("tokens", "trained", "lengths")
@@ -42,28 +43,30 @@ CODE = {
     "data": ("cache", "datasets", "documents", "encoders", "packing", "permutation", "rows"),
     "tokenizer": ("chat", "engines", "files", "template", "tokenizer"),
 }
-"""Modules that decide what is in the cache: it is built again when one of them changes"""
+"""Modules whose code decides what is in the cache: it is rebuilt when one of them changes"""
 CHUNK_BYTES, CHUNK_ROWS = 2**18, 1000
-"""What is tokenized at a time: as many rows as first reach one of the two"""
+"""Bytes, and rows, of a chunk that is tokenized at a time; whichever is reached first"""
 LARGE = 2**20
-"""Bytes of rows, or rows of a hub's set, from which on the work is shared among processes"""
+"""With so many bytes of rows, or rows of a hub's data set, the work is shared among processes"""
 
 NEVER = 2**62
 
 Held = Literal["nothing", "out", "back"]
-"""Which rows of the sources: all of them, those held out for evaluation, or the others"""
+"""Which rows of the sources: all, those held out for evaluation, or the others"""
 
 
 def prepare(
     config: DataConfig, tokenizer: Any, seed: int, *, validation: bool, processes: int = 1
 ) -> tuple[Path, Path | None]:
     """Tokenizes and packs what is not in the cache yet: the folders of the training packs and, if `validation`, of those
-    to evaluate on, for `open_packed`. Where another process builds the same, waits for it.
+    to evaluate on, for `open_packed`. If another process is building the same, waits for it.
 
     Without a --data.path: the bundled sets. Alpaca is published as one file, so of a path alone its first 5% of rows are
     held out, as llama-recipes does. Raises UserError for what is wrong with flags, files and rows, or the cache's folder.
     """
     sources = training_sources(config)
+    for source in sources:
+        source.size()  # a file that is not there is said before what else is missing
     other = validation_source(config) if validation else None
     documents = _documents(sources, config, tokenizer, processes)
     if not validation:
@@ -76,7 +79,7 @@ def prepare(
 
 
 def prepare_evaluation(config: DataConfig, tokenizer: Any, seed: int, processes: int = 1) -> Path:
-    """The folder of packs to evaluate a model on that is there already, made as `prepare` makes them.
+    """The folder of packs to evaluate an existing model on, made as `prepare` makes them.
 
     Each row once: those of --data.val-path; else what --data.val-fraction and `seed` hold out of the training rows; else
     all of --data.path or --data.mixture.
@@ -105,7 +108,7 @@ def open_documents(folder: Path) -> Documents:
 
 
 def refused_rows(folder: Path) -> list[str]:
-    """Places of the rows above a folder of packs that --data.bad-rows skip left out, and what is wrong with each."""
+    """The rows that --data.bad-rows skip left out, above a folder of packs: where each is, and what is wrong with it."""
     return _lines(folder.parent / "refused.txt")
 
 
@@ -122,7 +125,7 @@ def _open(folder: Path, kinds: dict[str, Any]) -> tuple[dict[str, Any], dict[str
         raise UserError(f"{folder} is damaged ({error}): remove it, it will be built again") from None
     if wrong:
         raise UserError(f"{folder} is damaged ({wrong[0]} has not the size it had): remove it, it will be built again")
-    # as plain arrays: slicing a np.memmap costs several times as much
+    # as plain arrays: slicing a np.memmap takes several times as long
     return about, {name: np.memmap(folder / f"{name}.bin", kind, "r").view(np.ndarray) for name, kind in kinds.items()}
 
 
@@ -199,7 +202,7 @@ def _choose(documents: Path, sources: list[Source], config: DataConfig, seed: in
 
 @dataclass(frozen=True)
 class Job:
-    """What the processes that tokenize have in common."""
+    """Shared by the processes that tokenize."""
 
     folder: Path
     sources: list[Source]
@@ -207,9 +210,9 @@ class Job:
     tokenizer: Any
     processes: int
     progress: Callable[[int, int], Any]
-    """Told by process number k how much more it has read"""
+    """Called by process k with how much more it has read"""
     first_bad: Any
-    """.value: the first chunk that is known to have a row that ends the run"""
+    """.value: the first chunk known to have a row that ends the run"""
 
 
 _job: Job
@@ -229,15 +232,11 @@ class Chunk:
 
 
 def _tokenize(folder: Path, sources: list[Source], config: DataConfig, tokenizer: Any, processes: int) -> None:
-    from tqdm import tqdm
-
     sizes = [source.size() for source in sources]
     total = None if None in sizes else sum(size or 0 for size in sizes)
     if total is None or total < LARGE:
         processes = 1
-    with tqdm(
-        total=total, desc="tokenizing", unit_scale=True, delay=1, disable=rank() != 0 or None, leave=False
-    ) as bar:
+    with progress(total=total, desc="tokenizing", unit_scale=True, delay=1, leave=False) as bar:
         if processes == 1:
             alone = Job(folder, sources, config, tokenizer, 1, lambda k, read: bar.update(read), Value("q", NEVER))
             shares = [_share(alone, 0)]
@@ -270,12 +269,12 @@ def _shares(
 
     def progress(k: int, count: int) -> None:
         read[k] += count
-        if os.getppid() != parent:  # it was killed: nobody wants the result
+        if os.getppid() != parent:  # it was killed: nobody needs the result
             os._exit(1)
 
     job = Job(folder, sources, config, tokenizer, processes, progress, Value("q", NEVER))
     # Forked as PyTorch's data loaders are: nothing has to be imported, loaded or sent again. These processes use neither
-    # the threads nor the GPU of the one they leave. Python 3.12 and later warns of its threads.
+    # the threads nor the GPU of their parent. Python 3.12 and later warns of its threads.
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning), ExitStack() as stack:
         pool = stack.enter_context(ProcessPoolExecutor(processes, get_context("fork"), _enter, (job,)))
         futures = [pool.submit(_share_of_job, k) for k in range(processes)]
@@ -300,7 +299,7 @@ def _share_of_job(k: int) -> list[Chunk]:
     try:
         return _share(_job, k)
     except BaseException:
-        _job.first_bad.value = -1  # the others need not go on
+        _job.first_bad.value = -1  # the others can stop
         raise
 
 
@@ -349,7 +348,7 @@ def _chunks(source: Source, job: Job, k: int) -> Iterator[list[tuple[str, Callab
 
 
 def _join(folder: Path, chunks: list[tuple[int, Chunk]]) -> str:
-    """Puts together what the processes wrote, in the order of the rows; returns the documents' fingerprint."""
+    """Joins what the processes wrote, in the order of the rows; returns the documents' fingerprint."""
     digests = [hashlib.blake2b(digest_size=16) for _ in PARTS]
     total = 0
     with ExitStack() as stack:
@@ -391,7 +390,7 @@ def _describe(folder: Path, kinds: dict[str, Any], about: dict[str, Any]) -> Non
 
 
 def _problem_of(folder: Path) -> str | None:
-    """What is wrong with a folder that is there: all that is in it is read and hashed."""
+    """What is wrong with an existing folder: all files in it are read and hashed."""
     try:
         about = read_json(folder / "about.json", {"files": {...: {"bytes": int, "sha256": str}}})
         for name, wanted in about["files"].items():
@@ -405,7 +404,7 @@ def _problem_of(folder: Path) -> str | None:
 
 
 def _built(folder: Path, build: Callable[[Path], None]) -> Path:
-    """The folder, which `build` has filled under another name, here or in another process."""
+    """The folder, filled by `build` under another name first, in this process or another."""
     if _is_sound(folder):
         return folder
     part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
@@ -414,7 +413,7 @@ def _built(folder: Path, build: Callable[[Path], None]) -> Path:
         with _locked(folder.with_name(f"{folder.name}.lock")) as locked:
             if folder.exists() and _problem_of(folder) is None:  # now
                 return folder
-            if folder.exists():  # runs that have mapped it keep what they have
+            if folder.exists():  # runs that have mapped it keep their data
                 folder.rename(folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part"))
             for left in folder.parent.glob(f"{folder.name}.*.part") if locked else ():
                 shutil.rmtree(left, ignore_errors=True)  # its builder was killed
@@ -425,7 +424,7 @@ def _built(folder: Path, build: Callable[[Path], None]) -> Path:
                     os.fsync(written.fileno())
             part.rename(folder)
     except OSError as error:
-        if folder.exists():  # no locks here, and another was quicker
+        if folder.exists():  # no locks here, and another process was faster
             return folder
         where = Path(error.filename or folder)  # a file that was open has no name: a full disk
         unnamed = error.filename is None and error.errno not in REMEDIES

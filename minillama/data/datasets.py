@@ -1,15 +1,13 @@
-"""Rows -> tokenized documents, each token marked as trained or not, and where rows come from.
-
-A dataset is one function from a row (a dict) to the row's token ids and, for each id, whether it is trained.
-The prompts are llama-recipes' letter for letter, so that weights and losses compare with runs made there.
-"""
+"""Where rows come from: files, mixtures, data sets of the hub, the user's own functions."""
 
 import datetime
 import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.util import module_from_spec, spec_from_file_location
@@ -20,7 +18,7 @@ from typing import Any, Literal
 from minillama.data.encoders import ENCODERS, FIELDS
 from minillama.data.rows import Progress, Rows, content_hash, data_files, itself, read_rows, shown, without_absent
 from minillama.errors import UserError
-from minillama.files import misfit, read_any_json
+from minillama.files import misfit, open_file, read_any_json
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 HUB = "hub:"
@@ -34,10 +32,10 @@ class DataConfig:
     """What to train on."""
 
     dataset: str = "samsum"
-    """Which format the rows have: samsum, alpaca, grammar, chat or text; or FILE.py:FUNCTION, your own."""
+    """The format of the rows: samsum, alpaca, grammar, chat or text; or FILE.py:FUNCTION, your own."""
     path: Path | None = None
     """Training rows: a .json, .jsonl, .csv, .parquet or .txt file, a folder of them, or hub:ORG/NAME[/CONFIG][:SPLIT].
-    None: a small set that comes with minillama, to try things on."""
+    None: a small data set that comes with minillama, to try things."""
     val_path: Path | None = None
     """Rows to evaluate on. Alpaca without one holds out the first twentieth of --data.path, as llama-recipes does."""
     val_fraction: float = 0.0
@@ -49,12 +47,12 @@ class DataConfig:
     columns: tuple[str, ...] = ()
     """What the fields of the format are called in the rows, such as dialogue=text summary=tldr."""
     date: str | None = None
-    """The day that a chat template which asks for it is told, such as Llama 3.2's: 2025-01-31. None: today; a run that
-    resumes keeps its own."""
+    """The date, such as 2025-01-31, for chat templates that ask for it, as Llama 3.2's does. None: today; a resumed run
+    keeps its date."""
     train_on: Literal["answers", "all"] = "answers"
     """all: train on prompts, and on what users say in a chat, too."""
     batching: Literal["packing", "padding"] = "packing"
-    """packing: rows share packs, whole and without seeing each other. padding: rows of like length share a batch."""
+    """packing: whole rows share a pack, and do not attend to each other. padding: rows of similar length share a batch."""
     context_length: int = 4096
     """Tokens in a pack, or in a padded row."""
     too_long: Literal["auto", "drop", "truncate", "split"] = "auto"
@@ -92,7 +90,7 @@ class DataConfig:
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Raises UserError if the tokenizer cannot be that of a model with `vocab_size` rows of embedding.
+    """Raises UserError if the tokenizer has more ids than the embedding has rows, `vocab_size`, or far fewer.
 
     Checkpoints pad the embedding to a round number, so a few rows too many are right; ids beyond it never are.
     """
@@ -142,12 +140,13 @@ class Source:
     def rows(self, config: DataConfig, tokenizer: Any, progress: Progress = lambda count: None) -> Rows:
         """Raises UserError for what cannot be read."""
         if function := _own_function(self.dataset):
-            made = function(config, tokenizer, self.split)
-            if not isinstance(made, Iterable):
-                raise UserError(f"{self.dataset} must return rows, a list or a generator, not {shown(made)}")
-            read = without_absent if hasattr(made, "features") else itself  # a datasets.Dataset holds Arrow's rows
-            for number, row in enumerate(made, 1):
-                yield f"{self.dataset}, row {number}", partial(read, row)
+            with _own_code(self.dataset.rpartition(".py")[0] + ".py"):
+                made = function(config, tokenizer, self.split)
+                if not isinstance(made, Iterable):
+                    raise UserError(f"{self.dataset} must return rows, a list or a generator, not {shown(made)}")
+                read = without_absent if hasattr(made, "features") else itself  # a datasets.Dataset holds Arrow's rows
+                for number, row in enumerate(made, 1):
+                    yield f"{self.dataset}, row {number}", partial(read, row)
         elif (found := self._hub()) is not None:
             for number in range(len(found)):
                 progress(1)
@@ -167,7 +166,7 @@ class Source:
         return content_hash(self._file())
 
     def size(self) -> int | None:
-        """How much `rows` will tell to `progress` in all; None: unknown."""
+        """The total of what `rows` will report to `progress`; None: unknown."""
         if self.is_own:
             return None
         if (found := self._hub()) is not None:
@@ -186,7 +185,7 @@ class Source:
 
 
 def training_sources(config: DataConfig) -> list[Source]:
-    """What --data.dataset and --data.path, or --data.mixture, name. Raises UserError for a mixture that is none."""
+    """The sources that --data.dataset and --data.path, or --data.mixture, name. Raises UserError for an invalid mixture."""
     if config.mixture is None:
         return [Source(config.dataset, config.path, "train", _columns(config))]
     try:
@@ -220,7 +219,7 @@ def training_sources(config: DataConfig) -> list[Source]:
 
 
 def validation_source(config: DataConfig) -> Source | None:
-    """The rows to evaluate on; None where they are a part of the training rows. Raises UserError if there are none."""
+    """The rows to evaluate on; None if they are a part of the training rows. Raises UserError if there are none."""
     if config.val_path or _OWN.fullmatch(config.dataset):
         if config.val_path and config.path is None and config.mixture is None and config.dataset in ENCODERS:
             raise UserError(
@@ -240,14 +239,15 @@ def validation_source(config: DataConfig) -> Source | None:
 def load_collator(config: DataConfig, tokenizer: Any) -> Callable[[Any], Any] | None:
     """What get_data_collator(tokenizer) in the user's own file returns, None without one.
 
-    Raises UserError if the batches are packs, which it could not make.
+    Raises UserError if the batches are packs: a collator cannot make those.
     """
     if not (own := _OWN.fullmatch(config.dataset)):
         return None
     make = getattr(_module(own[1]), "get_data_collator", None)
     if make and config.batching == "packing":
         raise UserError(f"{own[1]} has a get_data_collator, which is for --data.batching padding: give that")
-    collator = make and make(tokenizer)
+    with _own_code(own[1]):
+        collator = make and make(tokenizer)
     if make and not callable(collator):
         raise UserError(f"{own[1]}: get_data_collator must return a function, not {shown(collator)}")
     return collator
@@ -275,12 +275,29 @@ def _module(file: str) -> ModuleType:
     """The user's file, run once."""
     if not Path(file).is_file():
         raise UserError(f"--data.dataset {file}: no such file")
+    open_file(Path(file)).close()
     name = f"minillama_own_{Path(file).stem}"
     spec = spec_from_file_location(name, file)
     assert spec and spec.loader
-    sys.modules[name] = module = module_from_spec(spec)  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
+    sys.modules[name] = module = module_from_spec(spec)  # dataclasses look up their module there
+    with _own_code(file):
+        spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def _own_code(file: str) -> Iterator[None]:
+    """Around code of the user's file: an error there becomes a UserError with its place."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        places = traceback.extract_tb(error.__traceback__)
+        own = next((number for number, place in enumerate(places) if place.filename == file), 0)
+        trace = "".join(traceback.format_list(places[own:]) + traceback.format_exception_only(error))
+        what = traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
+        raise UserError(f"--data.dataset {file} fails ({what}): correct it there\n{trace.rstrip()}") from None
 
 
 @cache
@@ -290,6 +307,8 @@ def _from_hub(path: str, split: Split) -> Any:
         import datasets
     except ImportError:
         raise UserError(f'{path} needs a package: pip install -e ".[hub]"') from None
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # they would fill a log with redraws
     name, _, given = path.removeprefix(HUB).partition(":")
     if not name.strip("/"):
         raise UserError(f"{path} names no data set: give hub:ORG/NAME")

@@ -15,11 +15,11 @@ class Documents:
     tokens: np.ndarray
     """int32 (N,)"""
     trained: np.ndarray
-    """bool (N,): the token itself is a label, to be predicted from what stands before it in its document."""
+    """bool (N,): the token itself is a label, to be predicted from the tokens before it in its document."""
     offsets: np.ndarray
     """int64 (n + 1,), from 0 to N"""
     fingerprint: str = ""
-    """The same for the same tokens, wherever they were read from"""
+    """A hash of the tokens, whatever file they were read from"""
     refused: int = 0
     """Rows that could not be used, left out by --data.bad-rows skip"""
     had_ends: int = 0
@@ -35,9 +35,9 @@ class Documents:
         return self.tokens[span], self.trained[span]
 
     def release(self) -> None:
-        """Gives back the memory that parts of the files take which were read; they stay in the system's cache.
+        """Releases the mapped pages that were read; they stay in the system's cache.
 
-        Else a process that goes through all of a large set would seem to hold all of it.
+        Else the resident memory of a process that reads a large data set would grow to all of it.
         """
         for array in (self.tokens, self.trained):
             if isinstance(array.base, np.memmap):

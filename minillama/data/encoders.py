@@ -1,4 +1,8 @@
-"""From a row of a data set to tokens and the mask of those that train."""
+"""From a row of a data set to tokens and loss mask.
+
+A format is one function from a row (a dict) to the row's token ids and, for each id, whether it is trained.
+The prompts are llama-recipes' letter for letter, so that weights and losses compare with runs made there.
+"""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +26,10 @@ class Encoded(NamedTuple):
     ids: Sequence[int] | np.ndarray
     trained: Sequence[bool] | np.ndarray
     had_ends: bool = False
-    """Its text began with BOS, or ended with EOS"""
+    """The text began with BOS, or ended with EOS"""
 
 
-# --- formats: one row -> ids and mask. Their errors lack the place, `encode_rows` adds it.
+# --- formats: one row -> ids and mask. `encode_rows` adds the place to their errors.
 
 
 def encode_samsum(row: dict[str, Any], tokenizer: Any) -> Encoded:
@@ -42,8 +46,8 @@ def encode_alpaca(row: dict[str, Any], tokenizer: Any) -> Encoded:
     prompt += f"### Instruction:\n{_text(row, 'instruction')}\n\n"
     if has_input:
         prompt += f"### Input:\n{_text(row, 'input')}\n\n"
-    # llama-recipes tokenizes prompt and output in one go. There ":" can merge with the output's first word,
-    # and the prompt alone, as at generation, has other ids than in training. Two calls keep them the same.
+    # llama-recipes tokenizes prompt and output together. There ":" can merge with the output's first word, and
+    # the prompt alone, as in generation, has other ids than in training. Two calls keep them the same.
     # An output may be empty: some in the published set are, and llama-recipes trains their eos.
     return _prompt_answer(prompt + "### Response:", _text(row, "output"), tokenizer)
 
@@ -81,7 +85,7 @@ def encode_chat(row: dict[str, Any], tokenizer: Any) -> Encoded:
 
 def encode_text(row: dict[str, Any], tokenizer: Any) -> Encoded:
     text = _answer(row, "text")
-    # Lists of Python's integers take ten times the room of an array: a book goes in parts, cut at ends of lines.
+    # A list of Python integers takes ten times the memory of an array: a book is tokenized in parts, cut at line ends.
     parts: list[np.ndarray] = []
     start = 0
     while start < len(text):
@@ -100,7 +104,7 @@ def encode_text(row: dict[str, Any], tokenizer: Any) -> Encoded:
 
 
 def _part(tokenizer: Any, text: str, goes_on: bool) -> list[int]:
-    """Ids of a part of a text, that which goes on without the space that sentencepiece begins a text with."""
+    """Ids of a part of a text. A later part must not get the space that sentencepiece adds at the beginning of a text."""
     if not (goes_on and getattr(tokenizer, "puts_space", False)):
         return tokenizer.encode(text)
     line_end = tokenizer.encode("\n")
@@ -109,12 +113,12 @@ def _part(tokenizer: Any, text: str, goes_on: bool) -> list[int]:
 
 
 def encode_own(row: dict[str, Any], tokenizer: Any) -> Encoded:
-    """What a user's own function gives: ids and labels as for llama-recipes, or a row of the formats chat and text."""
+    """A row of the user's own function: ids and labels as for llama-recipes, or a row of the formats chat or text."""
     if "input_ids" not in row:
         return encode_text(row, tokenizer) if "text" in row else encode_chat(row, tokenizer)
     try:
         ids, labels = (np.asarray(_field(row, name)) for name in ("input_ids", "labels"))
-    except ValueError as error:  # lists of unlike lengths
+    except ValueError as error:  # lists of different lengths
         raise UserError(f"input_ids and labels must be lists of integers ({error})") from None
     for name, values in (("input_ids", ids), ("labels", labels)):
         if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer) or not 0 < len(values) == len(ids):
@@ -124,7 +128,7 @@ def encode_own(row: dict[str, Any], tokenizer: Any) -> Encoded:
         raise UserError(
             f"input_ids must be from 0 to {tokenizer.vocab_size - 1}, and each of the labels {IGNORE} or the id itself"
         )
-    if not trained[1:].any():  # nothing stands before the first, to predict it from
+    if not trained[1:].any():  # the first token is not predicted: there is nothing before it
         raise UserError(f"all labels but the first are {IGNORE}, so nothing to train on: give labels, or drop the row")
     return Encoded(ids, trained)
 
@@ -152,7 +156,7 @@ def encode_rows(
     tokenizer: Any,
     train_on: Literal["answers", "all"] = "answers",
 ) -> tuple[Documents, list[str]]:
-    """The documents that rows, as `read_rows` gives them, become, and for each that cannot be used its place and why."""
+    """The documents of rows, as `read_rows` yields them, and for each row that cannot be used its place and why."""
     encode, tokens, trained, offsets, refused = ENCODERS.get(dataset, encode_own), [], [], [0], []
     had_ends = 0
     for place, read in rows:
@@ -163,8 +167,8 @@ def encode_rows(
             if not isinstance(row, dict):
                 raise UserError(f"a row must be an object, found {shown(row)}")
             ids, mask, own_ends = encode(_renamed(row, columns), tokenizer)
-        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, UTF-8 cannot
-            refused.append(f"{place}: text that is not Unicode ({error}): mend or drop the row")
+        except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair, UTF-8 cannot
+            refused.append(f"{place}: text that is not Unicode ({error}): correct or drop the row")
         except UserError as error:
             refused.append(f"{place}: {error}")
         else:
@@ -186,7 +190,7 @@ def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
         if column not in row:
             raise UserError(
                 f"field '{column}', to be {name}, is missing, the fields are {', '.join(map(repr, row)) or 'none'}: "
-                "mend --data.columns or the row"
+                "correct --data.columns or the row"
             )
     return {**row, **{name: row[column] for name, column in columns.items()}} if columns else row
 
@@ -215,14 +219,14 @@ SHAREGPT_ROLES = {
 
 def _checked(number: int, message: Any) -> dict[str, Any]:
     fields = message if isinstance(message, dict) else {}
-    calls = fields.get("tool_calls") and fields.get("content") is None  # with which there may be no text
+    calls = fields.get("tool_calls") and fields.get("content") is None  # with a call there may be no text
     if not isinstance(fields.get("role"), str) or not (isinstance(fields.get("content"), str) or calls):
         raise UserError(f"message {number} needs the texts 'role' and 'content', found {shown(message)}")
     return {"content": None, **message}
 
 
 def tools_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The functions that a conversation may call, as JSON schemas; as text in what comes from Parquet or Arrow."""
+    """The functions that a conversation may call, as JSON schemas; from Parquet or Arrow they come as text."""
     tools = row.get("tools")
     with suppress(ValueError, RecursionError):
         tools = json.loads(tools) if isinstance(tools, str) and tools else tools
@@ -251,7 +255,7 @@ def _field(row: dict[str, Any], name: str) -> Any:
 def _text(row: dict[str, Any], name: str) -> str:
     value = _field(row, name)
     if not isinstance(value, str):
-        raise UserError(f"field '{name}' must be text, found {shown(value)}: mend or drop the row")
+        raise UserError(f"field '{name}' must be text, found {shown(value)}: correct or drop the row")
     return value
 
 

@@ -1,4 +1,4 @@
-"""The data of a run: built once on each machine, opened by every rank, the same on all."""
+"""The data of a run: built once on each machine, opened by every rank, and compared across ranks."""
 
 import os
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def load_data(
 
 
 def load_evaluation_data(data: DataConfig, tokenizer: Any, vocab_size: int, seed: int) -> Packed:
-    """What to evaluate a model on that is there already; every rank must call it.
+    """The data to evaluate an existing model on; every rank must call it.
 
     Raises UserError for what is wrong with the data, and for a tokenizer that is not a model's of this vocabulary.
     """

@@ -1,6 +1,6 @@
 """Documents -> packs of at most context_length tokens -> batches.
 
-Packing puts many documents into a pack. Padding makes each document a pack of its own and batches those of like length.
+Packing puts many documents into a pack. Padding makes each document its own pack, and batches those of similar length.
 """
 
 import hashlib
@@ -16,24 +16,24 @@ from minillama.data.permutation import permuted
 from minillama.errors import UserError
 
 BUCKET = 64
-"""Padded documents of like length that follow each other in an epoch."""
+"""So many padded documents of similar length follow each other in an epoch."""
 SORTED_TOGETHER = 64 * BUCKET
-"""Padded documents that are sorted into buckets together."""
+"""So many padded documents are sorted into buckets together."""
 PACKED_TOGETHER = 65_536
-"""Documents among which those are sought that fill a pack."""
+"""So many documents are packed together."""
 
 TooLong = Literal["drop", "truncate", "split"]
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Documents, or pieces of them, in packs, and how an epoch goes through these. The arrays may lie on the disk."""
+    """Documents, or pieces of them, in packs, and the order of an epoch. The arrays may be memory-mapped."""
 
     batching: Literal["packing", "padding"]
     context_length: int
     documents: Documents
     starts: np.ndarray
-    """int64 (pieces,): where in the documents' tokens each piece starts; the pieces of a pack stand together"""
+    """int64 (pieces,): where in the documents' tokens each piece starts; the pieces of a pack are contiguous"""
     sizes: np.ndarray
     """int64 (pieces,): tokens in each piece"""
     firsts: np.ndarray
@@ -44,9 +44,9 @@ class Packed:
     """How many documents longer than the context were dropped, truncated, or split, and how many of their pieces have no
     token to train and were left out ("untrained")"""
     fingerprint: str = ""
-    """The same for the same tokens in the same packs, wherever they were read from"""
+    """A hash of the tokens and packs, whatever files they were read from"""
     collator: Callable[[list[dict[str, list[int]]]], dict[str, Tensor]] | None = None
-    """The user's own, from documents to a padded batch"""
+    """The user's own function, from documents to a padded batch"""
 
     def __len__(self) -> int:
         """Packs"""
@@ -57,26 +57,27 @@ class Packed:
         return int(self.sizes.sum())
 
     def efficiency(self, batch_size: int = 1, world_size: int = 1, accumulate: int = 1) -> float:
-        """Tokens over the places that the packs have for them.
+        """Tokens divided by the positions of the packs.
 
-        Under padding: over those of batches that are each as wide as their longest row, in the first 10,000 or so rows of
-        an epoch.
+        Under padding: by the positions of batches, each as wide as its longest row, over about the first 10,000 rows of an
+        epoch.
         """
         if self.batching == "packing":
             return self.tokens / (len(self) * self.context_length)
         packs_per_step = batch_size * world_size * accumulate
         tokens = places = 0
         for cursor in range(0, min(len(self), 10_000), packs_per_step):
-            # all full steps fall into the same micro-batches whoever takes them: one rank is quicker to go through
+            # full steps are the same micro-batches on any number of ranks: computed for one rank, which is faster
             for rows in self.micro_batches(self.order(0, 0, cursor, cursor + packs_per_step), batch_size, 0, 1):
                 tokens += int(self.lengths[rows].sum())
                 places += len(rows) * int(self.lengths[rows].max())
         return tokens / places
 
     def order(self, seed: int, epoch: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """The packs at the places from start to stop of the order in which an epoch goes through all of them.
+        """The packs from start to stop in the order of an epoch.
 
-        It depends on no batch size and no number of ranks: all ranks agree on it, and so does a resumed run on others.
+        It does not depend on the batch size or the number of ranks, so all ranks agree, and so does a run that resumes on
+        another number of ranks.
         """
         stop = len(self) if stop is None else min(stop, len(self))
         if self.batching == "packing":
@@ -90,8 +91,8 @@ class Packed:
         random = np.random.default_rng((seed, epoch, place))
         places = np.arange(place, min(place + SORTED_TOGETHER, len(self)))
         rows = permuted(places, len(self), seed, epoch)
-        # The noise gives a document other neighbours in each epoch; sorted by bare length, a small set would make much
-        # the same steps again and again.
+        # The noise gives a document other neighbours in each epoch. Sorted by length alone, the steps of a small data set
+        # would be almost the same in each epoch.
         rows = rows[np.argsort(self.lengths[rows] * random.uniform(1, 1.1, len(rows)), kind="stable")]
         buckets = np.split(rows, range(BUCKET, len(rows), BUCKET))
         random.shuffle(buckets)
@@ -100,8 +101,8 @@ class Packed:
     def micro_batches(self, packs: np.ndarray, batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:
         """The micro-batches of one rank for the packs of one step, at most batch_size packs each.
 
-        All ranks get equally many; where the packs do not go round, some are smaller, or empty. Padded documents are
-        dealt out by length: little padding, and ranks that wait for each other have much the same to do.
+        All ranks get the same number; if the packs cannot be divided evenly, some are smaller or empty. Padded documents
+        are distributed by length: there is little padding, and ranks have about the same work.
         """
         if self.batching == "padding":
             packs = packs[np.argsort(self.lengths[packs], kind="stable")]
@@ -111,19 +112,19 @@ class Packed:
 
 @dataclass(frozen=True)
 class Part:
-    """Some documents, and what becomes of those that are longer than the context."""
+    """Some documents, and what to do with those that are longer than the context."""
 
     rows: np.ndarray
     """int64 (n,): numbers of documents; one may come more than once"""
     too_long: TooLong
-    """split: into pieces that overlap by one token, as a piece's first cannot be predicted, so that each token is, once"""
+    """split: into pieces that overlap by one token; a piece's first is not predicted, so each token is predicted once"""
 
 
 def pack(documents: Documents, context_length: int, seed: int, parts: Sequence[Part] = ()) -> Packed:
     """Best fit, longest first: each piece goes whole into the fullest pack that still has room for it.
 
-    parts: which documents; without, all, and those longer than the context are dropped. Documents that stand together in
-    the file, of one source perhaps, come into different packs. Raises UserError if nothing is left to train on.
+    parts: which documents; by default all, and those longer than the context are dropped. Documents that are neighbours in
+    the file, perhaps of one source, come into different packs. Raises UserError if nothing is left to train on.
     """
     starts, sizes, long = _pieces(documents, context_length, parts or [Part(np.arange(len(documents)), "drop")])
     mixed = permuted(np.arange(len(sizes)), len(sizes), seed)
@@ -137,7 +138,7 @@ def pack(documents: Documents, context_length: int, seed: int, parts: Sequence[P
 
 
 def pad(documents: Documents, context_length: int, parts: Sequence[Part] = ()) -> Packed:
-    """Each piece alone in a pack. parts as for `pack`, but without, long documents are truncated.
+    """Each piece alone in a pack. parts as for `pack`, but by default long documents are truncated.
 
     Raises UserError if nothing is left to train on.
     """
@@ -200,6 +201,7 @@ def _pieces(
 def _best_fit(sizes: np.ndarray, context_length: int) -> list[list[int]]:
     """Packs of indices into sizes (n,), none of which is above context_length."""
     packs: list[list[int]] = []
+    context_length = min(context_length, int(sizes.sum()))  # more room than that no pack needs, and it costs memory
     with_room: list[list[int]] = [[] for _ in range(context_length + 1)]  # packs, by the room they have left
     rooms = 0  # the set of r for which with_room[r] is not empty, as the bits of an integer
     by_size = np.argsort(-sizes, kind="stable")

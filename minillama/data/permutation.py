@@ -6,10 +6,10 @@ ROUNDS = 8
 
 
 def permuted(index: np.ndarray, n: int, *seed: int) -> np.ndarray:
-    """Where a permutation of range(n), one for each `seed`, takes each of the integers `index`: int64, of index's shape.
+    """What a permutation of range(n), one for each `seed`, maps each of the integers `index` to: int64, of index's shape.
 
-    A Feistel network permutes the numbers of an even count of bits (Luby and Rackoff 1988); what falls outside of
-    range(n) goes through it again until it does not ("cycle walking", Black and Rogaway 2002).
+    A Feistel network permutes the numbers of an even number of bits (Luby and Rackoff 1988). A result outside of
+    range(n) is permuted again until it is inside ("cycle walking", Black and Rogaway 2002).
     """
     half = np.uint64(max(3, (max(n - 1, 0).bit_length() + 1) // 2))  # 64 numbers at least: smaller networks mix badly
     mask = (np.uint64(1) << half) - np.uint64(1)

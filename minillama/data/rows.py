@@ -1,7 +1,7 @@
 """Files -> rows, one after another: JSON, JSONL, CSV, Parquet, plain text, or a folder of these.
 
-A row comes with its place, such as "train.jsonl, line 3", for messages that name it. Only a part of a file is in memory.
-Processes that share the work all go through the file; what takes time is left to the one whose row it is.
+A row comes with its place, such as "train.jsonl, line 3", for messages. Only a part of a file is in memory. Processes
+that share the work all read through the file; only the process that a row belongs to decodes it.
 """
 
 import csv
@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from minillama.errors import UserError, disk_text
+from minillama.errors import UserError, disk_text, json_problem
 
 Rows = Iterator[tuple[str, Callable[[], Any]]]
 """(place, function that returns the row or raises UserError); lines and rows are counted from 1"""
 Progress = Callable[[int], Any]
-"""Told how many more bytes of the files have been read"""
+"""Called with how many more bytes of the files have been read"""
 
 PART = 2**20
 """Bytes of a JSON list that are read at a time"""
@@ -29,7 +29,7 @@ PART = 2**20
 def read_rows(path: Path, progress: Progress = lambda count: None) -> Rows:
     """The rows of a file, or of all such files in a folder and its subfolders, in the order of their names.
 
-    Hidden files are passed over. Raises UserError for what cannot be read: the path, a file's kind, a line.
+    Hidden files are skipped. Raises UserError for what cannot be read: the path, a file's kind, a line.
     """
     for file in data_files(path):
         try:
@@ -39,7 +39,7 @@ def read_rows(path: Path, progress: Progress = lambda count: None) -> Rows:
 
 
 def data_files(path: Path) -> list[Path]:
-    """The files that `read_rows` reads, of one kind: a folder that mixes kinds may well hold something else beside the
+    """The files that `read_rows` reads, of one kind: a folder with several kinds probably holds other things besides the
     data. Raises UserError if there are none."""
     if not path.exists():
         raise UserError(f"data file {path} does not exist: give {KINDS}, or a folder of such files")
@@ -49,7 +49,7 @@ def data_files(path: Path) -> list[Path]:
         raise UserError(f"{path}: unknown format '{path.suffix}': give {KINDS}")
     if path.is_file():
         return [path]
-    os.scandir(path).close()  # rglob passes over what it may not read
+    os.scandir(path).close()  # rglob skips what it may not read
     visible = [p for p in sorted(path.rglob("*")) if not any(s.startswith(".") for s in p.relative_to(path).parts)]
     files = [p for p in visible if p.is_file() and p.suffix.lower() in READERS]
     if not files:
@@ -60,7 +60,7 @@ def data_files(path: Path) -> list[Path]:
 
 
 def content_hash(path: Path) -> str:
-    """The same for files with the same content in the same order, whatever they are called."""
+    """A hash of the files' contents in order, whatever their names."""
     digest = hashlib.blake2b(digest_size=16)
     for file in data_files(path):
         try:
@@ -73,7 +73,7 @@ def content_hash(path: Path) -> str:
 
 
 def shown(value: Any) -> str:
-    """The beginning of a value for a message, as JSON has it: null and not None."""
+    """The beginning of a value for a message, as JSON: null and not None."""
     return json.dumps(value, default=str)[:80]
 
 
@@ -95,16 +95,19 @@ def _json_rows(path: Path, progress: Progress) -> Rows:
             for number, row in enumerate(_items(file, progress), 1):
                 yield f"{path}, row {number}", partial(itself, row)
     except (ValueError, RecursionError):
-        # What is wrong, and in which line, is easier to say of the whole.
+        # Parsing the whole file tells what is wrong, and in which line.
+        text = "".join(_lines(path, lambda count: None))
         try:
-            rows = json.loads("".join(_lines(path, lambda count: None)))
+            rows = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not JSON ({error}): a file of one object a line must end in .jsonl") from error
+            problem, by_line = json_problem(text, error), text.lstrip().startswith("{") and "Extra data" in str(error)
+            remedy = "one object a line is for .jsonl" if by_line else "give a whole list of objects"
+            raise UserError(f"{path}: {problem}: {remedy}") from error
         raise UserError(f"{path} must be a list of objects, found {shown(rows)}") from None
 
 
 def _items(file: BinaryIO, progress: Progress) -> Iterator[Any]:
-    """The items of a JSON list, decoded one by one. Raises ValueError if it is none."""
+    """The items of a JSON list, decoded one by one. Raises ValueError if it is no list."""
     decode, utf8 = json.JSONDecoder().raw_decode, getincrementaldecoder("utf-8-sig")()
     text, at, part = "", 0, PART
 
@@ -142,7 +145,7 @@ def _items(file: BinaryIO, progress: Progress) -> Iterator[Any]:
             try:
                 item, at = decode(text, at)
             except ValueError:
-                part *= 2  # an item longer than what was read, or not JSON: soon all has been read
+                part *= 2  # an item longer than what was read, or not JSON: read on, at most to the end
                 if not more():
                     raise
                 continue
@@ -177,16 +180,16 @@ def _parsed(line: bytes) -> Any:
 
 def _csv_rows(path: Path, progress: Progress) -> Rows:
     with closing(_lines(path, progress)) as lines:
-        # strict, else a quote left open takes the rest of the file for one field
+        # strict: else an open quote makes the rest of the file one field
         reader, header = csv.reader(lines, strict=True), None
         limit = csv.field_size_limit()
         while True:
-            line = reader.line_num + 1  # a quoted field may span lines: name the row's first
-            csv.field_size_limit(2**31 - 1)  # the whole process's; 128 KiB, as Python has it, is short for a document
+            line = reader.line_num + 1  # a quoted field may span lines: name the row's first line
+            csv.field_size_limit(2**31 - 1)  # for the whole process; Python's 128 KiB is short for a document
             try:
                 values = next(reader, None)
             except csv.Error as error:
-                raise UserError(f"{path}, line {line}: not CSV ({error}): mend the quotes of this row") from error
+                raise UserError(f"{path}, line {line}: not CSV ({error}): correct the quotes of this row") from error
             finally:
                 csv.field_size_limit(limit)
             if values is None:
@@ -229,13 +232,14 @@ def _parquet_rows(path: Path, progress: Progress) -> Rows:
                     number += 1
                     yield f"{path}, row {number}", partial(without_absent, row)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: not a Parquet file that can be read ({error}): write it anew") from error
+        raise UserError(f"{path}: not a Parquet file that can be read ({error}): write it again") from error
 
 
 def without_absent(row: Any) -> Any:
-    """A row of Parquet or Arrow, where each object has the keys of all others in its column, as None: without those.
+    """A row of Parquet or Arrow without the keys that are None inside a column.
 
-    Else a call of one tool would be shown with the arguments of the others. A column that is None stays.
+    There each object has the keys of all others in its column, so a call of one tool would have the arguments of the
+    others. A column that is None stays.
     """
     return {name: _without_none(value) for name, value in row.items()} if isinstance(row, dict) else row
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders in, each rank reading only what it holds, and out."""
+"""Reads Hugging Face folders, each rank only the rows that it holds."""
 
 import hashlib
 import json
@@ -14,21 +14,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from tqdm import tqdm
 
 from minillama.errors import UserError
 from minillama.files import is_plain, open_file, read_json
+from minillama.formats.bitsandbytes import BitsandbytesWeights, settings_problem
 from minillama.formats.meta import MetaWeights, Weights, finite, is_meta_folder, read_meta_config
+from minillama.formats.quantized import Quantize, QuantizedFill, quantize_base
 from minillama.model.config import LLAMA3_ROPE, LlamaConfig
 from minillama.model.llama import Llama
+from minillama.model.quant import shapes
 from minillama.parallel.initialise import materialise
-from minillama.parallel.processes import rank, say
-from minillama.parallel.sharding import local
+from minillama.parallel.processes import say
+from minillama.parallel.sharding import local, row_offset
+from minillama.progress import progress
 
 READ_BYTES = 32 * 2**20
-"""Size of the pieces in which tensors are read: host memory on top of the model's own is this, times READERS."""
+"""Bytes of the pieces in which tensors are read: loading takes READERS times as much host memory on top of the model."""
 READERS = 4
 INDEX = "model.safetensors.index.json"
 MOST_LAYERS = 4096
@@ -73,15 +74,16 @@ def read_config(folder: str | Path) -> LlamaConfig:
         config = LlamaConfig.from_dict(read_json(folder / "config.json"))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
+    _quantization(folder)
     _check_layers(config, folder)
     return config
 
 
 def _check_layers(config: LlamaConfig, folder: Path) -> None:
-    """Raises UserError if the weights, where they are there, have fewer layers: before a model of so many is built."""
+    """Raises UserError if the weights are there and have fewer layers, before a model of so many layers is built."""
     try:
         names = find_tensors(folder)
-    except UserError:  # who reads the weights says so
+    except UserError:  # reported when the weights are read
         return
     there = len({match[1] for name in names if (match := LAYER.match(name))})
     if there < config.num_hidden_layers:
@@ -96,8 +98,8 @@ def _check_layers(config: LlamaConfig, folder: Path) -> None:
 def find_tensors(folder: str | Path) -> dict[str, Path]:
     """The file of every tensor of a Hugging Face folder: model.safetensors, or else several with an index.
 
-    As in transformers the index does not count where there is model.safetensors, and what is in the files the index names
-    is loaded, so that it must say of each tensor where it is. Raises UserError for what is missing or damaged.
+    As in transformers, the index is ignored if there is model.safetensors. All tensors in the files that the index names
+    are loaded, so it must say where each tensor is. Raises UserError for what is missing or damaged.
     """
     folder = Path(folder)
     index, single = folder / INDEX, folder / "model.safetensors"
@@ -131,7 +133,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 _note = cache(say)
-"""Says what would else be said at each reading."""
+"""Prints a note once that would be printed at each reading otherwise."""
 
 
 def tensor_names(file: Path) -> list[str]:
@@ -140,7 +142,7 @@ def tensor_names(file: Path) -> list[str]:
 
 
 def open_tensors(file: Path) -> Any:
-    open_file(file).close()  # says what safetensors does not
+    open_file(file).close()  # its message names what safetensors' does not
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -148,9 +150,9 @@ def open_tensors(file: Path) -> Any:
 
 
 class SafetensorsWeights:
-    """Tensors in safetensors files, each by name in the one given, read a few rows at a time; making one reads headers.
+    """Tensors in safetensors files, each in the file given for its name, read a few rows at a time. __init__ reads headers.
 
-    Raises UserError for files that are damaged, or without the tensors that should be there.
+    Raises UserError for files that are damaged or lack the tensors that should be there.
     """
 
     def __init__(self, files: dict[str, Path]) -> None:
@@ -164,7 +166,7 @@ class SafetensorsWeights:
                     if name not in there:
                         raise UserError(f"{name} is missing from {file}, where the index says it is")
                     rows = tensors.get_slice(name)
-                    shape = rows.get_shape()  # of a single number there are no rows
+                    shape = rows.get_shape()  # a single number has no rows
                     self._described[name] = shape, (rows[:0] if shape else tensors.get_tensor(name)).dtype
 
     def shape(self, name: str) -> list[int]:
@@ -182,18 +184,32 @@ class SafetensorsWeights:
 def open_weights(folder: str | Path) -> Weights:
     """The tensors of a Hugging Face or Meta folder. Raises UserError for what is missing or damaged."""
     folder = Path(folder)
-    return MetaWeights(folder) if is_meta_folder(folder) else SafetensorsWeights(find_tensors(folder))
+    if is_meta_folder(folder):
+        return MetaWeights(folder)
+    weights, settings = SafetensorsWeights(find_tensors(folder)), _quantization(folder)
+    return BitsandbytesWeights(weights, settings, folder) if settings else weights
+
+
+def _quantization(folder: Path) -> dict[str, Any]:
+    """What config.json says of how the folder is quantised. Raises UserError for what we do not read."""
+    settings = read_json(folder / "config.json").get("quantization_config") if (folder / "config.json").exists() else {}
+    if settings and (problem := settings_problem(settings)):
+        raise UserError(
+            f'{folder}: "quantization_config": {problem}: only NF4 and int8 in bitsandbytes\' format are read: give '
+            "the plain one, or one in these"
+        )
+    return settings or {}
 
 
 def weights_fingerprint(folder: str | Path) -> str:
-    """Tells base models apart by config, names, shapes, and the first row of each tensor: quick, however large they are.
+    """A hash of config, names, shapes, and the first row of each tensor: quick for models of any size.
 
-    The same for the same model in Hugging Face's format and in Meta's, which knows no max_position_embeddings.
+    It is the same for a model in Hugging Face's format and in Meta's, which has no max_position_embeddings.
     """
     weights, config = open_weights(folder), read_config(folder)
     computing = asdict(config) | {"rope_scaling": None}
     del computing["max_position_embeddings"]
-    if scaling := config.rope_scaling:  # numbers that are whole or not, and keys that nothing is computed from
+    if scaling := config.rope_scaling:  # 1 and 1.0 are the same; keys that do not affect the computation are left out
         numbers = {key: float(scaling[key]) for key in LLAMA3_ROPE if key in scaling}
         computing["rope_scaling"] = numbers | {"rope_type": scaling["rope_type"]}
     computing |= {name: float(computing[name]) for name in ("rms_norm_eps", "rope_theta")}
@@ -208,48 +224,52 @@ def weights_fingerprint(folder: str | Path) -> str:
 
 
 def check_weights(model: nn.Module, folder: str | Path, *, but: Collection[str] = ()) -> Weights:
-    """The tensors in `folder`, which are those that `model` was built from; reads headers only.
+    """The tensors in `folder`, checked against the base parameters of `model`; reads headers only.
 
     but: names of parameters that need not be there.
 
     Raises UserError with the names of missing, unexpected and wrongly shaped tensors.
     """
     weights, wanted = open_weights(folder), base_parameters(model)
-    # Files may hold the tied head too, and old ones RoPE's frequencies, which we compute.
+    # Files may also hold the tied head, and old ones RoPE's frequencies, which we compute.
     spare = {name for name in weights.names if name.endswith("rotary_emb.inv_freq")}
     if "lm_head.weight" not in wanted and "model.embed_tokens.weight" in wanted:
         spare.add("lm_head.weight")
     there = set(weights.names)
     problems = [f"{name} is missing" for name in wanted if name not in {*there, *but}]
     problems += [f"{name} is not part of the model" for name in weights.names if name not in wanted.keys() | spare]
+    whole = shapes(model)
     problems += [
-        f"{name} has shape {weights.shape(name)}, the config asks for {list(parameter.shape)}"
-        for name, parameter in wanted.items()
-        if name in there and weights.shape(name) != list(parameter.shape)
+        f"{name} has shape {weights.shape(name)}, the config asks for {list(whole[name])}"
+        for name in wanted
+        if name in there and weights.shape(name) != list(whole[name])
     ]
     if kinds := {weights.dtype(name) for name in there & wanted.keys()} - SAFETENSORS_DTYPES.keys():
         named = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
-        raise UserError(f"{folder} holds weights of {named}, as where they are quantised: give the plain checkpoint")
+        raise UserError(
+            f"{folder} holds weights of {named}, as where they are quantised: give the plain checkpoint, or "
+            "one in bitsandbytes' format"
+        )
     if problems:
         more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(f"the weights in {folder} do not fit their config: {'; '.join(problems[:8])}{more}")
     if "lm_head.weight" in spare & there:
-        _check_tied(weights, folder, 0, 1)  # the rest when it is loaded
+        _check_tied(weights, folder, 0, 1)  # the rest is checked when it is loaded
     return weights
 
 
 def _check_tied(weights: Weights, folder: str | Path, start: int, stop: int) -> None:
     """Raises UserError unless these rows of a tied head are those of the embedding."""
-    twins = ("lm_head.weight", "model.embed_tokens.weight")
-    same_shape = weights.shape(twins[0]) == weights.shape(twins[1])
-    if not same_shape or not torch.equal(*(weights.rows(name, start, stop) for name in twins)):
+    tied = ("lm_head.weight", "model.embed_tokens.weight")
+    same_shape = weights.shape(tied[0]) == weights.shape(tied[1])
+    if not same_shape or not torch.equal(*(weights.rows(name, start, stop) for name in tied)):
         raise UserError(
             f"{folder}: lm_head.weight is not the embedding, yet config.json has tie_word_embeddings: set it to false"
         )
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that a checkpoint of the base model holds, by name: those the model had before it was adapted."""
+    """The parameters of the base model, by name: those the model had before it was adapted."""
     with torch.device("meta"):
         names = dict(type(model)(model.config).named_parameters())
     return {name: parameter for name, parameter in model.named_parameters() if name in names}
@@ -265,29 +285,29 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
     """Fills the base parameters of a materialised model, sharded or not, from a Hugging Face folder.
 
     Each rank reads only the rows its own shards hold, in pieces, casting to each parameter's dtype: host memory on top
-    of the model's stays below READERS * READ_BYTES. Returns the names of the parameters filled. Raises UserError as
-    check_weights does.
+    of the model's stays below READERS * READ_BYTES, of layers that are quantised meanwhile some times that. Returns the
+    names of the parameters and buffers filled. Every rank must call it. Raises UserError as check_weights does.
     """
     weights, parameters = check_weights(model, folder), base_parameters(model)
+    quantized = QuantizedFill(model, weights)
     has_twin = "lm_head.weight" not in parameters and "lm_head.weight" in weights.names
     bytes_of = {name: local(p).numel() * p.element_size() for name, p in parameters.items()}
 
-    with tqdm(
-        total=sum(bytes_of.values()),
-        desc="loading weights",
-        unit="B",
-        unit_scale=True,
-        disable=rank() != 0 or None,
-        leave=False,
-    ) as bar:
+    total = sum(bytes_of.values())
+    with progress(total=total, desc="loading weights", unit="B", unit_scale=True, leave=False) as bar:
 
         def load(name: str) -> None:
-            target, offset = local(parameters[name]).detach(), _row_offset(parameters[name])
+            target, offset = local(parameters[name]).detach(), row_offset(parameters[name])
             step = max(1, READ_BYTES * len(target) // max(1, bytes_of[name]))
+            if layer := quantized.layers.get(name):  # of which fp32 copies are made
+                step = max(1, READ_BYTES // (4 * layer.in_features))
             for start in range(0, len(target), step):
                 piece = target[start : start + step]
                 place = offset + start, offset + start + len(piece)
-                piece.copy_(weights.rows(name, *place))
+                if layer:
+                    quantized.fill(name, piece, *place)
+                else:
+                    piece.copy_(weights.rows(name, *place))
                 if has_twin and name == "model.embed_tokens.weight":
                     _check_tied(weights, folder, *place)
                 bar.update(piece.numel() * piece.element_size())
@@ -295,23 +315,20 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
         with ThreadPoolExecutor(READERS) as pool:
             for _ in pool.map(load, parameters):
                 pass
-    return set(parameters)
-
-
-def _row_offset(parameter: Tensor) -> int:
-    """The first row of the whole tensor that this rank holds."""
-    if not isinstance(parameter, DTensor):
-        return 0
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return offset[0]
+    return set(parameters) | quantized.finish()
 
 
 def from_pretrained(
-    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    quantize: Quantize = "none",
 ) -> Llama:
     """A model of one process, ready to call, in evaluation mode; needs no process group.
 
-    dtype: of all parameters; None takes that of the embedding in the file. Raises UserError for a bad folder.
+    dtype: of all parameters; None takes that of the embedding in the file. quantize: how the blocks' linear layers are
+    held; none: as in the folder. Raises UserError for a bad folder.
     """
     config = read_config(folder)
     if dtype is None:
@@ -321,7 +338,8 @@ def from_pretrained(
         dtype = weights.dtype(name)
     with torch.device("meta"):
         model = Llama(config).to(dtype)
-    check_weights(model, folder)  # before any memory is taken for sizes that the config alone has
+    # before any memory is taken for sizes that the config alone has
+    quantize_base(model, check_weights(model, folder), quantize)
     materialise(model, device)
     load_weights(model, folder)
     return model.eval().requires_grad_(False)

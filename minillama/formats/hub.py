@@ -2,6 +2,7 @@
 
 import errno
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,12 @@ from minillama.errors import UserError
 from minillama.formats.hf import INDEX, TOKENIZER_FILES, read_config, read_index
 from minillama.formats.meta import is_meta_folder
 from minillama.parallel.processes import on_each_node
+from minillama.progress import Lines
 
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))\b[\w.-]+\b/\b[\w.-]+\b", re.ASCII)
 """ORG/NAME, as huggingface_hub's validate_repo_id has it."""
 CACHED = re.compile(r"/models--([^/]+)--([^/]+)/snapshots/[0-9a-f]{40}$")
-"""How a model's folder in huggingface_hub's cache ends."""
+"""The end of the path of a model in huggingface_hub's cache."""
 SMALL_FILES = (
     "config.json",
     "generation_config.json",
@@ -26,15 +28,15 @@ SMALL_FILES = (
     INDEX,
     "params.json",
 )
-"""What we read of a repository beside the weights."""
+"""What we read of a repository besides the weights."""
 
 
 def find_model(model: str | Path, *, weights: bool = True) -> Path:
-    """The folder of a model: `model` itself if it exists, else what ORG/NAME is on the Hugging Face hub.
+    """The folder of a model: `model` itself if it exists, else the repository ORG/NAME of the Hugging Face hub.
 
-    Of the hub, the files that we read are downloaded into huggingface_hub's cache, unless they are there: all, or all but
-    the weights. A path that does not exist, and is not ORG/NAME or has a folder ORG, is returned too: who reads it says
-    what is wrong. In a process group every rank must call it: the first process of each machine downloads while the
+    The files that we read are downloaded into huggingface_hub's cache, unless they are there: all, or all but the
+    weights. A path that does not exist, and is not ORG/NAME or has a folder ORG, is returned too: reading it will say what
+    is wrong. In a process group every rank must call it: the first process of each machine downloads while the
     others wait, however long that takes.
 
     Raises UserError, with what to do, if the download fails, and before any weights for a model that is not a Llama.
@@ -46,7 +48,7 @@ def find_model(model: str | Path, *, weights: bool = True) -> Path:
         return _find(model, weights)
     folder = on_each_node(lambda: _find(model, weights))
     versions: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(versions, folder.name)  # of the hub: the commit
+    dist.all_gather_object(versions, folder.name)  # of a repository: the commit
     if len(set(versions)) > 1:
         found = ", ".join(sorted(set(versions)))
         raise UserError(f"the machines have different versions of {model}: {found}; give all of them the same folder")
@@ -54,14 +56,14 @@ def find_model(model: str | Path, *, weights: bool = True) -> Path:
 
 
 def model_name(folder: Path) -> str:
-    """What to call a model: ORG/NAME if the folder is huggingface_hub's, else its path as it is given."""
+    """A model's name: ORG/NAME if the folder is in huggingface_hub's cache, else its path as given."""
     cached = CACHED.search(folder.as_posix())
     return "/".join(cached.groups()) if cached else str(folder)
 
 
 def weight_files(folder: Path, repo: str) -> list[list[str]]:
-    """Patterns of the names of the files with the weights: the first list of which there are files counts. folder: has
-    the small files of `repo`.
+    """Patterns of the names of the weight files: the first list that matches a file counts. folder: has the small files of
+    `repo`.
 
     Raises UserError for what is not a Llama, in Hugging Face's format or Meta's.
     """
@@ -81,7 +83,7 @@ def check_found(repo: str, weights: list[str]) -> None:
 
 @contextmanager
 def explained(repo: str, revision: str = "main", local: str = "") -> Iterator[None]:
-    """Makes UserErrors of what huggingface_hub raises inside. local: what else might have been meant by the name."""
+    """Turns what huggingface_hub raises inside into UserErrors. local: what else the name might have meant."""
     try:
         from huggingface_hub import constants, errors
     except ImportError:
@@ -109,6 +111,8 @@ def explained(repo: str, revision: str = "main", local: str = "") -> Iterator[No
                 f"{local}{page} cannot be asked ({reason}), and {constants.HF_HUB_CACHE} does not hold all of it: download "
                 "it where there is a network, and copy that folder or give --model a local folder"
             )
+        elif isinstance(error, errors.OfflineModeIsEnabled):
+            text = f"{page} cannot be asked (HF_HUB_OFFLINE is set): unset it, or copy the model's folder here"
         elif isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
             text = (
                 f"{repo} is not whole, the disk is full: free some space; huggingface_hub's cache is where HF_HOME says"
@@ -129,11 +133,12 @@ def _find(model: Path, weights: bool) -> Path:
     with explained(repo, local=f"there is no folder {repo} here, and "):
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(repo, allow_patterns=list(SMALL_FILES)))
+        bar = None if sys.stderr.isatty() else Lines  # None: huggingface_hub's own
+        folder = Path(snapshot_download(repo, allow_patterns=list(SMALL_FILES), tqdm_class=bar))
         if weights:
             found: list[str] = []
             for patterns in weight_files(folder, repo):
-                snapshot_download(repo, revision=folder.name, allow_patterns=[*SMALL_FILES, *patterns])
+                snapshot_download(repo, revision=folder.name, allow_patterns=[*SMALL_FILES, *patterns], tqdm_class=bar)
                 if found := [file.name for pattern in patterns for file in folder.glob(pattern)]:
                     break
             check_found(repo, found)

@@ -1,7 +1,7 @@
 """Meta's checkpoint folders, params.json and consolidated.NN.pth, under Hugging Face's names.
 
-Meta rotates neighbours (0, 1), (2, 3), ... of a head, Hugging Face (0, D / 2), (1, D / 2 + 1), ...: the rows of q and k
-stand in another order. Several files hold equal parts of each tensor, as the processes of Meta's model parallelism do.
+Meta rotates neighbours (0, 1), (2, 3), ... of a head, Hugging Face (0, D / 2), (1, D / 2 + 1), ...: the rows of q and k are
+in another order. Several files hold equal parts of each tensor, one for each process of Meta's model parallelism.
 """
 
 import math
@@ -16,15 +16,15 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 import torch
 from torch import Tensor
 from torch.serialization import set_default_mmap_options, skip_data
-from tqdm import tqdm
 
 from minillama.errors import UserError, disk_error
-from minillama.files import open_file, read_json, write_json
+from minillama.files import open_file, read_json, room_for, write_json
 from minillama.model.config import LlamaConfig
+from minillama.progress import progress
 
 PIECE_BYTES = 32 * 2**20
-"""What is read or written at a time"""
-TRUNK = {
+"""Bytes read or written at a time"""
+OUTSIDE_LAYERS = {
     "model.embed_tokens.weight": ("tok_embeddings.weight", 0),
     "model.norm.weight": ("norm.weight", None),
     "lm_head.weight": ("output.weight", 0),
@@ -47,7 +47,7 @@ PARAMS = {
     **dict.fromkeys(("norm_eps", "rope_theta", "rope_scaling_factor", "low_freq_factor", "high_freq_factor"), float),
     "use_scaled_rope": bool,
 }
-"""What we read of params.json, where it is there"""
+"""The types of what we read of params.json, if it is there"""
 
 
 class Weights(Protocol):
@@ -64,7 +64,7 @@ class Weights(Protocol):
 
 def finite(tensor: Tensor, name: str, where: str | Path) -> Tensor:
     """The tensor itself. Raises UserError for NaN and infinity."""
-    plain = tensor.dtype.itemsize > 1 and tensor.is_floating_point()  # else it is refused for what it is
+    plain = tensor.dtype.itemsize > 1 and tensor.is_floating_point()  # other dtypes are refused elsewhere
     if plain and tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
         raise UserError(
             f"{where}: {name} holds NaN or infinity: the file is damaged, or was saved after a failed training"
@@ -78,7 +78,7 @@ def is_meta_folder(folder: Path) -> bool:
 
 def meta_names(num_layers: int) -> dict[str, tuple[str, int | None]]:
     """Hugging Face's name -> Meta's, and the dimension along which files split it."""
-    names = dict(TRUNK)
+    names = dict(OUTSIDE_LAYERS)
     for i in range(num_layers):
         for ours, (theirs, dim) in BLOCK.items():
             names[f"model.layers.{i}.{ours}.weight"] = (f"layers.{i}.{theirs}.weight", dim)
@@ -148,7 +148,7 @@ class MetaWeights:
 
 
 def interleaved(rows: Tensor, head_dim: int) -> Tensor:
-    """Where rows of q_proj or k_proj in Hugging Face's order stand in Meta's: (n,) integers, of n."""
+    """The position in Meta's order of rows of q_proj or k_proj in Hugging Face's order: (n,) integers, of n."""
     head, place = rows // head_dim, rows % head_dim
     half, pair = place // (head_dim // 2), place % (head_dim // 2)
     return head * head_dim + 2 * pair + half
@@ -171,7 +171,7 @@ def _parts(folder: Path) -> list[dict[str, Tensor]]:
 
 
 def _load(file: Path) -> dict[str, Tensor]:
-    open_file(file).close()  # says what torch.load does not
+    open_file(file).close()  # its message names what torch.load's does not
     try:
         if not _is_stored(file):
             raise ValueError
@@ -203,7 +203,7 @@ def _is_plain(name: str, tensor: Tensor) -> bool:
 
 
 def _is_stored(file: Path) -> bool:
-    """Whether all of a .pth is as it is in memory: torch.load maps what is compressed as if it were not."""
+    """Whether nothing in a .pth is compressed: torch.load maps compressed entries as if they were not."""
     try:
         with ZipFile(file) as entries:
             return all(entry.compress_type == ZIP_STORED for entry in entries.infolist())
@@ -213,7 +213,7 @@ def _is_stored(file: Path) -> bool:
 
 @lru_cache(maxsize=4)
 def read_meta_config(folder: Path) -> LlamaConfig:
-    """The config that params.json and the tensors' shapes say. Raises UserError for what they leave open."""
+    """The config from params.json and the tensors' shapes. Raises UserError for what they leave open."""
     file = folder / "params.json"
     params, parts = {key: value for key, value in read_json(file, PARAMS).items() if value is not None}, _parts(folder)
     if missing := [name for name in ("dim", "n_layers", "n_heads", "norm_eps") if name not in params]:
@@ -264,7 +264,7 @@ def read_meta_config(folder: Path) -> LlamaConfig:
         num_hidden_layers=params["n_layers"],
         num_attention_heads=heads,
         num_key_value_heads=params.get("n_kv_heads") or heads,
-        # params.json does not say for how many positions the model was made; nothing is computed from it
+        # params.json has no maximum of positions; nothing is computed from it
         max_position_embeddings=131072 if scaling else 8192 if theta >= 500000 else 4096,
         rms_norm_eps=params["norm_eps"],
         rope_theta=theta,
@@ -279,7 +279,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def meta_params(config: LlamaConfig) -> dict[str, Any]:
-    """params.json of a config. Raises UserError for what Meta's format cannot say."""
+    """params.json of a config. Raises UserError for what Meta's format cannot express."""
     assert config.head_dim and config.num_key_value_heads
     scaling = config.rope_scaling or {}
     problems = {
@@ -332,7 +332,7 @@ def write_meta(
     """Writes params.json and consolidated.NN.pth into a folder that exists, PIECE_BYTES at a time.
 
     dtype: None keeps each tensor's. files: how many processes of Meta's model parallelism it is for. Raises UserError
-    for what Meta's format cannot say, and heads or widths that `files` does not divide.
+    for what Meta's format cannot express, and for heads or widths that `files` does not divide.
     """
     params = meta_params(config)
     for what, count in (("n_kv_heads", config.num_key_value_heads), ("vocab_size", config.vocab_size)):
@@ -346,31 +346,33 @@ def write_meta(
         source = "model.embed_tokens.weight" if ours not in weights.names else ours
         size = math.prod(weights.shape(source)) * (dtype or weights.dtype(source)).itemsize
         total += size * (files if dim is None else 1)
-    bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, leave=False, disable=None)
-    for number in range(files):
-        file = folder / f"consolidated.{number:02}.pth"
-        empty = {}
-        for ours, (theirs, dim) in names.items():
-            source = "model.embed_tokens.weight" if ours not in weights.names else ours  # the tied head
-            shape = weights.shape(source)
-            if dim is not None:
-                shape[dim] //= files
-            empty[theirs] = torch.empty(shape, dtype=dtype or weights.dtype(source))  # never touched, so costs nothing
-        try:
-            with skip_data():
-                torch.save(empty, file)
-        except RuntimeError as error:
-            raise disk_error(error) or error from None
-        del empty
-        with file.open("rb+") as opened:  # a full disk is an error here; in mapped memory it would kill the process
-            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
-        with set_default_mmap_options(mmap.MAP_SHARED):  # what is written to these goes to the file
-            tensors = torch.load(file, weights_only=True, mmap=True)
-        for ours, (theirs, dim) in names.items():
-            source = "model.embed_tokens.weight" if ours not in weights.names else ours
-            _fill(tensors[theirs], weights, source, dim, number, files, config.head_dim or 0)
-            bar.update(tensors[theirs].nbytes)
-    bar.close()
+    bar = progress(total=total, desc="writing", unit="B", unit_scale=True, leave=False)
+    with bar, room_for(total, folder):
+        for number in range(files):
+            file = folder / f"consolidated.{number:02}.pth"
+            empty = {}
+            for ours, (theirs, dim) in names.items():
+                source = "model.embed_tokens.weight" if ours not in weights.names else ours  # the tied head
+                shape = weights.shape(source)
+                if dim is not None:
+                    shape[dim] //= files
+                # never touched, so costs nothing
+                empty[theirs] = torch.empty(shape, dtype=dtype or weights.dtype(source))
+            try:
+                with skip_data():
+                    torch.save(empty, file)
+            except RuntimeError as error:
+                raise disk_error(error) or error from None
+            del empty
+            # Allocates the space: a full disk is an error here, in mapped memory it would kill the process.
+            with file.open("rb+") as opened:
+                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+            with set_default_mmap_options(mmap.MAP_SHARED):  # what is written to these goes to the file
+                tensors = torch.load(file, weights_only=True, mmap=True)
+            for ours, (theirs, dim) in names.items():
+                source = "model.embed_tokens.weight" if ours not in weights.names else ours
+                _fill(tensors[theirs], weights, source, dim, number, files, config.head_dim or 0)
+                bar.update(tensors[theirs].nbytes)
     write_json(folder / "params.json", params)
 
 

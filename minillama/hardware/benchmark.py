@@ -1,4 +1,4 @@
-"""How fast this machine's processor computes in each dtype: measured once, and remembered for the runs to come."""
+"""How fast this machine's processor computes in each dtype: measured once, and cached for later runs."""
 
 import hashlib
 import json
@@ -19,8 +19,8 @@ from minillama.files import cache_folder
 from minillama.parallel.processes import on_rank_zero, warn
 
 SHAPE = 128, 512, 1536
-"""Tokens, hidden and intermediate size of what is measured: milliseconds even where it is slow, and large enough for the
-ratio between dtypes that larger models have."""
+"""Tokens, hidden and intermediate size of what is measured: it takes milliseconds even on slow processors, and the ratio
+between dtypes is that of larger models."""
 
 SETTINGS = (
     "ATEN_CPU_CAPABILITY",
@@ -33,17 +33,17 @@ SETTINGS = (
 """Environment variables that decide which instructions PyTorch and its libraries use."""
 
 _unwritten: dict[Path, float] = {}
-"""Measurements that no file could be made for, with which this process stays"""
+"""Measurements that could not be written to a file; this process keeps using them"""
 
 
 def processor() -> dict[str, str]:
-    """What tells this machine's processor from another: its model and a hash of its features, on any platform."""
+    """Identifies this machine's processor: its model and a hash of its features, on any platform."""
     model, features = platform.processor() or platform.machine(), ""
     if platform.system() == "Linux":
-        # x86 has a model name and flags, ARM has numbers and Features; one core stands for all
+        # x86 has a model name and flags, ARM has numbers and Features; one core represents all
         kept = ("model name", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU variant", "CPU part")
         lines = []
-        with suppress(OSError):  # without /proc the architecture must do
+        with suppress(OSError):  # without /proc: the architecture
             lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
         described = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         found = {name: described[name] for name in kept if name in described}
@@ -56,10 +56,10 @@ def processor() -> dict[str, str]:
 
 
 def remembered(what: str, measure: Callable[[], float], cache_dir: Path | None = None) -> float:
-    """measure(), called once for this processor and version of PyTorch, by rank 0: later the answer is read from a file.
+    """measure(), called once for this processor and version of PyTorch, by rank 0; later the result is read from a file.
 
-    So no two runs on this machine differ in what they choose by it. In a process group every rank must call it, and gets
-    the same. A file that cannot be used is one warning, and so is a folder that cannot be written.
+    So all runs on this machine make the same choices. In a process group every rank must call it, and gets the same
+    result. A file that cannot be used gives one warning, and so does a folder that cannot be written.
     """
     machine = processor() | {"torch": torch.__version__}
     machine |= {name: os.environ[name] for name in SETTINGS if name in os.environ}
@@ -72,7 +72,7 @@ def remembered(what: str, measure: Callable[[], float], cache_dir: Path | None =
             if content["machine"] == machine and 0 < (rate := float(content["rate"])) < math.inf:
                 return rate
             problem = f"was measured on {content['machine']}" if content["machine"] != machine else "holds no rate"
-        except OSError:  # none yet; or one that cannot be read, of which the attempt to write tells
+        except OSError:  # none yet; or it cannot be read, and then the attempt to write warns
             return None
         except (ValueError, KeyError, TypeError) as error:
             problem = f"is damaged ({error!r})"
@@ -89,7 +89,7 @@ def remembered(what: str, measure: Callable[[], float], cache_dir: Path | None =
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             new.write_text(json.dumps({"machine": machine, "rate": rate}, indent=2) + "\n")
-            os.link(new, file)  # unlike a rename, it leaves the answer of another run that was quicker
+            os.link(new, file)  # unlike a rename, it keeps the result of another run that was faster
         except FileExistsError:
             return read() or rate
         except OSError as error:
@@ -108,11 +108,12 @@ def remembered(what: str, measure: Callable[[], float], cache_dir: Path | None =
 def training_rate(dtype: torch.dtype) -> float:
     """FLOP/s of a linear layer's three products, y = x W^T, dx = dy W and dW = dy^T x, on one thread.
 
-    All three, as they differ: bf16 without hardware for it has a usable y, and a dx many times slower (pytorch#146508).
+    All three, because they differ: without bf16 hardware y is usable, but dx is many times slower (pytorch#146508).
     """
     tokens, hidden, intermediate = SHAPE
     shapes = ((tokens, hidden), (intermediate, hidden), (tokens, intermediate))
-    x, weight, grad = (torch.full(shape, 0.5, dtype=dtype) for shape in shapes)  # no random numbers: the run's stay
+    # no random numbers: the run's generator stays as it is
+    x, weight, grad = (torch.full(shape, 0.5, dtype=dtype) for shape in shapes)
     products = (lambda: x @ weight.T, lambda: grad @ weight, lambda: grad.T @ x)
     return 6 * tokens * hidden * intermediate / sum(fastest(product) for product in products)
 
@@ -120,8 +121,8 @@ def training_rate(dtype: torch.dtype) -> float:
 def fastest(call: Callable[[], object]) -> float:
     """Seconds that call() takes on one thread: the least of many.
 
-    Of the thread's own time: where other programs share the core, or a container's limit stops it, seconds of the clock
-    are 20 times as many, and what is measured is remembered.
+    It is the thread's own CPU time: if other programs share the core, or a container's limit throttles it, wall time can
+    be 20 times as long, and the result is cached.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -138,10 +139,10 @@ def fastest(call: Callable[[], object]) -> float:
 
 
 def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product, the best of a few: what this process could reach at most."""
+    """FLOP/s of a large square matrix product, the best of a few: the most that this process can reach."""
 
     def seconds(n: int, count: int) -> float:
-        generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay
+        generator = torch.Generator(device).manual_seed(0)  # the run's own generator stays as it is
         a, b = (torch.randn(n, n, device=device, dtype=dtype, generator=generator) for _ in range(2))
         times = []
         for _ in range(count):
@@ -154,6 +155,6 @@ def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
     n = 8192
     if torch.device(device).type == "cpu":
         n = 128
-        while n < 8192 and seconds(n, 3) < 0.002:  # a processor's cores and dtypes differ a hundredfold
+        while n < 8192 and seconds(n, 3) < 0.002:  # the rates of cores and dtypes differ by a factor of 100
             n *= 2
     return 2 * n**3 / seconds(n, 5)

@@ -42,10 +42,10 @@ def choose_kernels(
     cache_dir: Path | None = None,
     saved: str | None = None,
 ) -> str:
-    """Gives the model the attention that config asks for, to compute in dtype; says which, and why if it had the choice.
+    """Sets the attention that config asks for, to compute in dtype. Returns which, and why if there was a choice.
 
-    cache_dir: where measurements are remembered. saved: the attention of the checkpoint that a run resumes from, which
-    "auto" keeps where it can run. Every rank must call it. Raises UserError for what cannot run here.
+    cache_dir: where measurements are cached. saved: the attention of the checkpoint that a run resumes from, which
+    "auto" keeps if it can run here. Every rank must call it. Raises UserError for what cannot run here.
     """
     name: str = config.attention
     flash = device == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability() >= (8, 0)
@@ -83,7 +83,7 @@ def _best_on_gpu(dtype: torch.dtype, flash: bool) -> tuple[str, str]:
     if flash:
         return "varlen", "half precision on CUDA"
     capability = torch.cuda.get_device_capability()
-    if capability >= (7, 0) and dtype != torch.bfloat16:  # what Triton compiles for; bf16, from 8.0, had flash
+    if capability >= (7, 0) and dtype != torch.bfloat16:  # what Triton compiles for; bf16 from 8.0 has varlen
         return "flex", f"{dtype} on CUDA".removeprefix("torch.")
     return "math", f"compute capability {capability[0]}.{capability[1]}"
 
@@ -97,11 +97,11 @@ def _best_on_cpu(config: KernelsConfig, dtype: torch.dtype, cache_dir: Path | No
 
 
 def attention_rate(name: str, dtype: torch.dtype, cache_dir: Path | None = None) -> float:
-    """Tokens that a core takes through an attention's forward and backward in a second: measured once on a machine."""
+    """Tokens per second and core of an attention's forward and backward: measured once on a machine."""
     tokens, heads, kv_heads, head_dim = 512, 8, 2, 64
 
     @torch.inference_mode(False)
-    @torch.enable_grad()  # whatever the caller is in
+    @torch.enable_grad()  # also if the caller is in no_grad
     def measure() -> float:
         q, k, v = (torch.full((1, tokens, h, head_dim), 0.5, dtype=dtype) for h in (heads, kv_heads, kv_heads))
         context = BACKENDS[name]([tokens], q.device)
@@ -116,17 +116,17 @@ def attention_rate(name: str, dtype: torch.dtype, cache_dir: Path | None = None)
 
 
 def compile_blocks(model: Llama) -> Llama:
-    """Compiles what each block runs: inside FSDP's hooks, and with its recomputation, so after `shard`.
+    """Compiles what each block runs, inside FSDP's hooks and with its recomputation. Call it after `shard`.
 
-    All blocks alike are one compilation, whatever the number of tokens and documents (with varlen and flex two: the
-    second where the documents first differ): a block below the first that trains is another, and so is one row instead
-    of several, or evaluation.
+    Blocks that are alike share one compilation, whatever the number of tokens and documents (with varlen and flex two: the
+    second when the documents first differ). A block below the first that trains needs another one, and so do one row
+    instead of several, and evaluation.
     """
-    import torch._dynamo  # takes a second
+    import torch._dynamo  # the import takes a second
 
-    # It warns of operations in place in a block that --fsdp.recompute selective runs again: there are none.
+    # It warns of in-place operations in a block that --fsdp.recompute selective recomputes: there are none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-    torch._dynamo.config.recompile_limit = 64  # the kinds of llama-adapter's blocks, times those of batches
+    torch._dynamo.config.recompile_limit = 64  # kinds of llama-adapter's blocks x kinds of batches
     for block in model.model.layers:
         block.forward = partial(_of_any_length, torch.compile(block.forward, fullgraph=True))
     return model
@@ -135,8 +135,8 @@ def compile_blocks(model: Llama) -> Llama:
 def _of_any_length(
     compiled: Callable[..., Tensor], x: Tensor, rope: tuple[Tensor, Tensor], context: AttentionContext
 ) -> Tensor:
-    """Tells the compiler which sizes differ from batch to batch. (dynamic=True would make head_dim unknown too, and
-    kernels that divide by it for each number they touch: slower than no compilation.)"""
+    """Marks the sizes that differ from batch to batch as dynamic. (dynamic=True would make head_dim dynamic too; kernels
+    that divide by it for each element are slower than eager ones.)"""
     for tensor in (x, *rope):
         torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))
     if isinstance(context, Blockwise):

@@ -13,6 +13,7 @@ from minillama.formats.meta import Weights
 from minillama.hardware import benchmark
 from minillama.hardware.benchmark import matmul_rate
 from minillama.model.llama import Llama
+from minillama.model.quant import quantized_layers
 from minillama.parallel.memory import least_memory, parameter_bytes
 from minillama.parallel.processes import all_reduce, warn
 from minillama.parallel.sharding import DTYPES, STATE, FsdpConfig, Precision, set_dtypes
@@ -20,7 +21,7 @@ from minillama.parallel.sharding import DTYPES, STATE, FsdpConfig, Precision, se
 HALF = (torch.bfloat16, torch.float16)
 
 SLOW = 3
-"""A precision than which another is this many times faster is worth a warning."""
+"""Warn of a precision if another is so many times faster."""
 
 
 def choose_precision(
@@ -31,11 +32,11 @@ def choose_precision(
     flag: str = "--fsdp.precision",
     cache_dir: Path | None = None,
 ) -> tuple[FsdpConfig, str]:
-    """config with precision "auto" resolved, and the precision in words, with the reason if there was a choice.
+    """config with precision "auto" resolved, and a text that names the precision, and why if there was a choice.
 
     saved: the precision of the checkpoint that a run resumes from, which "auto" keeps. flag: what asked for it, for
-    messages. cache_dir: where measurements are remembered. Warns of a precision that is slow on this hardware. Every rank
-    must call it, and gets the same.
+    messages. cache_dir: where measurements are cached. Warns of a precision that is slow on this hardware. Every rank
+    must call it, and gets the same result.
     """
     if config.precision == "auto" and saved is None:
         name, why = _fastest_on_gpu() if device == "cuda" else _fastest_on_cpu(cache_dir)
@@ -57,9 +58,9 @@ def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
 def compact_base(model: Llama, weights: Weights, config: FsdpConfig, mesh: DeviceMesh) -> str:
     """Under fp32, keeps frozen weights in the half precision of their files if they would not fit otherwise.
 
-    That is where a process's part of a sharded fp32 model takes more than half of its memory. FSDP then casts a block when
-    it gathers it: a step takes 1 to 2 % longer, and gives the same numbers, as the files have no more bits. On the meta
-    device, after set_dtypes, before sharding. Returns what to add to the precision in words.
+    That is if a process's part of a sharded fp32 model takes more than half of its memory. FSDP then casts a block when it
+    gathers it. A step takes 1 to 2 % longer and gives the same numbers, because the files have no more bits. Call it on the
+    meta device, after set_dtypes, before sharding. Returns what to add to the text that names the precision.
     """
     if config.precision != "fp32" or config.strategy == "no-shard":
         return ""
@@ -67,6 +68,7 @@ def compact_base(model: Llama, weights: Weights, config: FsdpConfig, mesh: Devic
     if (frozen + STATE * trained) / mesh.size(-1) <= least_memory(mesh.device_type) / 2:
         return ""
     base = {name for name, parameter in base_parameters(model).items() if not parameter.requires_grad}
+    base -= quantized_layers(model).keys()
     stored = {name: dtype for name in base & set(weights.names) if (dtype := weights.dtype(name)) in HALF}
     set_dtypes(model, config, stored)
     kept = ", ".join(sorted({str(dtype)[6:] for dtype in stored.values()}))
@@ -84,7 +86,7 @@ def _fastest_on_gpu() -> tuple[Precision, str]:
 def gpu_support() -> tuple[bool, bool]:
     """Whether the GPUs of all ranks multiply bf16 fast, and fp16: the least able one decides."""
     major, minor = torch.cuda.get_device_capability()
-    capability = 100 if torch.version.hip else 10 * major + minor  # AMD's numbers mean other things
+    capability = 100 if torch.version.hip else 10 * major + minor  # AMD's version numbers mean something else
     if dist.is_initialized():
         capability = -int(all_reduce([-float(capability)], "max")[0])
     return capability >= 80, capability >= 70

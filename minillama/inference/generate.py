@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from minillama.errors import UserError
+from minillama.model.attention import BACKENDS
 from minillama.model.kv_cache import KvCache
 from minillama.model.llama import Llama
 
@@ -26,7 +27,7 @@ def generate(
 ) -> list[int]:
     """The tokens that follow the prompt `tokens`, without it and without the stop token that ended them.
 
-    Settings as in `stream`, which does more prompts at once.
+    Settings as in `stream`, which takes several prompts at once.
     """
     batch = stream(
         model,
@@ -58,7 +59,8 @@ def stream(
     temperature 0 takes the likeliest token. Above 0 it samples from softmax(logits / temperature), of which only the
     top_k likeliest tokens are left (0: all), and of these the likeliest that together make up top_p of the probability
     (nucleus sampling, https://arxiv.org/abs/1904.09751): the one that reaches it is the last. On a sharded model every
-    rank must ask for the same. Raises UserError for an empty prompt and impossible settings.
+    rank must ask for the same. Raises UserError for an empty prompt, impossible settings, and a model whose attention is
+    neither one of BACKENDS nor has `visible`.
     """
     if not prompts or not all(prompts):
         raise UserError("generate needs prompts of at least one token")
@@ -68,12 +70,19 @@ def stream(
     width = max(map(len, prompts))
     rows = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
-    cache = KvCache(model.config.num_hidden_layers, width + max_new_tokens, padding)
+    visible = getattr(model.attention, "visible", None)
+    if visible is None and not any(model.attention is known for known in BACKENDS.values()):
+        name = getattr(model.attention, "__name__", type(model.attention).__name__)
+        raise UserError(
+            f"model.attention {name} has no function visible(queries, keys): generate does not know which earlier tokens "
+            "it attends to"
+        )
+    cache = KvCache(model.config.num_hidden_layers, width + max_new_tokens, padding, visible)
     tokens, ended = torch.tensor(rows, device=device), [False] * len(prompts)
     for _ in range(max_new_tokens):
         logits = model(tokens, cache=cache)[:, -1].float()
         tokens = _choose(logits, temperature, top_k, top_p, random)
-        if isinstance(model, FSDPModule):  # of one mind, or one rank would stop and leave the others waiting
+        if isinstance(model, FSDPModule):  # consistent across ranks: else one would stop while the others wait
             dist.broadcast(tokens, src=0)
         found = tokens[:, 0].tolist()
         ended = [done or token in stop_ids for done, token in zip(ended, found, strict=True)]

@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on a model of ours.
 
-Texts become tokens, and tokens numbers, as in the harness' own class for transformers' models, so that scores agree:
-contexts are cut on the left to what the model was made for, a text without one follows BOS (EOS where there is none).
+Texts are tokenized and scored as in the harness' own class for transformers' models, so that scores agree: contexts are
+truncated on the left to the model's length, and a text without a context follows BOS (EOS if there is no BOS).
 """
 
 import json
@@ -23,20 +23,21 @@ from torch import Tensor
 from minillama.errors import UserError
 from minillama.inference.generate import stream
 from minillama.model.llama import Llama
-from minillama.parallel.processes import all_reduce, quiet_but_on_rank_zero, rank, say
+from minillama.parallel.processes import all_reduce, quiet_but_on_rank_zero, say
+from minillama.progress import progress
 
 LOGIT_ROWS = 8192
-"""Logits, of all of the vocabulary each, that a batch of several sequences has at most."""
+"""A batch of several sequences has at most so many positions with logits."""
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""What tasks call the number of tokens to generate, the first that is there counts"""
+"""Tasks' names for the number of tokens to generate; the first that is there counts"""
 SETTINGS = {"until", "do_sample", "temperature", "top_k", "top_p", *LENGTHS}
 
 
 class HarnessLM(TemplateLM):
     """A Llama behind the harness' LM interface.
 
-    On several ranks all must be asked for the same: they share the batches of loglikelihoods, and generate together.
+    On several ranks, all must get the same requests: they share the batches of loglikelihoods, and generate together.
     """
 
     def __init__(self, model: Llama, tokenizer: Any, stop_ids: set[int], batch_size: int) -> None:
@@ -59,7 +60,7 @@ class HarnessLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         bos = self.text.adds_bos if add_special_tokens is None else add_special_tokens
         if add_special_tokens is None and string.startswith(self.text.decode([self.prefix_token_id])):
-            bos = False  # a chat template has put it there
+            bos = False  # a chat template has added it
         return self.text.encode(string, bos=bos)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -93,9 +94,9 @@ class HarnessLM(TemplateLM):
         batches = list(self._batches(wanted))
         values, greedy = [0.0] * len(requests), [0.0] * len(requests)
         own, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        for first in _bar(range(0, len(batches), ranks), "loglikelihoods", disable_tqdm):
+        for first in progress(range(0, len(batches), ranks), desc="loglikelihoods", disable=disable_tqdm, leave=False):
             mine = first + own
-            # The ranks call a sharded model equally often: where the batches do not go round, one is computed twice.
+            # All ranks must call a sharded model equally often: if batches are left over, one is computed twice.
             batch = batches[min(mine, len(batches) - 1)]
             for tokens, logits in zip(batch, self._logits(batch, wanted), strict=True):
                 norms = torch.cat([rows.float().logsumexp(-1) for rows in logits.split(256)])
@@ -111,7 +112,7 @@ class HarnessLM(TemplateLM):
         return [(value, likely > 0) for value, likely in zip(values, greedy, strict=True)]
 
     def _batches(self, wanted: dict[tuple[int, ...], int]) -> Iterator[list[tuple[int, ...]]]:
-        """Sequences of like length, the longest first. wanted: of how many last places of each the logits are."""
+        """Batches of sequences of similar length, the longest first. wanted: how many last positions of each need logits."""
         batch: list[tuple[int, ...]] = []
         rows = 0
         for tokens in sorted(wanted, key=len, reverse=True):
@@ -124,18 +125,18 @@ class HarnessLM(TemplateLM):
             yield batch
 
     def _logits(self, batch: list[tuple[int, ...]], wanted: dict[tuple[int, ...], int]) -> Sequence[Tensor]:
-        """The logits (wanted, V) of the last places of each sequence."""
+        """The logits (wanted, V) of the last positions of each sequence."""
         shape = len(batch), len(batch[0])
         tokens, keep = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
         for row, ids in enumerate(batch):
-            tokens[row, : len(ids)] = torch.tensor(ids)  # padding on the right is seen by none of them
+            tokens[row, : len(ids)] = torch.tensor(ids)  # none of them attends to padding on the right
             keep[row, len(ids) - wanted[ids] : len(ids)] = True
         device = next(self.model.parameters()).device
         logits = self.model(tokens.to(device), keep=keep.to(device))
         return logits.split([wanted[ids] for ids in batch])
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each whole text, in windows of what the model was made for where it is longer."""
+        """Log-probability of each whole text, in windows of the model's length if it is longer."""
         windows: list[tuple[None, list[int], list[int]]] = []
         owners = []
         for number, request in enumerate(requests):
@@ -163,7 +164,9 @@ class HarnessLM(TemplateLM):
                 batch = numbers[start : start + self.batch_size]
                 batches.append((batch, [prompts[n] for n in batch], settings, until))
         answers = [""] * len(requests)
-        for seed, (batch, contexts, settings, until) in enumerate(_bar(batches, "answers", disable_tqdm)):
+        for seed, (batch, contexts, settings, until) in enumerate(
+            progress(batches, desc="answers", disable=disable_tqdm, leave=False)
+        ):
             columns = stream(self.model, contexts, seed=seed, stop_ids=self.stop_ids, **settings)
             for number, answer in zip(batch, self._answers(columns, len(batch), until), strict=True):
                 answers[number] = answer
@@ -189,8 +192,8 @@ class HarnessLM(TemplateLM):
         return settings, [text for text in (*until, self.text.decode([self.text.eos_id])) if text]
 
     def _answers(self, columns: Iterator[list[int | None]], count: int, until: list[str]) -> list[str]:
-        """What `count` prompts are answered, from the tokens of each step; stops when nothing more can change it."""
-        longest = max(len(text.encode()) for text in until) + 1  # tokens that a stop string can be spread over
+        """The answers to `count` prompts, from the tokens of each step; stops when nothing can change them any more."""
+        longest = max(len(text.encode()) for text in until) + 1  # tokens that a stop string can span
         rows: list[list[int]] = [[] for _ in range(count)]
         stopped = [False] * count
         for column in columns:
@@ -208,8 +211,8 @@ class HarnessLM(TemplateLM):
 def load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[TaskManager, list[Any]]:
     """The harness' tasks, groups and tags of these names, and those of the YAML files in the folder include_path.
 
-    Returns what knows all names, and what it made of these. Raises UserError for a name that is none, and for data that
-    cannot be loaded.
+    Returns the harness' task manager, and the loaded tasks. Raises UserError for an unknown name, and for data that cannot
+    be loaded.
     """
     if include_path and not include_path.is_dir():
         raise UserError(f"--include-path {include_path} is no folder: give one with YAML files of tasks")
@@ -233,7 +236,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[TaskMan
 def run_tasks(
     lm: HarnessLM, loaded: tuple[TaskManager, list[Any]], *, num_fewshot: int | None, limit: int | None, chat: bool
 ) -> dict[str, dict[str, Any]]:
-    """What the harness says of each task and group, on the first rank of each machine; {} on others.
+    """The harness' results for each task and group, on the first rank of each machine; {} on others.
 
     loaded: as load_tasks returns it. Every rank must call it. Raises UserError for what the harness refuses.
     """
@@ -256,9 +259,3 @@ def run_tasks(
     return {
         task: {k: v.item() if isinstance(v, np.generic) else v for k, v in m.items()} for task, m in results.items()
     }
-
-
-def _bar(items: Sequence[Any], what: str, disable: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(items, desc=what, disable=disable or rank() != 0 or None, leave=False)

@@ -1,4 +1,4 @@
-"""Causal attention within documents, by several kernels, and with the keys and values of earlier calls."""
+"""Causal attention within documents, by several kernels."""
 
 import inspect
 from collections.abc import Callable
@@ -32,10 +32,10 @@ def document_lengths(document_ids: Tensor) -> list[int]:
 
 
 class AttentionContext(Protocol):
-    """What the tokens of a batch see of each other: the same in every layer, so made once a forward."""
+    """Which tokens of a batch attend to which. It is the same in every layer, so it is made once a forward."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(D)) v over what is seen, each kv head serving H / K query heads.
+        """softmax(q k^T / sqrt(D)) v over the keys attended to; each kv head serves H / K query heads.
 
         q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D).
         """
@@ -76,7 +76,7 @@ class Blockwise:
 
 
 class Varlen:
-    """FlashAttention over documents of unlike lengths in one call: CUDA, bf16 or fp16."""
+    """FlashAttention over documents of different lengths in one call: CUDA, bf16 or fp16."""
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
         self.cu_seqlens, self.longest = to_device(_cu_seqlens(lengths).int(), device), max(lengths)
@@ -91,7 +91,7 @@ class Varlen:
 
 @cache
 def _varlen() -> tuple[Callable[..., Any], bool]:
-    """PyTorch's varlen_attn, told to be causal as this version wants it, and whether it groups query heads."""
+    """PyTorch's varlen_attn with this version's option for causal attention, and whether it supports grouped query heads."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
@@ -103,7 +103,7 @@ def _varlen() -> tuple[Callable[..., Any], bool]:
 
 
 class Flex:
-    """FlexAttention, which passes over the blocks of scores that no document has part in. On a CPU without backward."""
+    """FlexAttention, which skips blocks of scores between different documents. It has no backward on a CPU."""
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
         self.mask, self.kernel = document_mask(lengths, device), _flex()
@@ -121,9 +121,9 @@ def _flex() -> Callable[..., Any]:
 
 
 def document_mask(lengths: list[int], device: torch.device) -> "BlockMask":
-    """FlexAttention's mask of the flattened batch: which blocks it computes, and of these which are not masked at all.
+    """FlexAttention's mask of the flattened batch: which blocks it computes, and which of these need no mask.
 
-    Made from the lengths alone. FlexAttention's own create_block_mask would fill a mask of all tokens times all tokens.
+    Made from the lengths alone. FlexAttention's own create_block_mask would fill a (tokens, tokens) mask.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -139,7 +139,7 @@ def document_mask(lengths: list[int], device: torch.device) -> "BlockMask":
     whole = seen & (block < block[:, None]) & (first >= start[:, None]) & of_one[:, None]
 
     def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """How many there are in each row, and which, these first."""
+        """How many blocks each row has, and their indices first."""
         order = blocks.int().argsort(dim=1, descending=True, stable=True)
         return blocks.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
 
@@ -148,7 +148,7 @@ def document_mask(lengths: list[int], device: torch.device) -> "BlockMask":
     def mask(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (on_device[query] == on_device[key]) & (query >= key)
 
-    # BlockMask.to() would wait for each of its tensors, twice as many.
+    # BlockMask.to() would wait for each of its tensors, and it has twice as many.
     counts, indices, whole_counts, whole_indices = (
         to_device(part, device) for part in (*listed(seen & ~whole), *listed(whole))
     )
@@ -169,5 +169,8 @@ BACKENDS: dict[str, Callable[[list[int], torch.device], AttentionContext]] = {
     "varlen": Varlen,
     "flex": Flex,
 }
-"""From the lengths of the documents that follow each other in the flattened batch, and the device: a token sees the
-earlier ones of its own document. Nothing waits for the device."""
+"""Each is called with the lengths of the documents, in the order of the flattened batch, and the device. A token attends
+to itself and the earlier tokens of its document. Nothing waits for the device.
+
+A fork's own attention may attend to fewer tokens. Then it has a function `visible(queries, keys)` of positions in the
+document, (B, T, 1) and (B, 1, S), that returns which: (B, T, S) bool. Generation uses it with its key-value cache."""

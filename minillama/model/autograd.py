@@ -10,8 +10,8 @@ import torch
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     """For a backward that autograd cannot differentiate: with create_graph=True it raises RuntimeError.
 
-    PyTorch's once_differentiable raises only where the gradient that comes in needs one itself. That of a loss does not,
-    and then the second derivative is silently taken to be 0.
+    PyTorch's once_differentiable raises only if the incoming gradient requires grad. A loss' does not, and then the second
+    derivative would silently be 0.
     """
 
     @wraps(backward)

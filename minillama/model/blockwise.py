@@ -1,7 +1,7 @@
 """Causal attention within documents, written out in matrix products: a block of queries at a time, any device and dtype.
 
 An operator of PyTorch's, so that torch.compile and selective recomputation see one operation, not a loop whose length
-depends on the documents. Keeps nothing for the backward but its inputs, and never more scores than a block has.
+depends on the documents. Saves only its inputs for the backward, and holds the scores of one block at a time.
 """
 
 import math
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, library
 
 QUERIES = 128
-"""Tokens whose scores are computed together at most, of all heads that share a key head."""
+"""At most so many tokens a block; their scores are computed together for all query heads of a key head."""
 SCORES = 2**20
-"""So many fp32 scores stay in a core's cache: fewer tokens where keys are many, more key heads where they are few."""
+"""So many fp32 scores fit in a core's cache: with many keys a block has fewer tokens, with few keys more key heads."""
 
 
 @library.custom_op("minillama::blockwise_attention", mutates_args=())
@@ -88,7 +88,7 @@ blockwise_attention.register_autograd(
 
 
 def _blocks(cu_seqlens: Tensor, q: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """For each block of q (N, K, H / K, D): the keys it sees, its queries, its key heads."""
+    """For each block of q (N, K, H / K, D): the keys it attends to, its queries, its key heads."""
     _, kv_heads, group, _ = q.shape
     for start, end in pairwise(cu_seqlens.tolist()):
         rows = min(QUERIES, max(16, SCORES // (group * (end - start))))
@@ -100,7 +100,7 @@ def _blocks(cu_seqlens: Tensor, q: Tensor) -> Iterator[tuple[slice, slice, slice
 
 
 def _scratch(blocks: list[tuple[slice, slice, slice]], q: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for the scores of any of the blocks. New memory for each would take as long as the products."""
+    """Memory for the scores of any block. Allocating it for each would take as long as the products."""
     sizes = (math.prod(part.stop - part.start for part in block) for block in blocks)
     return torch.empty(max(sizes, default=0) * q.shape[2], dtype=dtype, device=q.device)
 
@@ -110,7 +110,7 @@ def _room(scratch: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 
 def _later(q: Tensor) -> Tensor:
-    """What is added to the scores of a block's own tokens, so that none sees a later one."""
+    """Added to the scores of a block's own tokens, so that none attends to a later one."""
     return torch.full((QUERIES, QUERIES), -torch.inf, device=q.device).triu_(1)
 
 
@@ -136,7 +136,7 @@ def _tokens(x: Tensor, block: slice) -> Tensor:
 
 
 def _probabilities(q: Tensor, keys: Tensor, scale: float, scratch: Tensor, later: Tensor, block: slice) -> Tensor:
-    """softmax(scale q keys^T), made in scratch, where the last of the keys are those of the block's own tokens."""
+    """softmax(scale q keys^T), computed in scratch. The last keys are those of the block's own tokens."""
     scores = torch.bmm(q, keys.mT, out=_room(scratch, (*q.shape[:2], keys.shape[1])))
     if scale != 1:
         scores.mul_(scale)
@@ -149,8 +149,8 @@ def _probabilities(q: Tensor, keys: Tensor, scale: float, scratch: Tensor, later
 def _onednn(dtype: torch.dtype) -> Iterator[None]:
     """Lets oneDNN make the fp32 products of bf16 attention, twice to three times as fast as MKL on AMD's processors.
 
-    PyTorch asks it only where it may round what it multiplies to bf16. It does so only on processors whose bf16 products
-    are the faster, by AMX or ARM's BFMMLA, and there all but the probabilities has been bf16 before.
+    PyTorch uses oneDNN only if it may round the factors to bf16. It rounds only on processors with fast bf16 products (AMX,
+    ARM's BFMMLA), and there all factors but the probabilities were bf16 before.
     """
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision

@@ -8,7 +8,7 @@ from minillama.errors import UserError
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 LARGEST = 2**24
-"""Of each size, so that no product of them overflows."""
+"""Limit of each size, so that no product of them overflows."""
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -79,8 +79,6 @@ class LlamaConfig:
             raise UserError(
                 f'the architecture is not supported: "architectures" must hold "LlamaForCausalLM", found {found}'
             )
-        if config.get("quantization_config"):
-            raise UserError('"quantization_config": quantized checkpoints are not supported, give the plain one')
         if missing := [key for key in REQUIRED if config.get(key) is None]:
             raise UserError(f"the model's config lacks {', '.join(missing)}")
         values = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
@@ -92,7 +90,8 @@ class LlamaConfig:
             kinds = (int, float) if kind is float else (kind,)
             if type(value) not in kinds or (kind in (int, float) and not 0 < value < 2**63):
                 raise UserError(f"the model's config has {field.name} = {value!r}, where a {kind.__name__} belongs")
-        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # where both are: as transformers
+        # as transformers, where a config has both
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
         if not isinstance(rope, dict):
             raise UserError(f"the model's config has the RoPE settings {rope!r}, which are no object")
         rope = dict(rope)
@@ -104,7 +103,8 @@ class LlamaConfig:
             raise UserError("partial_rotary_factor is not supported: Llama rotates the whole head")
         if "type" in rope:  # the key's older name
             rope.setdefault("rope_type", rope.pop("type"))
-        if rope.get("rope_type") == "llama3":  # it may stand beside, which then counts, or go without saying
+        if rope.get("rope_type") == "llama3":
+            # A value outside rope_scaling has priority; without any it is max_position_embeddings.
             length = "original_max_position_embeddings"
             inside = rope.get(length, values.get("max_position_embeddings", cls.max_position_embeddings))
             rope[length] = inside if config.get(length) is None else config[length]

@@ -1,6 +1,6 @@
 """RMSNorm and SwiGLU: each in plain PyTorch, and as an autograd function for where PyTorch has no fused kernel.
 
-`rms_norm` and `swiglu` choose: the plain form on CUDA's fused norm and under torch.compile, else our function.
+`rms_norm` and `swiglu` choose: PyTorch's fused norm on CUDA, the plain form under torch.compile, else our function.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ def rms_norm_plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """In half the time of PyTorch's on a CPU, which takes several passes, and keeps x instead of fp32 copies of it.
+    """On a CPU it takes half the time of PyTorch's, which makes several passes, and saves x instead of fp32 copies of it.
 
     With n = x / sqrt(mean(x^2) + eps) and h = weight * dy: dx = (h - n * mean(h * n)) / sqrt(...), dweight = sum(dy * n).
     """
@@ -60,7 +60,7 @@ def swiglu_plain(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Computes silu(gate) again in the backward: a third less to keep of a block's widest tensors."""
+    """Recomputes silu(gate) in the backward: a third less to save of a block's widest tensors."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:

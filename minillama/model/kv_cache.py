@@ -1,20 +1,29 @@
 """Keys and values of the tokens a model has read, for generation."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 class KvCache:
-    """Keys and values of the tokens a model has seen, for generation: each call of the model brings the next ones.
+    """Keys and values of the tokens so far. Each call of the model appends the next ones.
 
-    The first call brings prompts of unlike lengths side by side, padded on the left; the layers call in their order.
+    The first call has prompts of different lengths, padded on the left. The layers call in their order.
     """
 
-    def __init__(self, num_layers: int, max_length: int, padding: Tensor) -> None:
-        """padding: (B,) integers, how many places at each row's start are padding."""
+    def __init__(
+        self,
+        num_layers: int,
+        max_length: int,
+        padding: Tensor,
+        visible: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        """padding: (B,) integers, the padding at each row's start. visible: see model.attention.BACKENDS."""
+        self.visible = visible
         self.length = 0
-        """Tokens a row has seen, padding too"""
+        """Tokens of a row so far, padding too"""
         self.padding, self._padded = padding, bool(padding.any())
         self._max_length, self._layer = max_length, 0
         self._keys: list[Tensor] = []
@@ -23,7 +32,7 @@ class KvCache:
         self._mask: Tensor | None = None
 
     def positions(self, count: int) -> Tensor:
-        """(B, count): the places in their documents of the next `count` tokens; those of padding are 0."""
+        """(B, count): positions of the next `count` tokens in their documents; 0 for padding."""
         places = torch.arange(self.length, self.length + count, device=self.padding.device)
         return (places - self.padding[:, None]).clamp(min=0)
 
@@ -41,7 +50,8 @@ class KvCache:
             self.length = end
         grouped = q.shape[2] != k.shape[2]
         if layer == 0:
-            self._mask = self._seen(start, end) if self._padded or (start and end - start > 1) else None
+            needed = self.visible is not None or self._padded or (start and end - start > 1)
+            self._mask = self._attended(start, end) if needed else None
         mask = self._mask
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
@@ -53,9 +63,11 @@ class KvCache:
         )
         return out.transpose(1, 2)
 
-    def _seen(self, start: int, end: int) -> Tensor:
-        """(B, 1, end - start, end) bool: earlier tokens but padding; padding sees itself, lest it be 0 / 0."""
-        queries = torch.arange(start, end, device=self.padding.device)[:, None]
-        keys = torch.arange(end, device=self.padding.device)
-        seen = (keys <= queries) & (keys >= self.padding[:, None, None])
-        return (seen | (keys == queries))[:, None]
+    def _attended(self, start: int, end: int) -> Tensor:
+        """(B, 1, end - start, end) bool: earlier tokens but padding. Padding attends to itself: no key at all gives NaN."""
+        positions = torch.arange(end, device=self.padding.device) - self.padding[:, None]  # padding's are below 0
+        queries, keys = positions[:, start:, None], positions[:, None]
+        attended = (keys <= queries) & (keys >= 0)
+        if self.visible is not None:
+            attended = attended & self.visible(queries, keys)
+        return (attended | (keys == queries))[:, None]

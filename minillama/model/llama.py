@@ -91,7 +91,7 @@ class LlamaModel(nn.Module):
 
 
 class LMHead(nn.Linear):
-    """The output projection; given labels it returns the loss, so that the logits of a batch never exist at once."""
+    """The output projection. Given labels it returns the loss, so the logits of a batch never exist at once."""
 
     def forward(self, x: Tensor, labels: Tensor | Targets | None = None) -> Tensor:
         return F.linear(x, self.weight) if labels is None else linear_cross_entropy(x, self.weight, labels)
@@ -110,7 +110,7 @@ class Llama(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Makes head and embedding one parameter where the config says so (moving off meta makes them two again)."""
+        """Makes head and embedding one parameter if the config says so. (Moving off meta makes them two again.)"""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -127,18 +127,18 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) of the token after each of tokens (B, T); or, with labels, their summed loss.
 
-        positions: (B, T) place of each token in its document; by default 0 to T - 1 in every row.
+        positions: (B, T) of each token in its document; by default 0 to T - 1 in every row.
         document_ids: (B, T) integers; a token attends to the earlier tokens of its row with the same id. A document's
-            tokens stand side by side.
-        lengths: instead, how long the documents are, row after row; each row ends with the end of one.
-        labels: (B, T) the token to be predicted AT each position (already shifted), or -100 for none. The result is
+            tokens are contiguous.
+        lengths: instead, the lengths of the documents, row after row; the last document of a row ends with the row.
+        labels: (B, T) the token to predict AT each position (already shifted), or -100 for none. The result is
             then the cross entropy summed over all labels, in nats, fp32 ().
-        keep: (B, T) bool; the result is the logits of these places only, row after row: (N, V).
-        cache: the tokens follow those of the calls before with it; the result is the last token's logits, (B, 1, V).
+        keep: (B, T) bool; the result is the logits of these positions only, row after row: (N, V).
+        cache: the tokens follow those of earlier calls with this cache; the result is the last token's logits, (B, 1, V).
 
-        On a GPU, to find documents and labels waits for it, twice; FSDP2 moves tensors of the host there first. With
-        lengths, and labels made ready by `find_targets`, as `collate` makes both, nothing waits.
-        Raises UserError for lengths that are not those of the rows.
+        On a GPU, finding documents and labels waits for it, twice (FSDP2 moves host tensors there first). With lengths,
+        and labels from `find_targets`, nothing waits; `collate` makes both.
+        Raises UserError for lengths that do not fill the rows.
         """
         if cache is not None:
             rope = rope_table(self.config, cache.positions(tokens.shape[1]))

@@ -13,18 +13,18 @@ IGNORE = -100
 """The label of a position that is not trained; PyTorch's default ignore_index."""
 
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
-"""Size, were they fp32, of the logits held at a time; on a CPU four times that where the weight trains."""
+"""Bytes of the logits held at a time, counted as fp32; on a CPU four times that if the weight trains."""
 
 CHUNK_ROWS = {"cpu": 256, "cuda": 4096}
-"""At most. CPU: what was fastest, measured at vocabularies of 49,152 and 128,256; four times as many where the weight
-trains, whose gradient each chunk adds to."""
+"""At most so many rows. CPU: the fastest, measured at vocabularies of 49,152 and 128,256; four times as many if the weight
+trains, because each chunk adds to its gradient."""
 
 SLICE_BYTES = {"cpu": 2 * 2**20, "cuda": 512 * 2**20}
-"""Size of the fp32 logits held at a time: on a CPU few enough to stay in its cache from one operation to the next."""
+"""Bytes of the fp32 logits held at a time: on a CPU few enough to stay in its cache between operations."""
 
 
 def chunk_rows(vocabulary: int, device: str, weight_trains: bool = False) -> int:
-    """How many rows of logits are computed at a time: whole tiles of a matrix product, if it is that many."""
+    """How many rows of logits are computed at a time: a multiple of 128 if there are that many."""
     times = 4 if weight_trains and device == "cpu" else 1
     rows = times * min(CHUNK_BYTES[device] // (4 * vocabulary), CHUNK_ROWS[device])
     return max(1, rows // 128 * 128 or rows)
@@ -32,16 +32,16 @@ def chunk_rows(vocabulary: int, device: str, weight_trains: bool = False) -> int
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """The labels of a batch, found and on the device before the step. FSDP2 and DDP move tensors, not what is in this."""
+    """The labels of a batch, on the device before the step. FSDP2 and DDP move tensors, but not what is in this class."""
 
     rows: Tensor
-    """(N,) int64: places in the flattened batch that have a label"""
+    """(N,) int64: positions in the flattened batch that have a label"""
     ids: Tensor
     """(N,) int64: the labels there"""
 
 
 def find_targets(labels: Tensor, device: torch.device | str) -> Targets:
-    """Those of labels (B, T), for a model on `device`. Waits for the device unless the labels are on the host."""
+    """The targets of labels (B, T), for a model on `device`. Waits for the device unless the labels are on the host."""
     flat = labels.flatten()
     rows = flat.ne(IGNORE).nonzero().flatten()
     return Targets(*(to_device(part, device) if part.is_cpu else part for part in (rows, flat[rows])))
@@ -62,7 +62,7 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes the gradients in the forward, chunk by chunk, while a chunk's logits are at hand.
+    """Computes the gradients in the forward, chunk by chunk, while a chunk's logits exist.
 
     With p = softmax(x W^T + l U^T) and one-hot y: dloss/dx = (p - y) W and dloss/dW = (p - y)^T x; likewise of l and U.
     """
@@ -82,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_low, grad_up = torch.empty_like(low), torch.zeros_like(up)
         chunk = min(chunk_rows(weight.shape[0], x.device.type, weight_needs_grad), max(1, x.shape[0]))
         piece = max(1, min(chunk, SLICE_BYTES[x.device.type] // (4 * weight.shape[0])))
-        # In memory that stays: on a CPU, to take new memory costs more than what is done in it.
+        # Reused memory: on a CPU, allocating costs more than the computation in it.
         products = x.new_empty(chunk, weight.shape[0])
         scratch = torch.empty(piece, weight.shape[0], dtype=torch.float32, device=x.device)
         for start in range(0, x.shape[0], chunk):
@@ -96,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if low is not None and up is not None:
                     logits += low[rows].float() @ up.T
                 highest, at_target = logits.amax(-1, keepdim=True), logits.gather(1, target)
-                # In place, which softmax can do as it reads each logit for the last time where it writes. The largest
+                # In place: softmax reads each logit for the last time where it writes. The largest
                 # probability is 1 / sum(exp(logits - highest)).
                 probabilities = torch.softmax(logits, -1, out=logits)
                 loss += (highest - probabilities.amax(-1, keepdim=True).log() - at_target).sum()
@@ -121,8 +121,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        # In fp32 (as a CPU multiplies by a scalar anyway): grad_loss, 1 / trained tokens, would be rounded alike for the
-        # whole gradient. Cast only now: a sum over all rows, not yet divided by their number, can be beyond fp16.
+        # In fp32 (a CPU multiplies by a scalar in fp32 anyway): rounding grad_loss, 1 / trained tokens, would scale the
+        # whole gradient. Cast only now: a sum over all rows, not yet divided by their number, can overflow fp16.
         grad_x, grad_weight, grad_low, grad_up = (
             None if grad is None else ((grad if grad.is_cpu else grad.float()) * grad_loss).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -131,8 +131,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _summed_products(error: Tensor, x: Tensor) -> Tensor:
-    """error^T x, summed over the rows of a chunk. In fp16, which ends at 65,504, of x / 64, and the result is fp32: no loss
-    scale, which comes later, could bring back what has overflowed here."""
+    """error^T x, summed over the rows of a chunk. In fp16, which ends at 65,504, it uses x / 64 and returns fp32: a loss
+    scale comes later and could not undo an overflow here."""
     if x.dtype != torch.float16:
         return error.T @ x
     return (error.T @ (x / 64)).float().mul_(64)

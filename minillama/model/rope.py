@@ -32,8 +32,8 @@ def rope_frequencies(config: LlamaConfig, device: torch.device | str | None = No
 def rope_table(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every angle: two (B, T, 1, D / 2) fp32.
 
-    Made anew in each forward from (D / 2,) numbers, once for all layers: there is no buffer that a cast of the model
-    could round (in bf16 the phase of position 1023 is already off by more than a radian) or that a meta device loses.
+    Computed from scratch in each forward from (D / 2,) numbers, once for all layers. So there is no buffer that a cast of
+    the model could round (in bf16 the phase of position 1023 is off by more than a radian) or that a meta device loses.
     """
     angles = positions.float()[..., None, None] * rope_frequencies(config, positions.device)
     return angles.cos(), angles.sin()

@@ -11,10 +11,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def replace_modules(model: M, match: Callable[[str, nn.Module], bool], make: Callable[[nn.Module], nn.Module]) -> M:
-    """Puts make(module) in the place of every module of `model` for which match(name, module) is true.
+    """Replaces every module of `model` for which match(name, module) is true by make(module).
 
-    Names are those of model.named_modules(). Changes the model and returns it; what is new is in the mode (training or
-    evaluation) of what it replaces. Raises UserError if nothing matched.
+    Names are those of model.named_modules(). Changes the model and returns it. A new module gets the training mode of
+    the one it replaces. Raises UserError if nothing matched.
     """
     found = [(name, module) for name, module in model.named_modules() if name and match(name, module)]
     if not found:

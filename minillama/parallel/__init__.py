@@ -1,1 +1,1 @@
-"""Processes, sharding and memory: a model spread over ranks."""
+"""Processes, sharding and memory: a model on several ranks."""

@@ -1,4 +1,4 @@
-"""A file that is cut short while it is mapped: a message that names it, where the system only has SIGBUS."""
+"""A message that names a file which was cut short while it was mapped; the system only sends SIGBUS."""
 
 import ctypes
 import os
@@ -11,9 +11,9 @@ _handler = None  # kept, as C keeps no reference
 
 
 def tell_of_cut_files(end: Callable[[str], object]) -> None:
-    """From now on a SIGBUS calls end(what to say) and ends the process with code 1.
+    """Makes SIGBUS call end(message) and end the process with code 1.
 
-    A handler of Python's own would never run: it waits for the instruction that fails again and again.
+    A Python handler would never run: it waits until the failing instruction has ended.
     """
     global _handler
     if _handler is None and hasattr(signal, "SIGBUS"):
@@ -32,7 +32,7 @@ def tell_of_cut_files(end: Callable[[str], object]) -> None:
 
 
 def cut_files() -> list[str]:
-    """The files of which more is mapped than there is."""
+    """The mapped files that are shorter than their mapping."""
     found: dict[str, None] = {}
     for line in Path("/proc/self/maps").read_text().splitlines():
         addresses, allowed, offset, _, inode, *path = line.split(maxsplit=5)

@@ -1,6 +1,7 @@
-"""How a process ends when something is wrong: what is said, and that it is said once however many ranks there are."""
+"""How a process ends when something is wrong: one message, on however many ranks."""
 
 import io
+import json
 import os
 import platform
 import re
@@ -27,25 +28,29 @@ def rank() -> int:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Ends the process with code 1 on a UserError, printed without a traceback, and once however many ranks make it; with
-    130 on Ctrl-C, with 141 if nobody reads what it prints. Any other exception is printed once, by the rank that had it.
-    What the terminal's encoding lacks is printed as an escape."""
+    """Ends the process with code 1 on a UserError, printed without a traceback and once for all ranks; with 130 on Ctrl-C;
+    with 141 if nobody reads its output. Any other exception is printed once, by the rank that raised it. Characters that
+    the terminal's encoding lacks are printed as escapes."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started us
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     tell_of_cut_files(_tell)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as the scripts have it until all is imported
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as in the scripts until all is imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
+    except SystemExit as end:
+        if end.code == 2 and rank() == 0:  # the parser of the flags has said which
+            _tell_torchrun("error: wrong flags, as is said above this report")
+        raise
     except KeyboardInterrupt:
         _close_bars()
         if rank() == 0:
             print("\ninterrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    except BrokenPipeError:  # whoever reads our output has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe
         _speaks_first()
         with suppress(io.UnsupportedOperation):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,7 +62,7 @@ def user_errors() -> Iterator[None]:
             _end_of_fault()
         _end(disk_text(error))
     except (RuntimeError, MemoryError) as error:
-        if _someone_erred():  # the others are gone because of a mistake that one has named
+        if _someone_erred():  # the others ended because of a mistake that one has named
             sys.exit(1)
         if problem := out_of_memory(error):
             _end(f"{problem}: share it among more processes, or use what has more memory")
@@ -75,15 +80,15 @@ def _end(message: str) -> NoReturn:
 
 
 def _close_bars() -> None:
-    """Progress bars end: else what is said next stands in their line, or they are drawn once more below it."""
-    progress = sys.modules.get("tqdm")  # the model alone does without
+    """Closes progress bars: else the next message would be in their line, or they would be drawn again below it."""
+    progress = sys.modules.get("tqdm")  # not imported if only the model is used
     for bar in [*getattr(progress and progress.tqdm, "_instances", ())]:
         bar.close()
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Around what asks the store: where that has gone with rank 0, PyTorch would print a stack of its own."""
+    """Around requests to the store: if it has ended with rank 0, PyTorch would print a stack trace of its own."""
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -98,27 +103,46 @@ def _tell(message: str) -> None:
     _close_bars()
     if _speaks_first():
         line = "" if rank() == 0 else "\n"  # rank 0's progress bar may be open
-        print(f"{line}error: {message}", file=sys.stderr, flush=True)
+        _print_error(f"{line}error: {message}")
+
+
+def _print_error(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+    _tell_torchrun(text.strip())
+
+
+def _tell_torchrun(message: str) -> None:
+    """Makes torchrun's report of a failed process end with this message.
+
+    The file and its format are those of torch.distributed.elastic.multiprocessing.errors.record.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        when = int(time.time()) - 1  # the first to fail is the cause: before the ranks that end because of this one
+        content = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(when)}}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": content}))
 
 
 def _speaks_first() -> bool:
-    """Whether no other rank has said what is wrong: all usually make the same mistake, but sometimes only one does."""
+    """Whether no other rank has printed the error: usually all have the same one, but sometimes only one has it."""
     if not dist.is_initialized():
         return rank() == 0
     try:
         with _quiet():
             return dist.distributed_c10d._get_default_store().add("minillama/errors", 1) == 1
-    except dist.DistError:  # rank 0, which keeps the store without torchrun, has ended: it has spoken
+    except dist.DistError:  # without torchrun rank 0 keeps the store: it has ended, and printed the error
         return False
 
 
 def _end_of_fault() -> NoReturn:
-    """Ends the process with code 1 because of a fault that is not the user's: its traceback, with the rank that had it."""
+    """Ends the process with code 1 because of a fault that is not the user's: prints its traceback and the rank."""
     _close_bars()
     if not _someone_erred() and (_speaks_first() or not dist.is_initialized()):
         print(f"rank {rank()} has failed; this is a fault of the program, please report it:", file=sys.stderr)
         traceback.print_exc()
         sys.stderr.flush()
+        what = traceback.format_exception_only(sys.exception())[0].strip()
+        _tell_torchrun(f"rank {rank()} has failed, see its traceback above: {what}")
     sys.exit(1)
 
 
@@ -129,12 +153,12 @@ processes: list[tuple[str, int]] = []
 def _end_if_lost(error: Exception) -> None:
     """Ends the process with code 1 if another is gone; the first rank left on that machine says which.
 
-    Returns if all are on this machine, and there: the connection is not at fault.
+    Returns if all are on this machine and alive: then the connection did not fail because of a dead process.
     """
     here, deadline = platform.node(), time.monotonic() + 1
     mine = [number for number, (machine, _) in enumerate(processes) if machine == here]
     gone: dict[int, str | None] = {}
-    while not gone and time.monotonic() < deadline:  # connections close a moment before the process is gone
+    while not gone and time.monotonic() < deadline:  # connections close a moment before the process ends
         gone = {number: how for number in mine if (how := _end_of_process(processes[number][1])) is not None}
         time.sleep(0.05)
     if not gone and len(mine) == len(processes):
@@ -146,15 +170,15 @@ def _end_if_lost(error: Exception) -> None:
     if gone and rank() == left[0]:
         names = ", ".join(f"rank {number}{how and f' ({how})'}" for number, how in gone.items())
         why = "out of memory perhaps, or killed by someone, unless it said why; see `dmesg`"
-        print(f"\nerror: {names} is gone: {why}", file=sys.stderr)
+        _print_error(f"\nerror: {names} is gone: {why}")
     elif not gone and rank() == mine[0]:
         reason = str(error).partition("\n")[0]
-        print(f"\nerror: a process of another machine is gone, see what it printed ({reason})", file=sys.stderr)
+        _print_error(f"\nerror: a process of another machine is gone, see what it printed ({reason})")
     sys.exit(1)
 
 
 def _end_of_process(number: int) -> str | None:
-    """How a process of this machine ended: "" if by itself, with an error; None if it lives."""
+    """How a process of this machine ended: "" if by itself, with an error; None if it is alive."""
     try:
         fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -166,7 +190,7 @@ def _end_of_process(number: int) -> str | None:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What to say of it if it is PyTorch's or Python's way of saying that memory has run out; None if it is not."""
+    """The message if this is PyTorch's or Python's out-of-memory error; None if it is not."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
     if not known:
         return None

@@ -12,7 +12,7 @@ from minillama.parallel.sharding import like, local
 
 
 def materialise(model: Llama, device: torch.device | str) -> None:
-    """Gives the parameters of a model on the meta device memory, not values. Offloaded ones belong on "cpu"."""
+    """Allocates the parameters of a model on the meta device, without values. Offloaded ones belong on "cpu"."""
     model.to_empty(device=device)
     model.tie_weights()
 
@@ -23,9 +23,9 @@ def initialise(model: nn.Module, seed: int, loaded: Collection[str] = ()) -> Non
 
     The numbers depend on seed and name alone, not on the number of ranks or the device: each module's parameters are
     drawn whole on the host, one module at a time, and each rank keeps its part. (Random functions on DTensors draw the
-    same numbers in every shard on CPU.) Raises UserError for a module that does not fill what it owns.
+    same numbers in every shard on CPU.) Raises UserError for a module that does not fill all it owns.
     """
-    # without the second name of a tied head
+    # named_parameters lists a tied head only once
     missing = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}.difference(loaded)
     for path, module in model.named_modules():
         kept = {name: t for name, t in (module._parameters | module._buffers).items() if t is not None}
@@ -36,7 +36,7 @@ def initialise(model: nn.Module, seed: int, loaded: Collection[str] = ()) -> Non
         if not hasattr(module, "reset_parameters"):
             raise UserError(f"{who} owns {', '.join(own)}, but has no reset_parameters() that fills it: give it one")
         for name, tensor in kept.items():
-            # What is loaded stays on the meta device, where drawing costs nothing.
+            # What was loaded is on the meta device here, where drawing costs nothing.
             blank = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu" if name in own else "meta")
             if blank.is_floating_point():
                 blank.fill_(torch.nan)

@@ -20,7 +20,7 @@ def peak_memory_gib(device: torch.device | str) -> float:
 
 
 def parameter_bytes(model: nn.Module) -> tuple[int, int]:
-    """Of the frozen parameters, and of those that train."""
+    """(Bytes of the frozen parameters, bytes of those that train)."""
     size = {True: 0, False: 0}
     for parameter in model.parameters():
         size[parameter.requires_grad] += parameter.numel() * parameter.element_size()
@@ -28,7 +28,7 @@ def parameter_bytes(model: nn.Module) -> tuple[int, int]:
 
 
 def least_memory(device: str) -> float:
-    """Bytes that a process may count on: its GPU's, or its part of the host's; the least of any rank, so that all choose
+    """Bytes that a process may use: its GPU's, or its share of the host's. The least of any rank, so that all ranks choose
     the same. Every rank must call it."""
     if device == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -38,7 +38,7 @@ def least_memory(device: str) -> float:
 
 
 def host_memory() -> int:
-    """Bytes of memory of this machine, or of the container that this process runs in."""
+    """Bytes of memory of this machine, or the limit of the container that this process runs in."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # versions 2 and 1
         with suppress(OSError, ValueError):  # not there; "max"

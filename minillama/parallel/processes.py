@@ -1,4 +1,4 @@
-"""Processes, sharding and precision: from a model on the meta device to one spread over the ranks."""
+"""The process group, what only rank 0 does, and reductions over the ranks."""
 
 import atexit
 import ctypes
@@ -29,14 +29,14 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Prints a warning once, on rank 0, to stderr: what a program answers on stdout stays as it is."""
+    """Prints a warning once, on rank 0, to stderr: a program's answers on stdout stay as they are."""
     if rank() == 0:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def quiet_but_on_rank_zero() -> Iterator[None]:
-    """Nothing is printed on other ranks: what all would say, say about wrong flags, is said once."""
+    """Other ranks print nothing: what all would say, for example about wrong flags, is said once."""
     with open(os.devnull, "w") as nowhere, ExitStack() as stack:
         if rank() != 0:
             stack.enter_context(redirect_stdout(nowhere))
@@ -48,7 +48,7 @@ def quiet_but_on_rank_zero() -> Iterator[None]:
 def process_group(device: Device = "auto", timeout_minutes: float = 30.0) -> Iterator[str]:
     """Joins the processes that torchrun (or another launcher) started, or this one alone; yields "cuda" or "cpu".
 
-    Ends them all, as user_errors does, on a UserError of one.
+    A UserError of one ends them all, as user_errors does.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,9 +59,9 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0) -> Ite
         raise UserError(f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK")
     if device == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        wanted = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # so that rank 0 sees it too
+        wanted = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # so that rank 0 raises too
         count = torch.cuda.device_count()
-        # Some launchers show each process its own GPU alone.
+        # Some launchers show each process only its own GPU.
         own = count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
         if wanted > count and not own:
             raise UserError(f"{wanted} processes on a machine with {count} GPUs: start one a GPU")
@@ -73,7 +73,7 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0) -> Ite
         timeout = timedelta(minutes=timeout_minutes)
         store, own_rank, world_size = fresh_store(timeout)
         dist.init_process_group(backend, store=store, rank=own_rank, world_size=world_size, timeout=timeout)
-    else:  # no launcher, so no address to meet at either
+    else:  # no launcher, so no address either
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     finished = False
     processes[:] = [("", 0)] * dist.get_world_size()
@@ -83,33 +83,34 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0) -> Ite
             yield device
         finished = True
     finally:
-        # NCCL would wait for the other ranks, and they perhaps for this one. An exit alone makes torchrun end them.
+        # NCCL would wait for the other ranks, which may be waiting for this one. torchrun ends them when this one exits.
         if finished or device == "cpu":
             dist.destroy_process_group()
         # A sharded model holds its group, and gloo's threads with it, in reference cycles. A thread that drops its last
         # tensor while the interpreter is being torn down aborts the process: end the threads before that.
+        atexit.unregister(gc.collect)  # once, however many groups there were
         atexit.register(gc.collect)
 
 
 def keep_freed_memory() -> None:
     """Lets glibc, where it is the allocator, keep what is freed for the tensors that come next.
 
-    By default large pieces go back to the kernel, which clears each page when it is taken again: a third of the time of
-    a step that trains all weights on a CPU.
+    By default large blocks go back to the kernel, which clears each page when it is allocated again. That is a third of the
+    time of a full fine-tuning step on a CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, at its highest: larger pieces still go back, smaller ones do not
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, at its highest: larger blocks still go back, smaller ones do not
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def group_without_timeout() -> dist.ProcessGroup:
-    """All ranks in a group of its own, for waits that take as long as they take. Every rank must call it."""
+    """A group of all ranks without a timeout, for waits of unknown length. Every rank must call it."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
 def on_rank_zero(task: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Runs task on rank 0 while the others wait; if it raises there, every rank raises: UserError where it was an OSError.
+    """Runs task on rank 0 while the others wait. If it raises there, every rank raises; an OSError becomes a UserError.
 
     Returns the task's result on every rank. Every rank must call it.
     """
@@ -126,14 +127,14 @@ def on_rank_zero(task: Callable[[], T], group: dist.ProcessGroup | None = None) 
 
 
 def _text(error: Exception) -> str:
-    """What is wrong, for the other ranks; "" of what is no user's mistake, which one rank alone tells of."""
+    """The message for the other ranks; "" if it is no user's mistake: then only the rank that failed prints it."""
     if isinstance(error, OSError):
         return disk_text(error) if error.errno else str(error)
     return str(error) if isinstance(error, UserError) else ""
 
 
 def _raise(failure: Exception | None, problems: list[str | None]) -> None:
-    """Raises what failed on any rank. problems: of all that may have, as _text has it."""
+    """Raises what failed on any rank. problems: of each rank that may have failed, as _text returns it."""
     if failure is not None and not isinstance(failure, (OSError, UserError)):
         raise failure
     for problem in problems:
@@ -146,7 +147,7 @@ def _raise(failure: Exception | None, problems: list[str | None]) -> None:
 def on_each_node(task: Callable[[], T]) -> T:
     """Runs task on the first process of each machine while the others wait, however long it takes.
 
-    Returns on every rank the result of its machine. If it raises anywhere, every rank raises, as on_rank_zero does.
+    Returns the result of this machine. If it raises on one, every rank raises, as in on_rank_zero.
     Every rank must call it.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -175,7 +176,7 @@ def all_reduce(
 
 
 def local_world_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or dist.get_world_size())
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or process_count())
 
 
 def is_rank_zero() -> bool:
@@ -183,5 +184,5 @@ def is_rank_zero() -> bool:
 
 
 def process_count() -> int:
-    """Processes that train together: 1 without a process group."""
+    """Number of processes: 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1

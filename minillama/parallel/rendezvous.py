@@ -1,8 +1,8 @@
 """Processes that torchrun restarts must not meet those they replace.
 
-torchrun --max-restarts starts all workers anew when one dies, and they find each other through the same store as before,
-which still holds the addresses of the dead: some connect to these and fail (PyTorch #135712; 2.13 still does). The count
-of restarts cannot tell the attempts apart, as only the machine whose worker died counts up.
+torchrun --max-restarts restarts all workers when one dies. They find each other through the same store as before, which
+still holds the addresses of the dead workers: some connect to these and fail (PyTorch #135712; 2.13 still does). The count
+of restarts cannot tell the attempts apart: only the machine whose worker died increments it.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ POLL_SECONDS = 0.05
 
 
 def fresh_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """(store, rank, world size) as the launcher gives them; if it may restart, a part of the store that no one has used."""
+    """(store, rank, world size) as the launcher gives them. If it may restart: with an unused prefix of the store."""
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and world_size > 1:
         store = dist.PrefixStore(_agree(store, rank, world_size), store)
@@ -25,9 +25,9 @@ def fresh_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
 
 
 def _agree(store: dist.Store, rank: int, world_size: int) -> str:
-    """A name that only the processes now alive know.
+    """A name that only the live processes know.
 
-    Each makes up a number. Rank 0 publishes the list of those it finds, old ones perhaps, until each process confirms
+    Each draws a number. Rank 0 publishes the list of the numbers it finds, perhaps old ones, until each process confirms
     that its own is in the list.
     """
     own = uuid.uuid4().hex

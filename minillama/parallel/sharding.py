@@ -1,4 +1,4 @@
-"""FSDP2: precision, mesh, and a model spread over the ranks."""
+"""FSDP2: precision, mesh, and a model sharded over the ranks."""
 
 import math
 import os
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from minillama.errors import UserError
 from minillama.model.llama import Llama
+from minillama.model.quant import quantized_layers
 from minillama.parallel.memory import least_memory, parameter_bytes
 from minillama.parallel.processes import all_reduce, local_world_size, process_count
 from minillama.parallel.recompute import keep_some
@@ -31,10 +33,10 @@ DTYPES = {"mixed": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16
 
 @dataclass(frozen=True)
 class FsdpConfig:
-    """How the model is spread over processes, and in which precision it computes."""
+    """How the model is sharded over processes, and in which precision it computes."""
 
     strategy: Literal["auto", "full-shard", "shard-grad-op", "no-shard", "hybrid-shard"] = "auto"
-    """full-shard: each process holds its part of the parameters, gradients and optimizer state, and gathers a block
+    """full-shard: each process holds its shard of the parameters, gradients and optimizer state, and gathers a block
     when it computes it. shard-grad-op: the same, but what the forward gathered stays for the backward. no-shard: each
     process holds all. hybrid-shard: groups of --fsdp.shard-size processes hold one copy each. auto: no-shard if most
     of the model is frozen and it fits in half of the device's memory, else full-shard."""
@@ -83,7 +85,7 @@ def set_dtypes(model: Llama, config: FsdpConfig, stored: Mapping[str, torch.dtyp
         for name, parameter in module.named_parameters(recurse=False):
             frozen = (stored or {}).get(f"{path}.{name}", config.compute_dtype)
             dtype = config.trained_dtype if parameter.requires_grad else frozen
-            if parameter.is_floating_point() and parameter.dtype != dtype:  # not what a quantized base is packed in
+            if parameter.is_floating_point() and parameter.dtype != dtype:  # not a quantised weight's bytes
                 module.register_parameter(name, nn.Parameter(parameter.to(dtype), parameter.requires_grad))
     model.tie_weights()
 
@@ -91,8 +93,8 @@ def set_dtypes(model: Llama, config: FsdpConfig, stored: Mapping[str, torch.dtyp
 def choose_strategy(model: nn.Module, config: FsdpConfig, device: str) -> FsdpConfig:
     """config with "auto" resolved for a model whose dtypes are set.
 
-    A replicated frozen base is never gathered and has no gradient to exchange: nothing is faster where it fits, with
-    what is trained, in half the memory.
+    A replicated frozen base is never gathered and has no gradient to reduce. That is fastest, if the base and what is
+    trained fit in half the memory.
     """
     if config.strategy != "auto":
         return config
@@ -102,11 +104,11 @@ def choose_strategy(model: nn.Module, config: FsdpConfig, device: str) -> FsdpCo
 
 
 STATE = 4.5
-"""Bytes of training a parameter over its own: with its gradient, two moments and half a copy to compute with."""
+"""Bytes that training a parameter takes per byte of its own: itself, its gradient, two moments and half a copy."""
 
 
 def make_mesh(config: FsdpConfig, device: str) -> DeviceMesh:
-    """All processes as a 1-D mesh "shard", or as 2-D "replicate" x "shard" where several copies are held.
+    """All processes as a 1-D mesh "shard", or as 2-D "replicate" x "shard" under hybrid-shard.
 
     Neighbouring ranks share a copy, so that the busier dimension stays within a machine. Raises UserError if
     config.shard_size does not divide the number of processes.
@@ -120,7 +122,7 @@ def make_mesh(config: FsdpConfig, device: str) -> DeviceMesh:
         least, most = all_reduce([-float(size), float(size)], "max")
         if -least != most or (not config.shard_size and world_size > 1 and "LOCAL_WORLD_SIZE" not in os.environ):
             raise UserError(
-                "--fsdp.shard-size must be given: the machines do not all say, alike, how many processes run"
+                "--fsdp.shard-size must be given: the machines run different numbers of processes, or do not say how many"
             )
         if world_size % size:
             raise UserError(
@@ -134,17 +136,20 @@ def make_mesh(config: FsdpConfig, device: str) -> DeviceMesh:
 
 
 def shard(model: Llama, mesh: DeviceMesh, config: FsdpConfig) -> Llama:
-    """FSDP2: one group a block; final norm and head one group, with the embedding if it is the head's twin.
+    """FSDP2: one group a block; final norm and head one group, with the embedding if it is tied to the head.
 
-    mesh: as make_mesh makes it. The head's group is not resharded after the forward, as the backward starts with it.
+    mesh: as make_mesh makes it. The head's group is not resharded after the forward, because the backward starts with it.
     Gradients are summed over ranks in fp32, never averaged: the loss is divided by the trained tokens of all ranks
-    beforehand. Under no-shard, frozen parameters stay plain tensors that FSDP does not touch.
+    before. Under no-shard, frozen parameters stay plain tensors that FSDP does not touch.
     """
     reshard_after_forward = config.strategy not in ("shard-grad-op", "no-shard")
     offload = OffloadPolicy()
     if config.cpu_offload:
         # Pinned copies are asynchronous, and with replicas they race with the all-reduce (PyTorch #160291, #180665).
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda" and mesh.ndim == 1)
+    for module in quantized_layers(model).values():
+        # FSDP of PyTorch 2.11 takes no integers: bytes pass as numbers of the dtype that it gathers in and does not cast.
+        module.weight = nn.Parameter(module.weight.detach().view(config.compute_dtype), requires_grad=False)
     frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
     group = partial(
         fully_shard,
@@ -154,21 +159,21 @@ def shard(model: Llama, mesh: DeviceMesh, config: FsdpConfig) -> Llama:
         offload_policy=offload,
         ignored_params=frozen if config.strategy == "no-shard" and not config.cpu_offload else None,
     )
-    trunk, head = model.model, model.lm_head
-    for block in trunk.layers:
-        # Inside FSDP's hooks: what runs again in the backward finds its parameters already gathered.
+    decoder, head = model.model, model.lm_head
+    for block in decoder.layers:
+        # Inside FSDP's hooks: a block that is recomputed in the backward finds its parameters gathered.
         if config.recompute == "full":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         elif config.recompute == "selective":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=keep_some(block))
         group(block, reshard_after_forward=reshard_after_forward)
-    ends = [trunk.norm, head]
+    ends = [decoder.norm, head]
     if model.config.tie_word_embeddings:
-        ends.insert(0, trunk.embed_tokens)
+        ends.insert(0, decoder.embed_tokens)
     else:
-        embedding = group(trunk.embed_tokens, reshard_after_forward=reshard_after_forward)
-        if isinstance(trunk.embed_tokens, nn.Embedding):
-            embedding.set_unshard_in_backward(False)  # it needs only the indices
+        embedding = group(decoder.embed_tokens, reshard_after_forward=reshard_after_forward)
+        if isinstance(decoder.embed_tokens, nn.Embedding):
+            embedding.set_unshard_in_backward(False)  # its backward needs only the indices
     group(ends, reshard_after_forward=False)
     group(model)
     sum_gradients(model)
@@ -176,8 +181,8 @@ def shard(model: Llama, mesh: DeviceMesh, config: FsdpConfig) -> Llama:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Has FSDP2 sum the gradients of all processes, whoever sharded the model: by itself it averages them."""
-    # one process would divide by 1, in two passes more; and once is enough
+    """Makes FSDP2 sum gradients over processes instead of averaging them; also for a model sharded by the user."""
+    # one process would divide by 1, in two more passes; and setting it once is enough
     if process_count() == 1 or hasattr(model, "gradients_are_summed"):
         return
     for module in model.modules():
@@ -188,9 +193,9 @@ def sum_gradients(model: nn.Module) -> None:
 
 
 def summed_gradients(model: nn.Module) -> list[Tensor]:
-    """Of all parameters that have one, after a backward.
+    """The gradients of all parameters that have one, after a backward.
 
-    Raises UserError, on every rank, for one that is not summed over all processes.
+    Raises UserError, on every rank, for a gradient that is not summed over all processes.
     """
     processes = process_count()
     replicated = model if isinstance(model, DistributedDataParallel) else None
@@ -203,7 +208,7 @@ def summed_gradients(model: nn.Module) -> list[Tensor]:
         problem = None
         if isinstance(gradient, DTensor):
             if (size := gradient.device_mesh.size()) != processes:
-                problem = f"is spread over {size} of the {processes} processes"
+                problem = f"is sharded over {size} of the {processes} processes"
             elif sum(not placement.is_replicate() for placement in gradient.placements) > 1:
                 problem = "is split along two dimensions of its mesh, and not by samples alone"
         elif replicated and name not in replicated.parameters_to_ignore:
@@ -220,18 +225,26 @@ def summed_gradients(model: nn.Module) -> list[Tensor]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees what a forward without a backward leaves gathered: until then parameters are whole, in the compute dtype."""
+    """Frees the parameters that a forward without a backward leaves gathered, whole and in the compute dtype."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """`whole`, which every rank holds alike, spread as the DTensor `parameter` is; unchanged for a plain tensor."""
+    """`whole`, the same on every rank, distributed as the DTensor `parameter`; unchanged if that is a plain tensor."""
     if not isinstance(parameter, DTensor):
         return whole
     whole = whole.to(parameter.device_mesh.device_type)
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def row_offset(parameter: Tensor) -> int:
+    """The first row of the whole tensor that this rank holds."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return offset[0]
 
 
 def local(tensor: Tensor) -> Tensor:

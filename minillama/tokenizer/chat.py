@@ -1,8 +1,8 @@
-"""Conversations as one text, by the checkpoint's own template, and which stretches of the text are trained on.
+"""Conversations as one text, by the checkpoint's own template, and which parts of the text are trained on.
 
-A template does not say where in its text a turn stands (but for those with {% generation %}), and the content cannot be
-looked for: templates strip it, drop thoughts, put tool calls behind it. So the turns are found by the template's own loop
-over the messages, and what surrounds the words of a turn by rendering the conversation with other words in its place.
+A template does not say where in its text a turn is (except with {% generation %}), and searching for the content fails:
+templates strip it, drop thoughts, put tool calls after it. So turns are found by the template's own loop over the
+messages, and the text around the words of a turn by rendering the conversation with other words in that turn.
 """
 
 import json
@@ -19,7 +19,7 @@ from minillama.errors import UserError
 Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]]
 Span = tuple[int, int]
-"""Start and end, in characters of a text"""
+"""Start and end, in characters"""
 
 LLAMA3_TEMPLATE = r"""
 {%- for message in messages -%}
@@ -52,7 +52,7 @@ LLAMA3_HEADER_END = "<|end_header_id|>\n\n"
 
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""What a message's thoughts are called: the first in templates, the others too in data"""
+"""Keys of a message's thoughts: templates use the first, data also the others"""
 DEEPEST = 100
 
 
@@ -64,14 +64,14 @@ class ChatTemplate:
     variables: dict[str, str]
     """bos_token and so on"""
     day: date
-    """What strftime_now shows: at midnight"""
+    """The date that strftime_now shows, at midnight"""
 
     def render(self, messages: Messages, tools: Tools | None, *, prompt: bool = False, marked: bool = False) -> str:
-        """The text of a conversation that `prepared` has returned; prompt: and of how the next answer begins.
+        """The text of a conversation that `prepared` has returned. prompt: with the beginning of the next answer.
 
-        marked: with the marks of template.py for messages[i], by i. Raises UserError for whatever the template does wrong.
+        marked: with the marks of template.py for messages[i], by i. Raises UserError for any error of the template.
         """
-        from minillama.tokenizer import template  # jinja2 is not loaded before it is needed
+        from minillama.tokenizer import template  # jinja2 is imported when it is needed
 
         values = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         return template.render(
@@ -117,12 +117,12 @@ def prepared(messages: Messages, tools: Tools | None) -> tuple[Messages, Tools |
 
 
 def without_surrogates(value: Any, depth: int = 0) -> Any:
-    """JSON can bring half characters. In every text a pair becomes its character, half a one U+FFFD.
+    """JSON can hold surrogates. In every text a pair becomes its character, half a pair U+FFFD.
 
-    Raises UserError for what is nested more than DEEPEST times.
+    Raises UserError for values nested more than DEEPEST times.
     """
     if depth > DEEPEST:
-        raise UserError(f"messages and tools must not be nested more than {DEEPEST} times: mend or drop the row")
+        raise UserError(f"messages and tools must not be nested more than {DEEPEST} times: correct or drop the row")
     if isinstance(value, dict):
         return {without_surrogates(key): without_surrogates(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list):
@@ -139,11 +139,11 @@ def without_surrogates(value: Any, depth: int = 0) -> Any:
 def trained_spans(
     template: ChatTemplate, messages: Messages, tools: Tools | None, special: re.Pattern[str]
 ) -> tuple[str, list[Span]]:
-    """The text of a conversation that `prepared` has returned, and the spans of what the model must say in it.
+    """The text of a conversation that `prepared` has returned, and the spans that are trained.
 
-    Those of {% generation %} where the template has it. Else a turn of the assistant's begins where the prompt for it
-    ends, and ends with the token that ends it; where it has none, with its text. special: finds special and added tokens.
-    Raises UserError where a turn cannot be told from the rest.
+    They are those of {% generation %} if the template has it. Else a turn of the assistant begins where the prompt for it
+    ends, and ends with its end token, or if there is none, with its text. special: finds special and added tokens.
+    Raises UserError if a turn cannot be told from the rest.
     """
     said = _Conversation(template, messages, tools)
     if template.marks_generation:
@@ -183,13 +183,13 @@ class _Conversation:
 
     @cached_property
     def marks(self) -> list[tuple[int, str]]:
-        """Where in the text each mark of template.py stands, and what it says."""
+        """The position of each mark of template.py in the text, and its content."""
         ends = accumulate(map(len, self._parts[::2]))
         return list(zip(ends, self._parts[1::2], strict=False))
 
     @cached_property
     def _parts(self) -> list[str]:
-        """Text and marks by turns; the text alone where the conversation holds a mark's own characters"""
+        """Text and marks alternately; only the text if the conversation holds a mark's own characters"""
         from minillama.tokenizer.template import CLOSE, OPEN
 
         marked = self.template.render(self.messages, self.tools, marked=True)
@@ -199,17 +199,17 @@ class _Conversation:
         return re.split(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}", marked)
 
     def upto(self, count: int, *, prompt: bool = False) -> str | None:
-        """The text of the first messages, and of the prompt for an answer to them. None: the template refuses that."""
+        """The text of the first messages and of the prompt for an answer to them. None: the template refuses them."""
         try:
             return self.template.render(self.messages[:count], self.tools, prompt=prompt)
         except UserError:
             return None
 
     def turns(self) -> dict[int, Span | None]:
-        """Where in the text each message of the assistant's stands, the last message with all that follows.
+        """The span of each of the assistant's messages in the text; the last message has all that follows.
 
-        That is what the template's loop over the messages makes of it. Without such a loop, what it adds to the text of
-        those before it, if that goes on unchanged. None: it cannot be told.
+        It is what the template's loop over the messages writes for it. Without such a loop, it is what the message adds to
+        the text of those before it, if that text stays the same. None: it cannot be told.
         """
         found: dict[int, Span | None] = {}
         for n, message in enumerate(self.messages):
@@ -242,11 +242,11 @@ class _Conversation:
 
 
 def _surroundings(said: _Conversation, turns: dict[int, Span | None]) -> dict[int, tuple[str, str] | None]:
-    """What stands before and after the words in a turn of the assistant's, when it says nothing but plain words.
+    """The text before and after the words in a turn of the assistant that has only plain words.
 
-    None: the template leaves its words out, whatever they are. What cannot be told is not in the result.
+    None: the template leaves the words out. What cannot be told is not in the result.
     """
-    stem = "7190318"  # digits, which no upper or lower changes
+    stem = "7190318"  # digits: upper and lower do not change them
     while stem in said.text:
         stem += "7"
     words = {n: f"{stem}{n:06}" for n, message in enumerate(said.messages) if message["role"] == "assistant"}
@@ -275,9 +275,9 @@ def _surroundings(said: _Conversation, turns: dict[int, Span | None]) -> dict[in
 
 
 def _with_results(said: _Conversation, turns: dict[int, Span | None]) -> set[int]:
-    """The messages of the assistant's in whose turns the template shows what tools have answered, so not all is said.
+    """The assistant's messages whose turns show the tools' answers, so that not all of a turn is trained.
 
-    Found by other answers of theirs, after which the text of such a turn is another.
+    Found by rendering with other answers of the tools, which changes the text of such a turn.
     """
     others = [m if m["role"] in ("system", "user", "assistant") else m | {"content": "7190318"} for m in said.messages]
     if others == said.messages:
@@ -292,14 +292,14 @@ def _with_results(said: _Conversation, turns: dict[int, Span | None]) -> set[int
 
 
 def _start(said: _Conversation, n: int, turn: Span, before: str | None) -> int | None:
-    """Where what the assistant says begins in the turn of message n: after what the model is prompted with.
+    """Where the trained text begins in the turn of message n: after the prompt of the model.
 
-    before: what stands there before plain words. None: it cannot be told.
+    before: the text before plain words. None: it cannot be told.
     """
-    prompt = said.upto(max(n, 1), prompt=True)  # there may be none for no message
+    prompt = said.upto(max(n, 1), prompt=True)  # a template may have no prompt before the first message
     if prompt is not None and n > 0 and said.text.startswith(prompt) and turn[0] <= len(prompt) <= turn[1]:
         return len(prompt)
-    # The template shows what came before otherwise now, or the prompt goes on after the header, say with "<think>".
+    # The template now renders the earlier messages differently, or the prompt goes on after the header, e.g. "<think>".
     context = said.upto(max(n, 1))
     if prompt is not None and context is not None and prompt.startswith(context):
         header = prompt.removeprefix(context)
@@ -309,9 +309,9 @@ def _start(said: _Conversation, n: int, turn: Span, before: str | None) -> int |
 
 
 def _end(text: str, said: Span, after: str | None, special: re.Pattern[str]) -> int | None:
-    """Where it ends: with the token that ends the turn, and without the white space that templates put behind that.
+    """Where the trained text ends: with the token that ends the turn, without the white space that templates put after it.
 
-    said: from where it begins to the end of the turn. after: what stands there after plain words.
+    said: from where it begins to the end of the turn. after: the text after plain words.
     """
     start, stop = said
     if after is not None and text.endswith(after, start, stop):

@@ -12,7 +12,7 @@ LLAMA3_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Every digit apart, then GPT-2's pattern on what is between digits. There, white space before a digit ends its piece,
+# Every digit alone, then GPT-2's pattern on the text between digits. There, white space before a digit ends its piece,
 # so it stays whole (possessive: no backtracking through a long run that has no digit behind it).
 DIGITS_GPT2_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s++(?=\p{N})|\s+(?!\S)|\s+"
 
@@ -21,7 +21,7 @@ DIGITS_GPT2_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]
 # tiktoken's regex engine keeps one stack entry for each character of white space and gives up at a million.
 LONGEST_SPACE = 100_000
 SECONDS, SECONDS_A_CHARACTER = 5.0, 1e-5
-"""What a slower engine, for vocabularies that lack bytes, may take for a text"""
+"""Time limit of the slower engine, for vocabularies that lack bytes"""
 
 
 class BytePair:
@@ -52,7 +52,7 @@ class BytePair:
         return ranks if self._ids is None else [self._ids[rank] for rank in ranks]
 
     def _encode_without_missing(self, text: str) -> list[int]:
-        """Like `tokenizers`: bytes that are not in the vocabulary (SmolLM2 lacks 21) vanish before the merging."""
+        """Like `tokenizers`: bytes that are not in the vocabulary (SmolLM2 lacks 21) are dropped before merging."""
         import regex  # comes with tiktoken
 
         seconds = SECONDS + SECONDS_A_CHARACTER * len(text)  # it may try exponentially many ways, unlike tiktoken
@@ -61,7 +61,7 @@ class BytePair:
         except TimeoutError:
             raise UserError(
                 f"the expression of the pre-tokenizer in tokenizer.json takes more than {seconds:.2g} seconds for this "
-                f"text: mend {self._pattern!r:.80}"
+                f"text: change {self._pattern!r:.80}"
             ) from None
         pieces = (match.group().encode().translate(None, self._missing) for match in matches)
         return [rank for piece in pieces if piece for rank in self._encoding._encode_single_piece(piece)]
@@ -84,10 +84,10 @@ class BytePair:
 
 
 class SentencePiece:
-    """Every stretch between special tokens is encoded on its own, and a space put before it as `space` says.
+    """Every part between special tokens is encoded on its own, with a space before it as `space` says.
 
-    each: as the model does, before every stretch. always, first, never: as transformers' Metaspace does, but where there
-    is a space already, before every stretch, or only one that begins the text, or none.
+    each: before every part, as the model does. always, first, never: as transformers' Metaspace, before every part, only
+    at the beginning of the text, or nowhere, and never where there is a space already.
     """
 
     def __init__(self, content: bytes, space: Space) -> None:

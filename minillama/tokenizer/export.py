@@ -1,7 +1,7 @@
 """A sentencepiece tokenizer.model as the tokenizer.json that transformers and vLLM read.
 
-transformers 5 reads a tokenizer.model too, but takes its merges in the order of the ids, not of the scores, and forgets
-whether white space is squeezed: texts with several spaces in a row get other ids.
+transformers 5 reads a tokenizer.model too, but takes its merges in the order of the ids instead of the scores, and
+ignores whether white space is collapsed: texts with several spaces in a row get other ids.
 """
 
 import re
@@ -14,8 +14,8 @@ def is_tiktoken(content: bytes) -> bool:
 
 
 def tokenizer_json(model: bytes, *, add_bos: bool = True) -> dict[str, Any] | None:
-    """tokenizer.json of a sentencepiece BPE, in the form of those that were published for Llama 2. None for what is not
-    converted: other kinds of file, and a model that normalises characters (NFKC) or is no BPE."""
+    """tokenizer.json of a sentencepiece BPE, in the form of those published for Llama 2. None for what is not converted:
+    other kinds of file, and a model that normalises characters (NFKC) or is no BPE."""
     import sentencepiece
 
     try:

@@ -9,7 +9,7 @@ from minillama.files import read_bytes, read_json
 FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model", "added_tokens.json")
 NAMES = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
 TEMPLATES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
-"""Together whatever may decide ids"""
+"""All files that can affect ids"""
 
 TOKEN = (None, str, {"content": str})
 SHAPE: dict[str, Any] = {
@@ -18,20 +18,20 @@ SHAPE: dict[str, Any] = {
     "add_bos_token": bool,
     "tokenizer_class": str,
 }
-"""What the settings that we read are, where they are there"""
+"""The types of the settings that we read, if they are there"""
 
 LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
 CODE_LLAMA = ("CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 NO_RULES = (None, "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
-"""What tokenizer_class may be beside a sentencepiece model: tokenizer.json decides on spaces under NO_RULES"""
+"""Values of tokenizer_class with a sentencepiece model: tokenizer.json decides on spaces under NO_RULES"""
 Space = Literal["each", "always", "first", "never"]
-"""Before which stretches of a text a space is put: see tokenizer.py"""
+"""Before which parts of a text a space is put: see engines.py"""
 
 
 def read_names(folder: Path) -> dict[str, Any]:
     """What the files beside the vocabulary say: special tokens by role, added tokens, the chat template."""
     files = {file: read_json(folder / file, SHAPE) for file in NAMES if (folder / file).exists()}
-    # As transformers has it: what older files say counts only where tokenizer_config.json has no added_tokens_decoder.
+    # As in transformers: older files count only if tokenizer_config.json has no added_tokens_decoder.
     legacy = "added_tokens_decoder" not in files.get("tokenizer_config.json", {})
     order = (*NAMES[:2], "tokenizer_config.json", "special_tokens_map.json") if legacy else NAMES
     names: dict[str, Any] = {}
@@ -82,7 +82,7 @@ def _templates(folder: Path, listed: Any) -> dict[str, tuple[str, Path]]:
 def space(names: dict[str, Any], data: dict[str, Any], folder: Path) -> Space:
     """Where transformers puts a space before text, by tokenizer_config.json and the content of tokenizer.json, if any.
 
-    Without tokenizer.json, where transformers puts none: as sentencepiece does. Raises UserError for a tokenizer_class
+    Without tokenizer.json transformers puts none, and we do as sentencepiece does. Raises UserError for a tokenizer_class
     that has rules of its own.
     """
     kind = names.get("tokenizer_class")

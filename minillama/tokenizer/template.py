@@ -1,7 +1,7 @@
-"""A checkpoint's Jinja template, rendered as transformers renders it, but within bounds: strangers write these.
+"""A checkpoint's Jinja template, rendered as transformers renders it, but within limits: templates are not trusted.
 
-A template is code. It reaches nothing but what it is given, and it is stopped where it computes too long, takes too much
-memory or makes too long a text. Asked to, it also marks in its text where each turn of its loops begins and ends.
+A template is code. It reaches only the values it is given, and it is stopped when it computes too long, takes too much
+memory or makes too long a text. On request, it also marks where each turn of its loops begins and ends in the text.
 """
 
 import json
@@ -28,34 +28,34 @@ from jinja2.visitor import NodeTransformer
 from minillama.errors import UserError
 
 SECONDS, SECONDS_A_CHARACTER = 2.0, 1e-6
-"""What one rendering may compute, and on top of it for each character that it is given; MEMORY and LENGTH likewise"""
+"""CPU time of one rendering, and more for each character of its input; MEMORY and LENGTH likewise"""
 MEMORY, MEMORY_A_CHARACTER = 2**27, 64
 """Bytes it may take"""
 LENGTH, LENGTH_A_CHARACTER = 2**24, 16
-"""Characters of a text, or items of a list, that it may make"""
+"""Characters of a text, or items of a list, that it may create"""
 LONGEST = 2**17
 """Characters of a template: those in use have up to 2**15, and to compile one takes up to 14 seconds a million"""
 BITS = 10_000
-"""Of a whole number"""
+"""Bits of a whole number that it may compute with"""
 UNBOUNDED = ("lipsum", "pprint", "striptags", "urlize", "wordwrap", "xmlattr")
-"""What Jinja has for web pages, and what can take long without a loop in the template"""
+"""Of Jinja, what is for web pages or can take long without a loop in the template; it is removed"""
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 """Around a mark in the text. Unicode keeps both for such uses: no character of a text."""
 
 
 class _TooMuch(Exception):
-    """It has passed a bound."""
+    """The template has exceeded a limit."""
 
 
 class _Limits(threading.local):
-    """Of the rendering that this thread is at"""
+    """The limits of the rendering in this thread"""
 
     patience = math.inf
-    """time.monotonic() until which nothing is asked of the slow time.thread_time()"""
+    """time.monotonic() before which time.thread_time(), which is slow, is not called"""
     seconds = SECONDS
     deadline = math.inf
-    """thread_time() at which it is stopped: a machine with much else to do is no reason to"""
+    """thread_time() at which it is stopped: CPU time, so a busy machine does not count"""
     length: float = math.inf
     marked: Mapping[int, int] | None = None
     """id() of each message -> its number, where turns are to be marked"""
@@ -64,9 +64,9 @@ class _Limits(threading.local):
 
 _limits = _Limits()
 _one_at_a_time = threading.Lock()
-"""The bound of memory is the whole process's"""
+"""The memory limit applies to the whole process"""
 _hopeless: dict[str, str] = {}
-"""Templates that have passed a bound, or cannot be compiled, and why: not tried again for each row of a data set"""
+"""Templates that have exceeded a limit, or cannot be compiled, and why: not tried again for each row of a data set"""
 
 
 def render(
@@ -76,10 +76,10 @@ def render(
 
     now: what strftime_now shows. marked: id() of objects -> number. In each loop whose variable is one of them, and that
     writes straight into the text, the text has OPEN, the loop's number, ":", the object's number, CLOSE where its turn
-    begins, and OPEN, the loop's number, CLOSE after the loop; without these it is the text that there would be unmarked. A
-    {% generation %} block stands between OPEN "g" CLOSE and OPEN "/g" CLOSE, wherever it is.
+    begins, and OPEN, the loop's number, CLOSE after the loop. Without these marks it is the unmarked text. A
+    {% generation %} block is always between OPEN "g" CLOSE and OPEN "/g" CLOSE.
 
-    Raises UserError, named after `where`, for whatever goes wrong in the template.
+    Raises UserError, which names `where`, for anything that goes wrong in the template.
     """
     if not (problem := _hopeless.get(template)):
         size = _characters(variables)
@@ -94,13 +94,13 @@ def render(
                 return _join(compiled.generate(variables))
         except _TooMuch as error:
             problem = _hopeless[template] = _stopped(str(error))
-        except (MemoryError, SystemError):  # the latter where C code of Python's has not said why it failed
+        except (MemoryError, SystemError):  # SystemError: Python's C code failed without an exception
             problem = _hopeless[template] = _stopped(f"takes more than {MEMORY >> 20} MiB of memory")
         except RecursionError:
             problem = "it calls itself without end, or what it is given is nested too deeply"
         except TemplateError as error:
             problem = str(error)
-        except Exception as error:  # it is code: whatever Python's operators, methods and filters raise
+        except Exception as error:  # it is code: anything that Python's operators, methods and filters raise
             problem = f"{type(error).__name__}: {error}"
         finally:
             _limits.patience = _limits.length = math.inf
@@ -113,7 +113,7 @@ def render(
 
 
 def has_generation(template: str, where: Path) -> bool:
-    """Whether it says itself, with {% generation %}, what is trained on. Raises UserError if it is no template."""
+    """Whether it marks what is trained with {% generation %}. Raises UserError if it is no template."""
     if "generation" not in template:
         return False
     try:
@@ -146,7 +146,7 @@ def _join(chunks: Iterator[str]) -> str:
 
 @contextmanager
 def _bounded_memory(size: int) -> Iterator[None]:
-    """Python raises MemoryError where the block takes so many bytes more than the process has. On Linux alone."""
+    """Inside, Python raises MemoryError beyond so many bytes more than the process has. Only on Linux."""
     try:
         import resource  # not on Windows, where only CUDA is of use
 
@@ -195,7 +195,7 @@ def _timed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Of transformers' apply_chat_template, so that templates of the hub work unchanged, with bounds."""
+    """The environment of transformers' apply_chat_template, with limits: templates of the hub work unchanged."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
@@ -232,7 +232,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return _sized(super().call_binop(context, operator, left, right))
 
     def turn(self, loop: int | None, *variables: Any) -> str:
-        """What the body of each loop begins with"""
+        """Inserted at the beginning of the body of each loop"""
         _tick()
         if _limits.marked and loop is not None:
             for variable in variables:
@@ -245,7 +245,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _GenerationTag(Extension):
-    """A block of its own, as in transformers: what is set in it stays in it."""
+    """A scope of its own, as in transformers: variables set in it stay in it."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -259,7 +259,7 @@ class _GenerationTag(Extension):
 
 
 class _Turns(NodeTransformer):
-    """Puts `turn` into each loop, and `turns_end` after those that write straight into the text."""
+    """Puts `turn` into each loop, and `turns_end` after the loops that write directly into the text."""
 
     loops = buffers = 0
 
@@ -272,7 +272,7 @@ class _Turns(NodeTransformer):
         return [node] if self.buffers else [node, self._say("turns_end", loop)]
 
     def buffered(self, node: nodes.Node) -> nodes.Node:
-        """What may be filtered, compared or dropped before it is a text, so a mark in it could make another"""
+        """Nodes whose text may be filtered, compared or dropped, so that a mark in it could change the result"""
         self.buffers += 1
         self.generic_visit(node)
         self.buffers -= 1
@@ -311,7 +311,7 @@ def _strftime_now(form: str) -> str:
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # jinja's own escapes HTML
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # jinja's own tojson escapes HTML
 
 
 def _round(function: Callable[..., Any]) -> Callable[..., Any]:

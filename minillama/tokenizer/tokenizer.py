@@ -1,4 +1,4 @@
-"""Text to ids and back, from the tokenizer files that a checkpoint brings along.
+"""Text to ids and back, from a checkpoint's tokenizer files.
 
 Two engines: tiktoken for byte-level BPE (Llama 3 and later, as Meta's `tokenizer.model` or as `tokenizer.json`) and
 sentencepiece (Llama 2). Which one is decided by what is in the files, never by what a folder is called.
@@ -36,7 +36,7 @@ LLAMA3_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Every digit apart, then GPT-2's pattern on what is between digits. There, white space before a digit ends its piece,
+# Every digit alone, then GPT-2's pattern on the text between digits. There, white space before a digit ends its piece,
 # so it stays whole (possessive: no backtracking through a long run that has no digit behind it).
 DIGITS_GPT2_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s++(?=\p{N})|\s+(?!\S)|\s+"
 
@@ -44,10 +44,10 @@ DIGITS_GPT2_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]
 class Tokenizer:
     """What `load_tokenizer` returns. All ids are plain ints.
 
-    `bos_id` is None where the checkpoint has no BOS; `adds_bos`: whether a text begins with it where nothing else is said,
-    as in transformers; `pad_id` is `eos_id` where it names no padding token; `vocab_size` is the highest id + 1, which may
-    be less than the rows of the model's embedding. `path` is where it was loaded from; `fingerprint` is the same for files
-    with the same content, if their chat template shows the day: on the same day.
+    `bos_id` is None if the checkpoint has no BOS. `adds_bos`: whether a text begins with it by default, as in
+    transformers. `pad_id` is `eos_id` if no padding token is named. `vocab_size` is the highest id + 1, which may be less
+    than the rows of the model's embedding. `path` is where it was loaded from. `fingerprint` is a hash of the files'
+    content, and of the date if their chat template shows it.
     """
 
     path: Path
@@ -58,14 +58,14 @@ class Tokenizer:
     ) -> None:
         self._engine = engine
         self._where = where
-        for text in names.get("special_tokens", ()):  # also those that stand in the vocabulary like any other
+        for text in names.get("special_tokens", ()):  # also those that are ordinary entries of the vocabulary
             if text not in special and (id_ := engine.id_of(text)) is not None:
                 special[text] = {"id": id_}
         if wrong := [
             text for text, token in special.items() if not (text and type(token["id"]) is int and token["id"] >= 0)
         ]:
             raise UserError(
-                f"{where}: the added token {wrong[0]!r} has the id {special[wrong[0]]['id']!r}; mend the files"
+                f"{where}: the added token {wrong[0]!r} has the id {special[wrong[0]]['id']!r}; correct the files"
             )
         self._special = {text: token["id"] for text, token in special.items()}
         self._special_text = {id_: text for text, id_ in self._special.items()}
@@ -94,7 +94,7 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`. Special and added tokens that are spelled out in it become their id, as in transformers.
 
-        Raises UserError for `bos=True` where there is no BOS.
+        Raises UserError for `bos=True` if there is no BOS.
         """
         ids: list[int] = []
         if bos:
@@ -106,7 +106,7 @@ class Tokenizer:
         return [*ids, self.eos_id] if eos else ids
 
     def decode(self, ids: list[int], *, special: bool = True) -> str:
-        """Text of `ids`. Special tokens appear as their text, or not at all; invalid UTF-8 and unknown ids as U+FFFD."""
+        """Text of `ids`. Special tokens appear as their text, or are left out; invalid UTF-8 and unknown ids as U+FFFD."""
         out: list[str] = []
         run: list[int] = []
         for id_ in ids if special else [id_ for id_ in ids if id_ not in self._hidden]:
@@ -119,7 +119,7 @@ class Tokenizer:
         return "".join([*out, self._engine.decode(run, not out)])
 
     def id_of(self, token: str) -> int | None:
-        """Id of a special or added token by its text, None if there is none of that name."""
+        """Id of a special or added token by its text, None if there is no such token."""
         return self._special.get(token)
 
     def encode_chat(self, messages: Messages, tools: Tools | None = None) -> tuple[list[int], list[bool]]:
@@ -149,17 +149,17 @@ class Tokenizer:
         return self.encode(self.chat_text(messages, tools))
 
     def chat_text(self, messages: Messages, tools: Tools | None = None) -> str:
-        """What `chat_prompt` has the ids of."""
+        """The text whose ids `chat_prompt` returns."""
         return self._template(tools).render(*prepared(messages, tools), prompt=True)
 
     @property
     def puts_space(self) -> bool:
-        """Whether a text may begin with a space that is not in it, as sentencepiece's do."""
+        """Whether a text may get a space in front, as by sentencepiece."""
         return isinstance(self._engine, SentencePiece)
 
     @property
     def shows_day(self) -> bool:
-        """Whether ids of conversations depend on the day that `load_tokenizer` was given."""
+        """Whether ids of conversations depend on the date that `load_tokenizer` was given."""
         return any(template.shows_day for template in self._templates.values())
 
     def _template(self, tools: Tools | None) -> ChatTemplate:
@@ -172,13 +172,13 @@ class Tokenizer:
         return found
 
     def _segments(self, text: str) -> Iterator[tuple[int, int, list[int]]]:
-        """(start, end, ids): the special tokens in `text` and the stretches between them; offsets in characters."""
+        """(start, end, ids): the special tokens in `text` and the parts between them; offsets in characters."""
         start = 0
         for match in self._special_re.finditer(text):
             begin, name = match.start(), match.group()
-            name = name if name in self._special else name.rstrip()  # white space behind it (rstrip)
+            name = name if name in self._special else name.rstrip()  # white space after it (rstrip)
             while name in self._takes_space and begin > start and text[begin - 1].isspace():
-                begin -= 1  # before it; an expression would look for it from every space on
+                begin -= 1  # before it (lstrip); a regular expression would search from every space on
             if begin > start:
                 yield start, begin, self._engine.encode(text[start:begin], start == 0)
             yield begin, match.end(), [self._special[name]]
@@ -187,7 +187,7 @@ class Tokenizer:
             yield start, len(text), self._engine.encode(text[start:], start == 0)
 
     def _tokens_of(self, text: str, start: int, end: int, ids: list[int], first: bool) -> tuple[int, int]:
-        """The range of `ids`, the tokens of a segment, that have a part in the characters from start to end."""
+        """The range of `ids`, the tokens of a segment, that overlap the characters from start to end."""
         if start <= 0 and end >= len(text):
             return 0, len(ids)
         ends = list(accumulate(self._engine.sizes(ids)))
@@ -206,7 +206,7 @@ class Tokenizer:
             return id_[0] if isinstance(id_, list) else id_  # config.json may list several EOS
         if not isinstance(token, str):
             raise UserError(
-                f"{self._where}: the special token {token!r} beside it is no text; mend tokenizer_config.json"
+                f"{self._where}: the special token {token!r} beside it is no text; correct tokenizer_config.json"
             )
         found = self._special.get(token)
         found = self._engine.id_of(token) if found is None else found
@@ -221,9 +221,9 @@ class Tokenizer:
 def load_tokenizer(path: str | Path, *, day: date | None = None) -> Tokenizer:
     """Reads the tokenizer of a checkpoint: its folder, or the tokenizer.json or tokenizer.model in it.
 
-    day: what a chat template that asks for the date is told; None: today. Raises UserError if there is none, or one that
-    cannot be read into the same ids as transformers gives (for Llama 2's "legacy" tokenizers: as tokenizer.json gives; for a
-    tokenizer.model without one, whose prefix space transformers 5 forgets: as sentencepiece gives).
+    day: the date for chat templates that ask for it; None: today. Raises UserError if there is none, or one that
+    cannot give the same ids as in transformers (for Llama 2's "legacy" tokenizers: as tokenizer.json gives; for a
+    tokenizer.model without one, whose prefix space transformers 5 drops: as sentencepiece gives).
     """
     path = Path(path)
     if not path.exists():
@@ -312,7 +312,7 @@ def _from_json(path: Path, data: dict[str, Any], names: dict[str, Any], day: dat
 
     added = {token["content"]: token for token in data.get("added_tokens", [])}
     byte_of = byte_alphabet()
-    # tiktoken merges by the rank of the result, so ranks follow the order of the merges, whatever the ids are.
+    # tiktoken merges by the rank of the result, so ranks follow the order of the merges, not the ids.
     ranked = {char: vocab[char] for char in byte_of if char in vocab}
     previous = None
     for merge in model["merges"]:
@@ -334,7 +334,7 @@ def _from_json(path: Path, data: dict[str, Any], names: dict[str, Any], day: dat
             f"{path}: ignore_merges with tokens that no merge makes is not supported: {[*unmerged.values()][:5]}"
         )
     following = len(vocab)
-    for text, token in added.items():  # to which `tokenizers` gives ids one after the other, whatever the file says
+    for text, token in added.items():  # `tokenizers` numbers these consecutively and ignores the file's ids
         if token["id"] != vocab.get(text, following):
             raise UserError(f"{path}: the added token {text!r} has the id {token['id']!r}, the next one is {following}")
         following = max(following, token["id"] + 1)
@@ -349,7 +349,7 @@ def _from_json(path: Path, data: dict[str, Any], names: dict[str, Any], day: dat
 
 
 def _pattern(path: Path, pre_tokenizer: dict[str, Any]) -> str:
-    """The one regular expression that cuts a text as the pre-tokenizers of a tokenizer.json do one after the other."""
+    """One regular expression that splits a text as the pre-tokenizers of a tokenizer.json do in sequence."""
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     *first, last = steps
     kinds = [step["type"] for step in steps]
@@ -363,9 +363,7 @@ def _pattern(path: Path, pre_tokenizer: dict[str, Any]) -> str:
     if kinds == ["Split", "ByteLevel"] and isolated and not last.get("use_regex", True):
         regex = first[0]["pattern"].get("Regex")
         if regex is not None and may_hang(regex):
-            raise UserError(
-                f"{path}: the pre-tokenizer's expression {regex!r:.80} may take for ever, and is not supported"
-            )
+            raise UserError(f"{path}: the pre-tokenizer's expression {regex!r:.80} may never end, and is not supported")
         pattern = regex if regex is not None else re.escape(first[0]["pattern"]["String"])
         # Text that the expression does not match is a piece too; tiktoken would drop it.
         return pattern if regex == LLAMA3_PATTERN else rf"{pattern}|(?:(?!{pattern})[\s\S])+"
@@ -373,10 +371,10 @@ def _pattern(path: Path, pre_tokenizer: dict[str, Any]) -> str:
 
 
 def may_hang(pattern: str) -> bool:
-    """Whether tiktoken may try exponentially many ways to match a text: where the pattern refers back to a group, or
-    repeats a group that looks around. Also where this reading of it cannot tell."""
+    """Whether tiktoken may backtrack exponentially: if the pattern has a back-reference, or repeats a group with a
+    look-around. Also if the pattern cannot be parsed."""
     classes, groups = r"\[\^?\]?(?:\\.|[^\[\]\\])*\]", r"\((?:\?(?:<?[=!]|>|[imsu-]*[:)]|))?"
-    looks = [False]  # whether what is inside looks around, of each open group
+    looks = [False]  # for each open group, whether it has a look-around
     for part in re.findall(rf"\\.|{classes}|{groups}|\)[*+?{{]?|[\s\S]", pattern):
         if re.fullmatch(r"\\[1-9kg]|\[|\(\?", part):
             return True
@@ -398,7 +396,7 @@ def _from_sentencepiece(path: Path, content: bytes, names: dict[str, Any], day: 
     except RuntimeError:
         raise UserError(f"{path}: neither a tiktoken nor a sentencepiece file; download it again") from None
     size = model.get_piece_size()
-    pieces = [model.id_to_piece(n) for n in range(size)]  # all: it fails where one is no text
+    pieces = [model.id_to_piece(n) for n in range(size)]  # all of them: it fails if one is not text
     special = {pieces[n]: {"id": n} for n in range(size) if model.is_control(n) or model.is_unknown(n)}
     json_file = path.with_name("tokenizer.json")
     data = read_json(json_file) if json_file.exists() else {}
@@ -409,7 +407,7 @@ def _from_sentencepiece(path: Path, content: bytes, names: dict[str, Any], day: 
 
 
 def _special_regex(special: dict[str, dict[str, Any]]) -> re.Pattern[str]:
-    """Finds special tokens: the first in the text, and of those the longest. With white space behind, if it takes that."""
+    """Finds special tokens: the first in the text, and the longest there; with white space after it, if it takes that."""
     alternatives = []
     for text in sorted(special, key=len, reverse=True):
         if special[text].get("single_word"):

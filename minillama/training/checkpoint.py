@@ -45,12 +45,13 @@ class CheckpointConfig:
     keep: int = 2
     """The newest checkpoints that stay; 0: all."""
     best: bool = False
-    """Save also after an evaluation with the lowest loss so far, and keep that one beside the newest."""
+    """Save also after an evaluation with the lowest loss so far, and keep that one besides the newest."""
     save_optimizer: bool = True
-    """Without, a checkpoint is a third of the size, and a resumed run does not continue exactly."""
+    """Save the optimizer's state too. Without it a checkpoint is a third of the size, and a resumed run does not continue
+    exactly."""
     format: Literal["sharded", "full"] = "sharded"
-    """sharded: torch.distributed.checkpoint's, each process writes its part. full: safetensors of whole tensors, that
-    need no process group to be read. A run resumes from either on any number of processes."""
+    """sharded: the format of torch.distributed.checkpoint, each process writes its part. full: safetensors of whole
+    tensors, which are read without a process group. A run resumes from either on any number of processes."""
     async_save: bool = True
     """Copy the state to host memory and write it while training goes on."""
 
@@ -93,12 +94,12 @@ class Checkpoints:
         seed: int = 0,
         timeout_minutes: float = 30.0,
     ) -> None:
-        """about: what is saved besides, for the run that resumes to compare: "flags" and "fingerprints"."""
+        """about: "flags" and "fingerprints", saved for the run that resumes to compare."""
         self.output_dir, self.config, self.about = output_dir, config, about
         self.model, self.optimizer, self.scaler, self.device = model, optimizer, scaler, device
         self.packs_per_step, self.seed = packs_per_step, seed
         self.folder = output_dir / "checkpoints"
-        # Of its own, on the host: a checkpoint is written while the steps use the others.
+        # A group of its own, on the host: a checkpoint is written while the steps use the other groups.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
         cuda = device == "cuda"
         self.alone = dist.new_group([0], backend="gloo") if config.format == "full" else None
@@ -107,8 +108,8 @@ class Checkpoints:
         self.writer = ThreadPoolExecutor(1)
         self.writing: Future[None] | None = None
         self.best: tuple[float, int] | None = None  # lowest evaluation loss, and the step it was found at
-        self.signal = 0  # that this process got
-        self.stopped_by = 0  # that any process got, as all have agreed
+        self.signal = 0  # the signal that this process got
+        self.stopped_by = 0  # the signal that any process got, the same on all ranks
         on_rank_zero(lambda: _remove_leftovers(self.folder))
         if resume_from is not None:
             self._load(resume_from)
@@ -163,7 +164,7 @@ class Checkpoints:
             torch.set_rng_state(state["random"][f"{rank()}.cpu"])
             if self.device == "cuda":
                 torch.cuda.set_rng_state(state["random"][f"{rank()}.cuda"])
-        else:  # as good as any other, but not those that the run began with
+        else:  # any numbers will do, but not those that the run started with
             torch.manual_seed(zlib.crc32(f"{self.seed} {checkpoint.progress.step} {rank()}".encode()))
         if self.scaler and content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
@@ -182,7 +183,7 @@ class Checkpoints:
         return self.stopped_by > 0
 
     def leave_if_stopping(self, metrics: Metrics) -> None:
-        """Ends the process, with the code that says so, if a signal has asked for it. Saves nothing."""
+        """Ends the process with the signal's exit code if a signal has asked for it. Saves nothing."""
         if self.stopping():
             self._leave(metrics)
 
@@ -193,9 +194,9 @@ class Checkpoints:
         sys.exit(128 + self.stopped_by)
 
     def after(self, step: Step, metrics: Metrics, *, evaluation_due: bool) -> None:
-        """To be called after each step and its evaluation: saves if it is time to; ends the process on a signal.
+        """To be called after each step and its evaluation: saves if that is due; ends the process on a signal.
 
-        evaluation_due: whether there was to be one, which a signal may have stopped.
+        evaluation_due: whether an evaluation was due, which a signal may have stopped.
         """
         done = step.number + 1
         loss = metrics.evaluated.get(done)
@@ -224,7 +225,7 @@ class Checkpoints:
             metrics.say(f"lowest validation loss {self.best[0]:.4f}: checkpoints/step-{self.best[1]:08}")
 
     def save(self, progress: Progress) -> None:
-        """Writes a checkpoint, or with async_save begins to. The one begun before is finished first."""
+        """Writes a checkpoint, or with async_save starts to. Waits for the one before first."""
         self.finish()
         state = self._state(self.config.save_optimizer)
         content = {
@@ -246,7 +247,7 @@ class Checkpoints:
             self._write(state, content)
 
     def _staged(self, state: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """A copy of the state in host memory, which training leaves as it is."""
+        """A copy of the state in host memory, which training does not change."""
         try:
             return self.stager.stage(state)  # type: ignore[return-value]
         except KeyError:  # before torch 2.12 a stager closes itself after its first copy
@@ -254,7 +255,7 @@ class Checkpoints:
             return self.stager.stage(state)  # type: ignore[return-value]
 
     def finish(self) -> None:
-        """Until the checkpoint begun before is written. Raises what went wrong with it."""
+        """Waits until the last checkpoint is written. Raises what went wrong with it."""
         if self.writing is not None:
             writing, self.writing = self.writing, None
             writing.result()
@@ -263,11 +264,11 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finishes the checkpoint that is being written, and gives signals their old effect."""
+        """Finishes the checkpoint that is being written, and restores the signal handlers."""
         try:
             self.finish()
         except UserError:
-            if kind is None:  # what is already going wrong is the cause, or worse
+            if kind is None:  # the exception that is already raised is the cause, or worse
                 raise
         else:
             if kind is KeyboardInterrupt and (steps := saved_steps(self.output_dir)):
@@ -279,7 +280,7 @@ class Checkpoints:
                 signal.signal(number, handler)
 
     def _write(self, state: dict[str, dict[str, Tensor]], content: dict[str, Any]) -> None:
-        """Writes aside; renames once all is on the disk. May run beside the steps, so it has a group of its own."""
+        """Writes under another name, and renames when all is on the disk. May run beside the steps, with its own group."""
         final = self.folder / f"step-{content['progress']['step']:08}"
         path = final.with_name(final.name + ".partial")
         size = sum(tensor.numel() * tensor.element_size() for part in state.values() for tensor in part.values())
@@ -310,7 +311,7 @@ class Checkpoints:
             json.dump(content | {"sha256": hash_of(json.loads(json.dumps(content)))}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        _remove(final)  # of a run that was resumed from before it
+        _remove(final)  # left by a run that was resumed from an earlier step
         path.rename(final)
         _sync_folder(self.folder)
         keep, best = self.config.keep, content["best"]
@@ -320,7 +321,7 @@ class Checkpoints:
                 _remove(steps[number])
 
     def _together(self, task: Callable[[], T], failed: str) -> list[T]:
-        """What the task returns on each rank. Raises UserError on every rank if it fails on one, or one is gone."""
+        """What the task returns on each rank. Raises UserError on every rank if it fails on one, or one has ended."""
         result, problem = None, None
         try:
             result = task()
@@ -360,7 +361,7 @@ def _check_shapes(metadata: Metadata, tensors: Mapping[str, Tensor], part: str, 
 def _consolidate(path: Path, alone: dist.ProcessGroup | None) -> None:
     """Turns what all ranks wrote into safetensors files of whole tensors, in a folder each for model, optimizer, random.
 
-    alone: a group of this process, which takes the memory of one file.
+    alone: a group of this process only. Takes the memory of one file.
     """
     metadata = IndexReader(path).read_metadata().state_dict_metadata
     saved = {name: tensor for name, tensor in metadata.items() if isinstance(tensor, TensorStorageMetadata)}
@@ -392,7 +393,7 @@ def _make_empty(path: Path) -> None:
 
 
 def _files_of(path: Path) -> list[Path]:
-    """Those that this rank has written, and so is to describe."""
+    """The files that this rank has written and describes."""
     if rank() != 0:
         return list(path.glob(f"__{rank()}_*.distcp"))
     if (path / INDEX).exists():
@@ -409,7 +410,7 @@ def _check_shared(path: Path, names: list[list[str]]) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """First its name, so that it is never found with a part of its files."""
+    """Renames it first, so that it is never found with a part of its files."""
     if checkpoint.exists():
         dying = checkpoint.with_name(checkpoint.name + ".deleted")
         checkpoint.rename(dying)
@@ -417,13 +418,13 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """What a killed run had begun to write or to remove."""
+    """Removes what a killed run was writing or removing."""
     for path in [*folder.glob("step-*.partial"), *folder.glob("step-*.deleted")]:
         shutil.rmtree(path)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Names reach the disk too, before anything relies on them."""
+    """Flushes a folder's names to the disk, before anything relies on them."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""The index of a sharded checkpoint: in which file, and where in it, the rows of a tensor stand. JSON, which runs nothing.
+"""The index of a sharded checkpoint: in which file, and where in it, the rows of a tensor are. JSON, which runs no code.
 
-torch.distributed.checkpoint has an index of its own, the pickle `.metadata`. It is written, so that a checkpoint is one of
-PyTorch's too, but never read: a pickle can run anything, and may send DCP to a torch.load that can too.
+torch.distributed.checkpoint has its own index, the pickle `.metadata`. It is written, so that PyTorch's tools read the
+checkpoint too, but we never read it: a pickle can run code, and it can make DCP call torch.load on files that do.
 """
 
 import json
@@ -57,9 +57,9 @@ class IndexWriter(dcp.FileSystemWriter):
 
 
 def read_index(folder: Path) -> Metadata:
-    """The index as DCP has it: tensors alone, whole, each row once, in files of this folder.
+    """The index as DCP's metadata: only tensors, whole, each row once, in files of this folder.
 
-    Raises UserError for any other.
+    Raises UserError for any other index.
     """
     sizes = {file.name: file.stat().st_size for file in folder.glob("*.distcp")}
     described, places = {}, {}

@@ -30,14 +30,14 @@ class RunConfig:
     model: Path
     """Folder of the base model, in Hugging Face's format or Meta's; or ORG/NAME of the Hugging Face hub."""
     output_dir: Path
-    """Folder for what the run leaves; made if need be."""
+    """Folder for what the run leaves; it is created if needed."""
     tokenizer: Path | None = None
     """Folder or file of the tokenizer; None: the model's folder."""
     resume: str = "none"
     """none; auto: go on from the newest sound checkpoint of OUTPUT_DIR, or start if there is none; or DIR, the folder of
-    a checkpoint, or of a run whose newest it takes."""
+    a checkpoint, or of a run, of which the newest checkpoint is taken."""
     seed: int = 42
-    """Decides what starts at random, the order of the data and the dropout."""
+    """Decides random initial values, the order of the data, and dropout."""
     device: Device = "auto"
     """auto: CUDA if there is one."""
     config: Path | None = None
@@ -73,7 +73,7 @@ def check_seed(seed: int) -> None:
 
 
 def saved_flags(config_class: type[Config]) -> Config | None:
-    """The flags of the run.json that --config names on the command line, to be the defaults of this run; None without.
+    """The flags of the run.json that --config names on the command line, as defaults of this run; None without --config.
 
     Raises UserError if the file is not a run.json, or one of another recipe.
     """

@@ -1,7 +1,7 @@
 """How the flags of a run that resumes differ from those its checkpoint was made with."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from minillama.training.config import RunConfig
 from minillama.training.resume import Checkpoint
 
 MUST_MATCH = ("seed", "optim.kind", "fsdp.precision", "train.freeze_layers", "lora.", "adapter.")
-"""Flags, or groups of them, without which a run cannot go on as it began."""
+"""Flags, or groups of flags, that a resumed run must not change."""
 IGNORED = (
     "resume",
     "config",
@@ -23,15 +23,21 @@ IGNORED = (
     "data.cache_dir",
     "profile.",
 )
-"""Flags that a resumed run may well have otherwise, and not worth a word."""
+"""Flags that a resumed run may change without a message."""
 
 
 def compare_flags(config: RunConfig, checkpoint: Checkpoint, fingerprints: dict[str, str]) -> list[str]:
-    """What to tell of a run that resumes, with how its flags differ from those of the checkpoint.
+    """What to print about a run that resumes: how its flags differ from those of the checkpoint.
 
-    Raises UserError where it could not continue: other data, samples a step, seed, base model, adapter, precision.
+    Raises UserError if it cannot continue: other data, samples a step, seed, base model, adapter, precision.
     """
     saved, progress = checkpoint.content, checkpoint.progress
+    shared = {field.name for field in fields(RunConfig)}
+    if others := (saved["flags"].keys() ^ {field.name for field in fields(config)}) - shared:
+        raise UserError(
+            f"{checkpoint.folder} is of another recipe, only one of the two has the flags of {min(others)}: resume it by "
+            "that recipe, or give this one another --output-dir"
+        )
     before, now = _flat(saved["flags"]), _flat(json.loads(json.dumps(asdict(config), default=str)))
     changed = {
         name: f"--{name.replace('_', '-')} {now.get(name)} (was {before.get(name)})"
@@ -42,12 +48,12 @@ def compare_flags(config: RunConfig, checkpoint: Checkpoint, fingerprints: dict[
     for what, flags in (("model", ("model",)), ("data", ("data.", "tokenizer"))):
         if fingerprints[what] != saved["fingerprints"][what]:
             named = [text for name, text in changed.items() if name.startswith(flags)]
-            if named or "seed" not in changed:  # which decides what is held out, and how rows are packed
+            if named or "seed" not in changed:  # the seed decides what is held out and how rows are packed
                 refused += named or [f"{what} whose content is not what it was"]
     if refused:
         raise UserError(
             f"{checkpoint.folder} cannot be resumed with {', '.join(refused)}: give what it was made with, or start "
-            "anew in another --output-dir"
+            "from scratch in another --output-dir"
         )
     ranks, train = dist.get_world_size(), config.train
     packs, packs_before = (f["train.batch_size"] * f["train.accumulate"] for f in (now, before))

@@ -1,4 +1,4 @@
-"""How many floating-point operations a step needs, and how many it executes."""
+"""How many floating-point operations (FLOPs) a step needs, and how many it executes."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -8,26 +8,27 @@ import torch
 from torch import Tensor, nn
 
 from minillama.model.llama import Llama
-
-MFU_FORMULA = "FLOPs needed, without recomputation / seconds / (processes x measured matmul FLOP/s)"
+from minillama.model.quant import shapes
 
 
 def step_flops(model: Llama, tokens: int, trained: int, squares: int) -> float:
-    """FLOPs that a step needs: a token 4 a weight, 6 if it trains (the head: trained tokens only), a document of L tokens
-    6 x heads x head_dim x L^2 a layer; a third of the 6 below the first block that trains; no recomputation.
+    """FLOPs that a step needs: 4 a token and weight, 6 if the weight trains (the head: trained tokens only), and
+    6 x heads x head_dim x L^2 a layer for a document of L tokens. Below the first block that trains there is no backward:
+    2 a token and weight, and a third of the 6. Recomputation does not count.
 
     tokens: all but padding; trained: labels; squares: sum of the squared lengths of the documents. A frozen embedding
     costs nothing. Counts whole parameters, also of a sharded model.
     """
-    config, trunk = model.config, model.model
+    config, decoder = model.config, model.model
     assert config.head_dim
     body = attention = 0
-    backward = any(p.requires_grad for p in trunk.embed_tokens.parameters())  # whether gradients flow into the block
-    for block in trunk.layers:
+    backward = any(p.requires_grad for p in decoder.embed_tokens.parameters())  # whether gradients flow into the block
+    for block in decoder.layers:
         backward = backward or any(parameter.requires_grad for parameter in block.parameters())
+        whole = shapes(block)
         for name, parameter in block.named_parameters():
             if parameter.ndim == 2 and "prompt" not in name:
-                body += parameter.numel() * (6 if parameter.requires_grad else 4 if backward else 2)
+                body += whole[name].numel() * (6 if parameter.requires_grad else 4 if backward else 2)
         attention += (6 if backward else 2) * config.num_attention_heads * config.head_dim
     head = sum(p.numel() * (6 if p.requires_grad else 4) for p in model.lm_head.parameters())
     return float(body * tokens + head * trained + attention * squares)
@@ -35,7 +36,8 @@ def step_flops(model: Llama, tokens: int, trained: int, squares: int) -> float:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters, whole ones also of a sharded model."""
-    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    whole = shapes(model)
+    counts = [(whole[name].numel(), parameter.requires_grad) for name, parameter in model.named_parameters()]
     return sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
 
 
@@ -65,7 +67,7 @@ def _varlen_backward(
     return _blockwise(grad, q, k, v, more[0].long())
 
 
-for _formula in (_blockwise, _varlen, _varlen_backward):  # of tensors, not their shapes: which documents there are
+for _formula in (_blockwise, _varlen, _varlen_backward):  # of tensors, not of shapes: the documents decide
     _formula._get_raw = True  # type: ignore[union-attr]
 
 
@@ -73,12 +75,12 @@ class FlopCounter:
     """Counts the FLOPs of this process, forward and backward, in all matrix products and attention, while entered.
 
     Attention counts as whole squares of scores, causal or not. FlopCounterMode alone does not know attention on the CPU
-    and, before PyTorch 2.13, neither fewer kv heads than query heads nor varlen. FlexAttention, compiled, is not seen.
+    and, before PyTorch 2.13, neither grouped query heads nor varlen. Compiled FlexAttention is not counted.
     """
 
     def __init__(self) -> None:
         import_module("torch.nn.attention.varlen")  # makes its operators
-        from torch.utils.flop_counter import FlopCounterMode  # imports triton where there is one, which takes a while
+        from torch.utils.flop_counter import FlopCounterMode  # imports triton if it is installed, which takes a while
 
         aten = torch.ops.aten
         kernels = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")

@@ -39,9 +39,9 @@ class Loop:
     """Steps of the whole run"""
 
     def steps(self) -> Iterator[tuple[Step, list[Batch]]]:
-        """Each step from run.progress on, with its micro-batches on the device; its learning rate is set.
+        """Each step from run.progress on, with its micro-batches on the device. Sets the step's learning rate.
 
-        Evaluates first if that is due. A thread makes the batches while the step before is computed.
+        Evaluates first if that is due. A thread makes the batches while the previous step is computed.
         """
         config, run = self.config, self.run
         if run.progress.evaluate:
@@ -55,13 +55,14 @@ class Loop:
         own_steps = steps(run.train, config.train, config.seed, rank(), run.mesh.size(), run.progress)
         for step, batches in prefetched(own_steps, load):
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(step.number, step.epoch, self.total, config.optim)
+                lr = learning_rate(step.number, step.epoch, self.total, config.optim)
+                group["lr"] = lr * group["lr_factor"]
             with self.metrics.waiting():
                 ready = batches.result()
             yield step, ready
 
     def after(self, step: Step, loss: Tensor, norm: Tensor, batches: list[Batch]) -> None:
-        """Logs a step that was made; evaluates and saves where that is due; ends the process on a signal.
+        """Logs a step; evaluates and saves if that is due; ends the process on a signal.
 
         loss, norm: what train_step returned. Raises UserError if training has diverged.
         """
@@ -84,7 +85,7 @@ class Loop:
 
 @contextmanager
 def training_loop(config: RunConfig, run: Run, model: Llama, optimizer: torch.optim.Optimizer) -> Iterator[Loop]:
-    """Around training: opens metrics.jsonl, loads the checkpoint to resume from, and closes all at the end.
+    """Around training: opens metrics.jsonl, loads the checkpoint to resume from, and closes everything at the end.
 
     Every rank must enter it. Inside, SIGTERM and SIGUSR1 save and end the run, and an out-of-memory error says what
     would help.

@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from minillama.data.batch import Batch
 from minillama.errors import UserError, disk_text
@@ -23,17 +22,19 @@ from minillama.hardware.benchmark import matmul_rate
 from minillama.model.llama import Llama
 from minillama.parallel.memory import peak_memory_gib
 from minillama.parallel.processes import all_reduce, rank
+from minillama.progress import progress
 from minillama.training.flops import step_flops
 from minillama.training.plan import Progress, Step
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Where the numbers go, besides metrics.jsonl."""
+    """Where numbers are logged, besides metrics.jsonl."""
 
     every: int = 1
     """Steps between lines of metrics.jsonl. Loss, counts and speed are those of all steps since the last line, lr and
-    grad_norm those of the last step."""
+    grad_norm those of the last step. mfu is the FLOPs needed, without recomputation, / seconds / (processes x the FLOP/s
+    of matrix products, measured at the start)."""
     tensorboard: bool = False
     """Also write TensorBoard files to OUTPUT_DIR/tensorboard (needs the package tensorboard)."""
     wandb: bool = False
@@ -51,7 +52,7 @@ LOSSES = {"loss", "eval_loss"}
 
 
 class Metrics:
-    """Collects what each step did, and every `--log.every` steps makes one line of it, of all ranks together."""
+    """Collects the numbers of each step, and writes a line for all ranks together every `--log.every` steps."""
 
     def __init__(
         self,
@@ -67,11 +68,11 @@ class Metrics:
         self.every, self.model, self.device, self.dtype = config.every, model, device, dtype
         self.rate = matmul_rate(device, dtype)
         self.tokens = start.tokens - int(start.unlogged[2])  # of all lines so far
-        self.trained = start.step > 0  # whether any token has been
+        self.trained = start.step > 0  # whether any token has been trained on
         self.evaluated: dict[int, float] = {}  # step -> loss
         self.file = _reopen(output_dir / "metrics.jsonl", start) if rank() == 0 else None
-        form = "step {n_fmt}/{total_fmt}{postfix} |{bar}| {elapsed}<{remaining}"  # a narrow terminal cuts the end
-        self.bar = tqdm(total=steps, initial=start.step, bar_format=form, disable=rank() != 0)
+        form = "{desc} {n_fmt}/{total_fmt}{postfix} |{bar}| {elapsed}<{remaining}"  # a narrow terminal cuts the end
+        self.bar = progress(total=steps, initial=start.step, desc="step", bar_format=form, leave=True)
         self.tensorboard = self.wandb = None
         if rank() == 0 and config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -96,7 +97,7 @@ class Metrics:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what makes the step wait for its data."""
+        """Around what waits for data."""
         started = time.perf_counter()
         if self.started is None:
             self.started = started
@@ -105,7 +106,7 @@ class Metrics:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what does not count for the speed of the steps."""
+        """Around what does not count as time of a step."""
         started = time.perf_counter()
         yield
         if self.started is not None:
@@ -115,11 +116,11 @@ class Metrics:
         return self.seconds + (time.perf_counter() - self.started if self.started is not None else 0)
 
     def step(self, step: Step, lr: float, loss: Tensor, norm: Tensor, batches: list[Batch]) -> None:
-        """Notes a step that has been made: its learning rate, what train_step returned, this rank's micro-batches.
+        """Records a step: its learning rate, what train_step returned, this rank's micro-batches.
 
         Raises UserError, where it makes a line, if training has diverged.
         """
-        # exact in fp64: losses have 24 bits, and so the sum does not depend on where a run was interrupted
+        # exact in fp64, as losses have 24 bits: the sum does not depend on where a run was interrupted
         self.loss_sum = self.loss_sum + loss.double() * sum(batch.trained for batch in batches)
         self.norm = norm
         for batch in batches:
@@ -135,7 +136,9 @@ class Metrics:
         self.trained = self.trained or trained > 0
         if not self.trained:  # only a user's own collator can do that
             self.close()
-            raise UserError(f"step {number}: none of its {tokens:.0f} tokens is trained: mend your collator's labels")
+            raise UserError(
+                f"step {number}: none of its {tokens:.0f} tokens is trained: correct your collator's labels"
+            )
         mean_loss = loss_sum / max(1, trained)
         self.tokens += int(tokens)
         memory, waited, seconds = all_reduce([peak_memory_gib(self.device), self.waited, seconds], "max")
@@ -181,7 +184,7 @@ class Metrics:
         return self.tokens + int(counts[0]), [loss_sum, seconds, *counts]
 
     def evaluation(self, done: int, result: tuple[float, int] | None) -> None:
-        """Notes the loss on the validation set after `done` steps: (mean nats a trained token, how many); None: nothing."""
+        """Records the validation loss after `done` steps: (mean nats a trained token, number of tokens); None: nothing."""
         if result is None:
             return
         loss, tokens = result
@@ -207,7 +210,7 @@ class Metrics:
                 rest = rest[self.file.write(rest) :]
         except OSError as error:
             with suppress(OSError):
-                os.truncate(self.file.name, end)  # not half a line
+                os.truncate(self.file.name, end)  # without half a line
             raise UserError(_unwritable(self.file.name, error)) from None
         values = {key: value for key, value in line.items() if key != "step" and value is not None}
         if self.tensorboard is not None:
@@ -231,14 +234,14 @@ def _unwritable(file: Path | str, error: OSError) -> str:
 
 
 def _reopen(file: Path, start: Progress) -> BinaryIO:
-    """metrics.jsonl, to be appended to: without what a run wrote after the checkpoint that it now goes on from."""
+    """metrics.jsonl, open for appending, without the lines after the checkpoint that the run resumes from."""
     kept = []
     for text in read_bytes(file).decode(errors="replace").splitlines() if file.exists() else ():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):  # cut off when the run was killed
             continue
-        if misfit(line, {"step": int}):  # none of ours
+        if misfit(line, {"step": int}):  # not a line of ours
             continue
         if line["step"] < start.step or (line["step"] == start.step and ("loss" in line or not start.evaluate)):
             kept.append(text + "\n")
@@ -271,6 +274,7 @@ def plot_loss(metrics_file: Path, image: Path) -> bool:
     if find_spec("matplotlib") is None:
         return False
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     trained, evaluated = read_metrics(metrics_file)
     figure = Figure(figsize=(7, 4))
@@ -279,12 +283,13 @@ def plot_loss(metrics_file: Path, image: Path) -> bool:
     if evaluated:
         axes.plot([m["step"] for m in evaluated], [m["eval_loss"] for m in evaluated], "o-", label="validation")
     axes.set(xlabel="optimizer step", ylabel="loss (nats a trained token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     drawn = io.BytesIO()
     try:
         figure.savefig(drawn, dpi=120)
-    except (ArithmeticError, LookupError, ValueError) as error:  # which, depends on the version of matplotlib
+    except (ArithmeticError, LookupError, ValueError) as error:  # the type depends on the version of matplotlib
         raise UserError(
             f"{metrics_file}: its numbers are too large to be drawn ({error}): remove those lines"
         ) from None

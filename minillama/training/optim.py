@@ -1,7 +1,7 @@
 """The optimizer, the learning rate of each step, the loss scale of fp16."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,8 +12,8 @@ from minillama.errors import UserError
 from minillama.parallel.sharding import local
 
 PART = {"cpu": 2**18, "cuda": 2**22}
-"""Elements that CompensatedAdamW updates at a time: few enough for small fp32 copies, that on a CPU stay in its cache, and
-enough to keep a GPU busy."""
+"""Elements that CompensatedAdamW updates at a time: few enough that the fp32 copies fit in a CPU's cache, and enough to
+keep a GPU busy."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class OptimConfig:
     decay_norms: bool = False
     """Decay every trained parameter, as llama-recipes does."""
     kind: Literal["adamw", "anyprecision"] = "adamw"
-    """adamw: moments fp32. anyprecision: moments bf16, half their memory. With either, a bf16 parameter keeps the bits
-    that it has no room for."""
+    """adamw: moments are fp32. anyprecision: moments are bf16, half the memory. With either, a bf16 parameter keeps its
+    rounding error in a second bf16 number, so that small updates are not lost."""
     schedule: Literal["cosine", "linear", "constant", "step"] = "cosine"
     """After warmup: down to 0 along a half cosine or a line, constant, or times gamma after each epoch."""
     gamma: float = 0.85
@@ -48,21 +48,25 @@ class OptimConfig:
             raise UserError(f"--optim.warmup-steps {self.warmup_steps}: must not be negative")
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable ones of `parameters`; its state is sharded as they are, and there from the start."""
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimConfig, lr_factors: Mapping[Tensor, float] | None = None
+) -> torch.optim.Optimizer:
+    """AdamW over the trainable ones of `parameters`; its state is sharded as they are, and there from the start.
+
+    lr_factors: of those whose learning rate is another, by how much; a group has it as "lr_factor".
+    """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    alike: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in trainable:
-        (decayed if config.decay_norms or parameter.ndim >= 2 else others).append(parameter)
+        decay = config.weight_decay if config.decay_norms or parameter.ndim >= 2 else 0.0
+        alike.setdefault(((lr_factors or {}).get(parameter, 1.0), decay), []).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": members, "weight_decay": decay}
-        for members, decay in ((decayed, config.weight_decay), (others, 0.0))
-        if members
+        {"params": members, "weight_decay": decay, "lr": config.lr * factor, "lr_factor": factor}
+        for (factor, decay), members in sorted(alike.items(), key=lambda group: group[0][0] != 1)
     ]
     if config.kind == "adamw" and all(parameter.dtype == torch.float32 for parameter in trainable):
         adamw = torch.optim.AdamW(groups, lr=config.lr, fused=True)
-        for parameter in trainable:  # as its first step would: a checkpoint is loaded into it before
+        for parameter in trainable:  # as its first step would do: a checkpoint is loaded into it before that
             step = torch.zeros((), device=local(parameter).device)
             zeros = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
             adamw.state[parameter] = {"step": step, **zeros}
@@ -74,16 +78,15 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
 class CompensatedAdamW(torch.optim.Optimizer):
     """torch.optim.AdamW's arithmetic, in fp32, for parameters and moments that may be stored in bf16.
 
-    bf16 has 8 significant bits: a change below 1/512 of a number is rounded away, at each step again. Most steps of a
-    small learning rate are below, and the second moment, of which beta2 = 0.999 leaves 999/1000, stands still where it
-    should shrink. Two remedies:
+    bf16 has 8 significant bits: a change below 1/512 of a number is rounded away, in every step. With a small learning rate
+    most updates are below that, and the second moment, times beta2 = 0.999 each step, does not shrink. Two remedies:
 
     A bf16 parameter has a state `remainder`, also bf16: the value that is trained is parameter + remainder.
 
-    What is left over in a bf16 moment, or in the remainder, is not stored. It is rounded up in as many of the steps as
-    it is parts of the distance to the next bf16 number, so that over some steps nothing is lost. This is stochastic
-    rounding with a low-discrepancy sequence (the fractions of multiples of the golden ratio) in the place of random
-    numbers: it depends on the step alone, so it is the same for any number of ranks and has no state to save.
+    The rounding error of a bf16 moment, or of the remainder, is not stored. It is rounded up in a fraction of the steps
+    that is its fraction of the distance to the next bf16 number, so over several steps nothing is lost. This is
+    stochastic rounding with a low-discrepancy sequence (the fractional parts of multiples of the golden ratio) instead of
+    random numbers: it depends on the step alone, so it is the same for any number of ranks and has no state to save.
 
     A bf16 weight costs 2 (remainder) + 2 * 2 (bf16 moments) or 2 * 4 (fp32 moments) bytes of state.
     """
@@ -107,7 +110,7 @@ class CompensatedAdamW(torch.optim.Optimizer):
                 self.state[parameter] = {"step": torch.tensor(0.0), **zeros}
 
     def _state_dtypes(self, parameter: Tensor) -> dict[str, torch.dtype]:
-        """Of what the state holds beside `step`, an fp32 scalar on the CPU as in torch's optimizers."""
+        """The dtypes of the state besides `step`, an fp32 scalar on the CPU as in torch's optimizers."""
         dtypes = {"exp_avg": self.moments, "exp_avg_sq": self.moments}
         return dtypes | {"remainder": torch.bfloat16} if parameter.dtype == torch.bfloat16 else dtypes
 
@@ -130,7 +133,7 @@ class CompensatedAdamW(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which would round every state to the dtype of its parameter: here each has its own."""
+        """As torch's, which would cast every state to the dtype of its parameter: here each has its own dtype."""
         super().load_state_dict(state_dict | {"state": {}})
         names = [name for group in state_dict["param_groups"] for name in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -172,24 +175,24 @@ def _update(
 
 
 def _dither(x: Tensor, step: float) -> Tensor:
-    """fp32 numbers, changed in place to ones that bf16 holds: the next larger or smaller, see CompensatedAdamW.
+    """Rounds fp32 numbers in place to bf16 values, the next larger or smaller one, see CompensatedAdamW.
 
     bf16 is the upper half of fp32's bits. The lower half is a fraction of the distance to the next larger magnitude: it
     carries over if that fraction and the step's, between 0 and 1, sum to 1 or more.
     """
     fraction = step * (math.sqrt(5) - 1) / 2 % 1
-    x.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)  # the bits of a GPU's NaN would carry over to -0
+    x.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)  # the bits of a GPU's NaN would overflow to -0
     x.view(torch.int32).add_(int(fraction * 2**16)).bitwise_and_(-(2**16))
     return x
 
 
 class LossScaler:
     """The factor of the loss that keeps gradients within the range of fp16: halved when they overflow, doubled after
-    2000 steps in which they did not. Every rank must tell it the same."""
+    2000 steps in which they did not. Every rank must call it with the same values."""
 
     def __init__(self) -> None:
         self.scale = 2.0**16
-        self.finite_steps = 0  # in a row, since the scale last changed
+        self.finite_steps = 0  # finite steps in a row since the scale changed
 
     def update(self, finite: bool) -> None:
         """finite: whether the gradient of the step, on any rank, was."""

@@ -7,9 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minillama.data.packing import Packed
 from minillama.errors import UserError
+from minillama.model.llama import Llama
 from minillama.parallel.failures import out_of_memory
-from minillama.parallel.memory import peak_memory_gib
+from minillama.parallel.memory import least_memory, peak_memory_gib
 from minillama.parallel.processes import rank
 from minillama.parallel.sharding import FsdpConfig, local
 from minillama.training.config import RunConfig
@@ -19,15 +21,31 @@ REST = "activations and all else"
 FRAGMENTS = "reserved but not allocated"
 
 
+def check_context_fits(packed: Packed, model: Llama, dtype: torch.dtype, device: str) -> None:
+    """Raises UserError if the longest pack cannot be trained on in the memory of a process, whatever the flags.
+
+    The least that it takes: of each token what goes into each block that trains, for the backward. dtype: what the
+    model computes in. Every rank must call it.
+    """
+    tokens, width = int(packed.lengths.max()), model.config.hidden_size
+    blocks = sum(any(p.requires_grad for p in block.parameters()) for block in model.model.layers)
+    needed, memory = tokens * width * blocks * dtype.itemsize, least_memory(device)
+    if needed > memory:
+        raise UserError(
+            f"--data.context-length {packed.context_length}: the longest pack has {tokens:,} tokens, which take more than "
+            f"{needed / 2**30:,.0f} GiB, and a process has {memory / 2**30:,.0f} GiB: give less"
+        )
+
+
 @contextmanager
 def out_of_memory_explained(
     config: RunConfig, fsdp: FsdpConfig, model: nn.Module, optimizer: torch.optim.Optimizer, metrics: Metrics
 ) -> Iterator[None]:
-    """Around training: makes of an out-of-memory error a UserError that says what this rank holds and what would help.
+    """Around training: turns an out-of-memory error into a UserError that says what this rank holds and what would help.
 
     fsdp: config.fsdp with its strategy resolved. On entry the model must be as between steps, with nothing gathered.
     """
-    parameters = list(model.parameters())  # now, as in a step FSDP puts gathered ones in the place of some
+    parameters = list(model.parameters())  # now: within a step FSDP replaces some by gathered ones
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -35,7 +53,7 @@ def out_of_memory_explained(
         if problem is None:
             raise
         device = "cuda" if isinstance(error, torch.OutOfMemoryError) else "cpu"
-        held = held_bytes(parameters, optimizer, device)  # the traceback keeps alive what the step held
+        held = held_bytes(parameters, optimizer, device)  # the traceback keeps the step's tensors alive
         shares = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items())
         metrics.close()
         raise UserError(
@@ -66,11 +84,11 @@ def held_bytes(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer,
 
 
 def remedies(held: dict[str, int], config: RunConfig, fsdp: FsdpConfig, device: str) -> list[str]:
-    """Flags that would make what is held smaller, those for the largest kind first; none that is given already."""
+    """Flags that would reduce what is held, those for the largest kind first; none that is given already."""
     train, optim = config.train, config.optim
     recompute = [] if fsdp.recompute == "full" else ["--fsdp.recompute full"]
     batch = []
-    if train.batch_size > 1:  # the same samples a step
+    if train.batch_size > 1:  # as many samples a step
         smaller = train.batch_size // 2 if train.batch_size % 2 == 0 else 1
         accumulate = train.accumulate * train.batch_size // smaller
         batch = [f"--train.batch-size {smaller} --train.accumulate {accumulate}"]

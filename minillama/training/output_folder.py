@@ -12,6 +12,7 @@ from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,8 +41,8 @@ def find_start(config: RunConfig) -> Checkpoint | None:
 
 
 def _restarted(output_dir: Path) -> bool:
-    """Whether torchrun --max-restarts started this process: the run goes on, whatever it started from."""
-    # Only the node whose worker died counts up.
+    """Whether torchrun --max-restarts restarted this process: then the run goes on, whatever --resume says."""
+    # Only the node whose worker died increments it.
     [restarts] = all_reduce([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))], "max")
     return restarts > 0 and on_rank_zero(lambda: _is_of_this_launch(output_dir))
 
@@ -60,7 +61,6 @@ def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -
         "model": on_rank_zero(lambda: weights_fingerprint(config.model)),
         "data": train.fingerprint,
     }
-    efficiency = train.efficiency(config.train.batch_size, dist.get_world_size(), config.train.accumulate)
     lines = []
     if checkpoint is None:
         progress = config.train.begin(dist.get_world_size())
@@ -77,24 +77,7 @@ def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -
     config.profile.make_folders()
 
     def write() -> None:
-        run = {
-            "id": uuid.uuid4().hex,
-            "launch": _launch(),
-            "command": sys.argv,
-            "flags": asdict(config) | {"model": model_name(config.model)},
-            "model_folder": config.model.resolve(),
-            "data": {"tokens": train.tokens, "packs": len(train), "efficiency": round(efficiency, 4)},
-            "world_size": dist.get_world_size(),
-            "resumed_from": checkpoint and checkpoint.folder,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "minillama": version("minillama"),
-            },
-            "git_commit": _git_commit(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-        file = output_dir / "run.json"
+        run, file = _about(config, train, checkpoint), output_dir / "run.json"
         continues = restarted or _continues(output_dir, resume, checkpoint)
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -111,6 +94,28 @@ def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -
     return progress, fingerprints
 
 
+def _about(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """What run.json says."""
+    efficiency = train.efficiency(config.train.batch_size, dist.get_world_size(), config.train.accumulate)
+    return {
+        "id": uuid.uuid4().hex,
+        "launch": _launch(),
+        "command": sys.argv,
+        "flags": asdict(config) | {"model": model_name(config.model)},
+        "model_folder": config.model.resolve(),
+        "data": {"tokens": train.tokens, "packs": len(train), "efficiency": round(efficiency, 4)},
+        "world_size": dist.get_world_size(),
+        "resumed_from": checkpoint and checkpoint.folder,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "minillama": version("minillama"),
+        },
+        "git_commit": _git_commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
 @cache
 def _claim(folder: Path) -> None:
     """Locks the folder until this process ends. Raises UserError if another process has locked it."""
@@ -121,7 +126,7 @@ def _claim(folder: Path) -> None:
 
 
 def _launch() -> str:
-    """Tells one call of torchrun from another."""
+    """Identifies one call of torchrun."""
     return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID')}"
 
 

@@ -27,7 +27,7 @@ class TrainConfig:
     accumulate: int = 1
     """Micro-batches whose gradients are added up to one step, of batch-size x accumulate x processes packs."""
     clip_norm: float = 0.0
-    """Scale the gradient down to this norm where it is longer; 0: never."""
+    """Scale the gradient down to this norm if its norm is larger; 0: never."""
     freeze_layers: int = 0
     """Full fine-tuning: keep this many of the first blocks, and the embedding, as they are."""
 
@@ -38,7 +38,7 @@ class TrainConfig:
                 raise UserError(f"--train.{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
 
     def begin(self, world_size: int) -> "Progress":
-        """Where a run on so many ranks starts, unless it resumes."""
+        """The progress at the start of a run on so many ranks, unless it resumes."""
         return Progress(packs_per_step=self.batch_size * self.accumulate * world_size)
 
 
@@ -67,7 +67,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: all that decides what its next step trains on, whoever takes it."""
+    """How far a run has come: all that decides what its next step trains on, on any number of ranks."""
 
     packs_per_step: int
     """Packs a step"""
@@ -115,8 +115,8 @@ def steps(
 ) -> Iterator[Step]:
     """What each step from `start` on trains on.
 
-    Every epoch takes every pack once, in an order of its own; its last step may be short. A step's packs do not depend
-    on the number of ranks: each takes its share of them, in as many micro-batches of config.batch_size as that needs.
+    Every epoch takes every pack once, in its own order; its last step may be short. A step's packs do not depend on the
+    number of ranks: each rank takes its share of them, in as many micro-batches of config.batch_size as needed.
     """
     packs, packs_per_step, number = len(packed), start.packs_per_step, start.step
     total = count_steps(packed, config, packs_per_step)
@@ -134,8 +134,8 @@ def steps(
 def prefetched(
     steps: Iterable[Step], load: Callable[[Step], list[Batch]]
 ) -> Iterator[tuple[Step, Future[list[Batch]]]]:
-    """Each step with load(step), which a thread computes while the step before is made: the result raises what load did."""
-    # a new thread is on the first GPU, whatever the process is on
+    """Each step with a future of load(step), which a thread computes during the step before. It raises what load did."""
+    # a new thread starts on the first GPU, whichever the process uses
     place = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_initialized() else None
     with ThreadPoolExecutor(1, initializer=place) as thread:
         waiting = None
@@ -151,9 +151,9 @@ def prefetched(
 def eval_batches(
     packed: Packed, config: EvalConfig, pad_id: int, device: torch.device | str, rank: int, world_size: int
 ) -> Iterator[Batch]:
-    """The validation packs of this rank, each pack once over all ranks; equally many batches on every rank.
+    """The validation packs of this rank, each pack once over all ranks; the same number of batches on every rank.
 
-    config.max_steps takes the same mixed sample of them each time, whatever the run's seed.
+    config.max_steps takes the same random sample of them each time, whatever the run's seed.
     """
     packs_per_step = config.batch_size * world_size
     for cursor in range(0, len(packed), packs_per_step)[: config.max_steps or None]:

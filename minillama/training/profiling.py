@@ -1,4 +1,4 @@
-"""How much arithmetic a step is, how fast this machine could do it, and where a step's time and memory go."""
+"""FLOPs of a step, counted and compared with the formula, and where a step's time and memory go."""
 
 import sys
 import time
@@ -66,7 +66,7 @@ class ProfileConfig:
             )
 
     def make_folders(self) -> None:
-        """Raises UserError for a place that cannot be written, as long as little time is lost."""
+        """Raises UserError for a place that cannot be written, before time is lost."""
         snapshot = self.memory_snapshot and self.snapshot_file().parent
         for flag, folder in (("trace-dir", self.trace_dir), ("memory-snapshot", snapshot)):
             try:
@@ -85,7 +85,7 @@ class ProfileConfig:
 
 
 class Profiler:
-    """Counts or traces the steps that it is told of."""
+    """Counts or traces the steps that it is around."""
 
     def __init__(self, config: ProfileConfig, metrics: Metrics, trace: profile | None) -> None:
         self.counted_step = config.flops_start if config.flops else -1
@@ -102,7 +102,7 @@ class Profiler:
             self.counted = all_reduce([counter.in_products, counter.in_attention])
             self.needed = self._needed(batches)
         elif self.steps == self.counted_step + 1:
-            needed = sum(self._needed(batches))  # asks all ranks: they begin together
+            needed = sum(self._needed(batches))  # a collective: all ranks begin together
             self._wait()
             start = time.perf_counter()
             yield
@@ -148,7 +148,7 @@ def _tera(parts: list[float]) -> str:
 
 @contextmanager
 def profiled(config: ProfileConfig, metrics: Metrics) -> Iterator[Profiler]:
-    """Around training: does what the flags ask, with each step told to the Profiler it yields."""
+    """Around training: does what the flags ask. Each step must run inside the step() of the Profiler it yields."""
     with ExitStack() as stack:
         if config.memory_snapshot:
             stack.enter_context(_memory_recorded(config.snapshot_file()))
@@ -172,7 +172,7 @@ def _trace(folder: Path, metrics: Metrics) -> profile:
 
 
 def longest_operations(trace: profile, device: str, count: int = 10) -> str:
-    """A table of the operations in which this rank spent most time, without that of those they call."""
+    """A table of the operations in which this rank spent most time, without the time of the operations they call."""
     spent = [
         (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total, event.count, event.key)
         for event in trace.key_averages()
@@ -187,9 +187,9 @@ def longest_operations(trace: profile, device: str, count: int = 10) -> str:
 
 @contextmanager
 def _memory_recorded(file: Path) -> Iterator[None]:
-    torch.cuda.memory._record_memory_history(max_entries=100_000)  # without, it grows on the host with every step
+    torch.cuda.memory._record_memory_history(max_entries=100_000)  # without a limit it grows with every step
     try:
         yield
-    finally:  # also out of memory, with the error holding all that the step held
+    finally:  # also when memory runs out, while the error keeps the step's tensors alive
         torch.cuda.memory._dump_snapshot(str(file))
         torch.cuda.memory._record_memory_history(enabled=None)

@@ -1,4 +1,4 @@
-"""The checkpoint to resume from: found, read through, and sound, before anything of it is used."""
+"""The checkpoint to resume from: found, read and verified before anything of it is used."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ T = TypeVar("T")
 MANIFEST = "checkpoint.json"
 """Written last: what a checkpoint holds, with the size and the hash of each file, and a hash of itself."""
 WAITS = (1, 2, 4, 8, 16, 32)
-"""Seconds between tries to see or read a file: together more than the minute for which NFS may show a machine the past"""
+"""Seconds between tries to find or read a file: together more than the minute for which NFS may show old contents"""
 COUNTS = ("step", "epoch", "cursor", "tokens")
 SHAPE = {
     "files": {...: {"bytes": int, "sha256": str}},
@@ -41,7 +41,7 @@ SHAPE = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on the disk that was found to be sound."""
+    """A checkpoint on the disk that was verified."""
 
     folder: Path
     content: dict[str, Any]
@@ -53,12 +53,12 @@ class Checkpoint:
         return Progress(**saved | {"unlogged": tuple(saved["unlogged"])})
 
     def attention(self, device: str) -> str | None:
-        """The attention it was made with, if on the same kind of device: what is fast on a CPU is slow on a GPU."""
+        """The attention it was made with, if on the same kind of device: one that is fast on a CPU is slow on a GPU."""
         return self.content["attention"] if self.content["device"] == device else None
 
 
 def find_checkpoint(resume: str, output_dir: Path) -> Checkpoint | None:
-    """What --resume asks for, read through and sound: auto: the newest of output_dir, or None if there is none yet.
+    """The verified checkpoint that --resume asks for. auto: the newest of output_dir, or None if there is none yet.
 
     Otherwise `resume` is the folder of a checkpoint, or of a run, whose newest it takes. Every rank must call it.
     Raises UserError, on every rank, for a folder without a sound checkpoint, and for one that a rank cannot read.
@@ -73,14 +73,15 @@ def find_checkpoint(resume: str, output_dir: Path) -> Checkpoint | None:
     for candidate in candidates:
         content, problem = _inspect(candidate)
         if problem is None:
+            for path, problem in problems:
+                say(f"checkpoint {path} is damaged: {problem}")
             if resume == "auto":
                 on_rank_zero(lambda: _set_aside([path for path, _ in problems]))
             return Checkpoint(candidate, content)
         problems.append((candidate, problem))
-        say(f"checkpoint {candidate} is damaged: {problem}")
     raise UserError(
         f"no checkpoint of {folder} is sound: {'; '.join(f'{path.name}: {problem}' for path, problem in problems)}; "
-        "to start anew, remove them"
+        "to start from scratch, remove them"
     )
 
 
@@ -105,7 +106,7 @@ def saved_steps(output_dir: Path) -> dict[int, Path]:
 
 
 def _set_aside(damaged: list[Path]) -> None:
-    """Gives damaged checkpoints a name under which they neither count as the newest nor make room for sound ones."""
+    """Renames damaged checkpoints, so that they neither count as the newest nor push out sound ones."""
     for path in damaged:
         aside = path.with_name(path.name + ".damaged")
         shutil.rmtree(aside, ignore_errors=True)
@@ -116,8 +117,8 @@ def _set_aside(damaged: list[Path]) -> None:
 def _inspect(folder: Path) -> tuple[dict[str, Any], str | None]:
     """(checkpoint.json, what is wrong): all files are read and hashed, each by one of the ranks.
 
-    Wrong is what no rank has, and what has another hash. What a rank cannot see or read, though it is there, proves
-    nothing: raises UserError, on every rank, if that stays so.
+    Damaged is a file that no rank has, and one with another hash. If only some ranks cannot see or read a file, that
+    proves no damage: raises UserError, on every rank, if it stays so.
     """
     if problem := _missing(folder, [MANIFEST]):
         return {}, f"{problem}, so it was not written to its end"
@@ -148,9 +149,9 @@ def unreadable_text(folder: Path, problem: str, name: str, rank: int = 0) -> str
 
 
 def _missing(folder: Path, names: list[str]) -> str | None:
-    """What to say of files that no rank has, however often all look; None if all ranks see all of them, at last.
+    """What to say of files that no rank has after several tries; None if all ranks see all of them in the end.
 
-    Raises UserError if some do not.
+    Raises UserError if only some ranks see a file.
     """
     for tries, wait in enumerate((*WAITS, None)):
         unseen = {name: problem for name in names if (problem := _unseen(folder / name))}
@@ -244,7 +245,7 @@ def hash_of(content: dict[str, Any]) -> str:
 
 
 def damage_of(folder: Path, name: str, wanted: dict[str, Any]) -> str | None:
-    """What is wrong with a file. Raises OSError if it cannot be read, however often it is tried."""
+    """What is wrong with a file. Raises OSError if it cannot be read, after several tries."""
     found = patiently(lambda: described(folder / name))
     if found["bytes"] != wanted["bytes"]:
         return f"{name} has {found['bytes']} bytes, not the {wanted['bytes']} that were written"
@@ -252,9 +253,9 @@ def damage_of(folder: Path, name: str, wanted: dict[str, Any]) -> str | None:
 
 
 def patiently(read: Callable[[], T]) -> T:
-    """What `read` returns, if need be at a later try: disks that machines share fail for moments, and recover.
+    """What `read` returns, after several tries if needed: shared disks fail for moments and recover.
 
-    Raises OSError if it keeps failing, and at once for a file that is not there, or that may not be read.
+    Raises OSError if it keeps failing, and at once for a file that does not exist or may not be read.
     """
     for wait in WAITS:
         try:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from datetime import date
+from shlex import quote
 from typing import Any, TypeVar
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,12 +17,14 @@ from minillama.hardware.kernels import choose_kernels
 from minillama.hardware.precision import choose_precision, compact_base
 from minillama.model.config import LlamaConfig
 from minillama.model.llama import Llama
+from minillama.model.quant import quantized_layers
 from minillama.parallel.processes import on_rank_zero, rank, say, warn
 from minillama.parallel.sharding import FsdpConfig, choose_strategy, make_mesh, set_dtypes
 from minillama.tokenizer.tokenizer import load_tokenizer
 from minillama.training.config import RunConfig
-from minillama.training.flops import MFU_FORMULA, count_parameters
+from minillama.training.flops import count_parameters
 from minillama.training.metrics import plot_loss
+from minillama.training.out_of_memory import check_context_fits
 from minillama.training.output_folder import find_start, start_run
 from minillama.training.plan import Progress, count_steps
 from minillama.training.resume import Checkpoint
@@ -43,9 +46,9 @@ class Run:
     progress: Progress
     """Where it starts"""
     checkpoint: Checkpoint | None
-    """What it resumes from; None: the base model"""
+    """The checkpoint it resumes from; None: it starts from the base model"""
     fingerprints: dict[str, str]
-    """Of the base model and of the training data: what a run that resumes must find again"""
+    """Of the base model and of the training data; a run that resumes must have the same"""
 
     @property
     def parameter_device(self) -> str:
@@ -54,7 +57,7 @@ class Run:
 
 
 def resolve(config: C, device: str) -> tuple[C, Checkpoint | None, str]:
-    """config with its hub id, precision and date resolved, the checkpoint to resume from, and the precision in words.
+    """config with its hub id, precision and date resolved, the checkpoint to resume from, and the precision as text.
 
     Every rank must call it. Raises UserError for a model that is not there and for --resume without a sound checkpoint.
     """
@@ -66,9 +69,9 @@ def resolve(config: C, device: str) -> tuple[C, Checkpoint | None, str]:
 
 
 def with_date(config: DataConfig, checkpoint: Checkpoint | None) -> DataConfig:
-    """config with the day that chat templates are told: the one given, else that of the checkpoint, else today.
+    """config with the date for chat templates: the one given, else that of the checkpoint, else today.
 
-    Every rank must call it, and gets rank 0's day: on another machine it may be tomorrow already.
+    Every rank must call it, and gets rank 0's date: on another machine it may be tomorrow already.
     """
     saved = checkpoint.content["flags"]["data"].get("date") if checkpoint else None
     return replace(config, date=config.date or saved or on_rank_zero(lambda: date.today().isoformat()))
@@ -79,7 +82,7 @@ def prepare_run(
 ) -> Run:
     """Decides dtypes, strategy, mesh and attention for a model on the meta device, reads the data, writes run.json.
 
-    weights: of the base model; config, checkpoint, precision: as `resolve` returns them. Says what the run is about to do.
+    weights: of the base model; config, checkpoint, precision: as `resolve` returns them. Prints the run's summary.
     Every rank must call it. Raises UserError for what is wrong with data and flags, before any weight is read.
     """
     set_dtypes(model, config.fsdp)
@@ -92,6 +95,7 @@ def prepare_run(
     train, validation = load_data(
         config.data, tokenizer, model.config.vocab_size, config.seed, validation=config.eval.enabled
     )
+    check_context_fits(train, model, fsdp.compute_dtype, device)
     progress, fingerprints = start_run(config, train, checkpoint)
     run = Run(device, fsdp, mesh, tokenizer, train, validation, progress, checkpoint, fingerprints)
     say(summary(config, run, model, precision, attention))
@@ -99,7 +103,7 @@ def prepare_run(
 
 
 def summary(config: RunConfig, run: Run, model: Llama, precision: str, attention: str) -> str:
-    """What a run is about to do, in a few lines. precision, attention: which, and why."""
+    """What a run will do, in a few lines. precision, attention: which, and why."""
     fsdp, mesh = run.fsdp, run.mesh
     total, trained = count_parameters(model)
     spread = fsdp.strategy + (f" of {mesh.size(1)}" if fsdp.strategy == "hybrid-shard" else "")
@@ -112,6 +116,11 @@ def summary(config: RunConfig, run: Run, model: Llama, precision: str, attention
         f"precision   {precision}",
         f"attention   {attention}{'; blocks compiled' if config.kernels.compile else ''}",
     ]
+    if layers := quantized_layers(model).values():
+        size = sum(layer.nbytes for layer in layers) / sum(layer.in_features * layer.out_features for layer in layers)
+        lines.insert(
+            1, f"base        {len(layers)} linear layers in {next(iter(layers)).kind}, {size:.3f} bytes a weight"
+        )
     train, optim = config.train, config.optim
     steps = count_steps(run.train, train, run.progress.packs_per_step)
     text = described(run.train, model.config, train.batch_size, mesh.size(), train.accumulate)
@@ -124,24 +133,39 @@ def summary(config: RunConfig, run: Run, model: Llama, precision: str, attention
         f"({optim.schedule}, {optim.warmup_steps} steps of warmup), weight decay {optim.weight_decay:g}"
     )
     lines.append(f"output      {config.output_dir}")
-    lines.append(f"mfu         {MFU_FORMULA}")
     return "\n".join(lines)
 
 
 def finish_run(config: RunConfig) -> None:
-    """Draws loss.png, and says how to go on. What it cannot draw is no reason to fail: all is saved."""
+    """Draws loss.png, and prints the next command. A failure to draw only warns: everything is saved."""
     if rank() != 0:
         return
-    output, trained = config.output_dir, "--model {0} --adapter {1}/adapter"
+    output = config.output_dir
     try:
         if not plot_loss(output / "metrics.jsonl", output / "loss.png"):
             say(f"loss.png: not drawn without matplotlib: pip install matplotlib, tools/plot_metrics.py {output}")
     except UserError as error:
         warn(str(error))
+    for command in next_commands(config):
+        say(f"next: {command}")
+
+
+def next_commands(config: RunConfig) -> list[str]:
+    """The commands after a run: to ask the model, to measure it and, with LoRA, to merge it."""
+    output, base, data = config.output_dir, quote(model_name(config.model)), config.data
+    adapter = quote(str(output / "adapter"))
+    trained = f"--model {base} --adapter {adapter}"
     if not (output / "adapter").is_dir():
-        trained = "--model {1}/model"
-    asked = "" if config.data.dataset == "chat" else " --template none"
-    say(f"next: python recipes/generate.py {trained.format(model_name(config.model), output)}{asked} --prompt TEXT")
+        trained = f"--model {quote(str(output / 'model'))}"
+    template = "" if data.dataset == "chat" else " --template none"
+    rows = quote(str(data.val_path)) if data.val_path else "FILE"
+    commands = [
+        f"python recipes/generate.py {trained}{template} --prompt TEXT",
+        f"python recipes/evaluate.py {trained} --data.dataset {quote(data.dataset)} --data.path {rows}",
+    ]
+    if hasattr(config, "lora") and not (output / "model").is_dir():
+        commands.append(f"python tools/merge_lora.py {base} {adapter} {quote(str(output / 'model'))}")
+    return commands
 
 
 def described(packed: Packed, config: LlamaConfig, batch_size: int, world_size: int, accumulate: int = 1) -> str:

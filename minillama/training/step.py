@@ -26,30 +26,30 @@ def train_step(
     clip_norm: float = 0.0,
     scaler: LossScaler | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step over the micro-batches of all ranks, of which each rank must bring equally many.
+    """One optimizer step over the micro-batches of all ranks. Each rank must have the same number of them.
 
     The loss is the sum over all trained tokens of the step, of all micro-batches and ranks, divided by their number, so
-    it does not depend on how the samples are split. Returns (loss, norm of the gradient before clipping), both fp32 ():
-    reading them waits for the device. No trained token at all: loss and gradient are 0. Nothing here waits for it, but
-    for a scaler, which must know whether the norm is finite, and offloaded gradients.
+    it does not depend on how the samples are split. Returns (loss, norm of the gradient before clipping), both fp32 ().
+    Without any trained token, loss and gradient are 0. Nothing here waits for the device, except with a scaler, which
+    must know whether the norm is finite, and with offloaded gradients.
 
-    On several processes the model is what `shard` made, or a user's own fully_shard, whose gradients are from now on
-    summed and not averaged, or DistributedDataParallel; without a process group this one is alone. Raises UserError, on
-    every rank and with the weights as they were, for a parameter whose gradient is not summed over all processes.
+    On several processes the model is sharded by `shard` or by the user's own fully_shard (whose gradients are summed from
+    now on, not averaged), or it is a DistributedDataParallel. Raises UserError, on every rank and with unchanged weights,
+    for a parameter whose gradient is not summed over all processes.
 
-    With a scaler, for fp16, the gradients are those of the loss times scaler.scale until they are summed up; a step whose
-    norm is not finite is skipped. The norm is one number for all ranks, so they all skip or none does.
+    With a scaler, for fp16, gradients are those of the loss times scaler.scale until they are summed. A step whose norm is
+    not finite is skipped. The norm is the same on all ranks, so all skip or none does.
     """
     device = micro_batches[0].tokens.device
     scale = scaler.scale if scaler else 1.0
     sum_gradients(model)
-    factor = process_count() if isinstance(model, DistributedDataParallel) else 1  # it can only average
+    factor = process_count() if isinstance(model, DistributedDataParallel) else 1  # DDP can only average
     trained = torch.full((), float(sum(batch.trained for batch in micro_batches)), device=device)
     _all_reduce(trained)
     trained.clamp_(min=1)
     total = torch.zeros((), device=device)
     for number, batch in enumerate(micro_batches, 1):
-        last = number == len(micro_batches)  # replicas add up their micro-batches before they meet
+        last = number == len(micro_batches)  # replicas accumulate their micro-batches before they reduce
         if isinstance(model, FSDPModule):
             model.set_requires_all_reduce(last)
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
@@ -75,9 +75,9 @@ def train_step(
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     """L2 norm of all gradients together, computed in fp32 whatever their dtype: (). Of none: 0.
 
-    Plain gradients are taken to be alike on all ranks. Of DTensors, on one mesh or several, every rank must bring its part.
+    Plain gradients must be the same on all ranks. Of DTensors, on one mesh or several, every rank must pass its part.
     """
-    parts: dict[tuple[tuple[DeviceMesh, int], ...], list[Tensor]] = {}  # by the dimensions of meshes that split them
+    parts: dict[tuple[tuple[DeviceMesh, int], ...], list[Tensor]] = {}  # grouped by the mesh dimensions that shard them
     for gradient in gradients:
         split: list[tuple[DeviceMesh, int]] = []
         if isinstance(gradient, DTensor):
@@ -116,8 +116,8 @@ def evaluate(
 ) -> tuple[float, int] | None:
     """(Mean loss a trained token in nats, number of trained tokens) over the batches of all ranks.
 
-    Every rank must bring equally many. None once `stopping`, asked before each batch and of one mind on all ranks, says
-    so. Raises UserError if there is nothing to predict.
+    Every rank must have the same number of batches. None if `stopping`, called before each batch and consistent across
+    ranks, returns true. Raises UserError if there is nothing to predict.
     """
     was_training = model.training
     model.eval()

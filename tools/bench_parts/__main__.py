@@ -1,8 +1,8 @@
-"""A contender of tools/bench.py: a process of its own that keeps its model and works when it is told to.
+"""A contender of tools/bench.py: a process that keeps its model and runs the commands it gets.
 
-It reads a job, one line of JSON, from standard input, and then a command a line: {"first": n, "count": k} makes the steps
-n to n + k - 1 and answers with their seconds, losses and so on. Steps have their numbers as random seed and parameters
-their names, so all contenders train the same model on the same tokens, and their losses can be compared.
+It reads a job, one line of JSON, from standard input, and then one command a line: {"first": n, "count": k} runs the steps
+n to n + k - 1 and answers with their seconds, losses and so on. The number of a step and the name of a parameter are its
+random seed, so all contenders train the same model on the same tokens, and their losses can be compared.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def make_contender(job: Job, stack: contextlib.ExitStack) -> Any:
 
         return Loss(job, stack)
     match job["contender"], job["generate"]:
-        case "ours", False:
+        case "ours" | "nf4" | "int8", False:
             from ours import Ours as Contender
         case "ours", True:
             from ours import OursGenerating as Contender
@@ -70,6 +70,8 @@ def train(contender: Any, job: Job, first: int, count: int) -> dict[str, Any]:
         synchronise(job)
         seconds.append(time.perf_counter() - began)
         cpu_seconds += time.process_time() - cpu_began
+        if job["contender"] in ("nf4", "int8"):
+            parts.append({"dequantising": contender.dequantising_seconds() / seconds[-1]})
     found = {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,

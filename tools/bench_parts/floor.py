@@ -1,4 +1,4 @@
-"""The floor under our step, as a contender of tools/bench.py."""
+"""The floor of our step, as a contender of tools/bench.py: its matrix products and attention alone."""
 
 import contextlib
 import time
@@ -15,11 +15,11 @@ from minillama.model.llama import Llama
 
 
 class Floor:
-    """The matrix products and attention calls that our step cannot do without, alone.
+    """The matrix products and attention calls that our step needs, and nothing else.
 
     Products: forward; the gradient of an input that has one; the gradient of a weight that trains. The head: rows with
     a label. Attention: SDPA within each document, backward too from the first layer that trains on. Operands of one
-    shape are made once and results written in place, so nothing is paid for memory.
+    shape are made once and results written in place, so no time is spent on allocation.
     """
 
     def __init__(self, job: Job, stack: contextlib.ExitStack) -> None:

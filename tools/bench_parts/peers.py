@@ -14,7 +14,7 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 class TorchPeer:
-    """What the two peers have in common: AdamW, clipping and the order of a step as their users write it."""
+    """Common to both peers: AdamW, clipping and the order of a step as their users write it."""
 
     model: nn.Module
     device: str
@@ -100,7 +100,7 @@ def hugging_face_name(name: str) -> str:
 class Torchtune(TorchPeer):
     """torchtune 0.6.1: its model, LoRA, chunked loss, masks of packed documents, recompute and compile.
 
-    It trains in one dtype: in mixed precision bf16. Rows of q and k stand in Meta's order.
+    It trains in one dtype: in mixed precision bf16. Rows of q and k are in Meta's order.
     """
 
     def __init__(self, job: Job, stack: contextlib.ExitStack) -> None:

@@ -14,6 +14,7 @@ from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_ada
 from minillama.adapters.lora import LoraConfig, apply_lora
 from minillama.model.config import LlamaConfig
 from minillama.model.llama import Llama
+from minillama.model.quant import apply_quantization
 
 RANK, ALPHA, PROMPT_LEN, LR, CLIP_NORM = 8, 32, 10, 1e-4, 1.0
 SHORTEST, LONGEST = 50, 400
@@ -63,7 +64,7 @@ def make_work(job: Job, step: int) -> Work:
 def parameter_value(name: str, like: Tensor, width: int) -> Tensor:
     """Ones for norms, else N(0, 1 / width), which keeps the scale of activations, drawn from the name alone.
 
-    Adapters' B and gates too: were they zero, as when training starts, a wrong adapter would leave the loss as it is.
+    Adapters' B and gates too: if they were zero, as when training starts, a wrong adapter would not change the loss.
     """
     if "norm" in name:
         return torch.ones_like(like)
@@ -88,6 +89,8 @@ def make_model(job: Job) -> Llama:
         model = Llama(LlamaConfig(**job["config"]))
     if job["method"] != "full":
         model.requires_grad_(False)
+    if (quantize := job.get("contender")) in ("nf4", "int8"):
+        apply_quantization(model, quantize)
     if job["method"] == "lora":
         apply_lora(model, LoraConfig(RANK, ALPHA, 0.0, tuple(job["targets"])))
     elif job["method"] == "llama-adapter":

@@ -1,8 +1,8 @@
-"""A process of tools/gpu_check.py that makes checks, one after the other.
+"""A process of tools/gpu_check.py that runs checks, one after the other.
 
 It reads a job, one line of JSON, from standard input, and answers with lines of JSON: {"names": [...]}, and then for each
-check {"begins": number} and {"row": {...}}. Of several processes the first answers. It ends where it can do no more:
-after an error of CUDA, and of several processes after any failure, as the others may be elsewhere by then.
+check {"begins": number} and {"row": {...}}. Of several processes the first answers. It ends when it cannot go on:
+after a CUDA error, and with several processes after any failure, because they may be at different points by then.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from runs import run_checks, strategy_checks
 
 
 def all_checks(context: Context) -> list[Check]:
-    """In the order in which they are made: what is small and what others rest on comes first."""
+    """In the order in which they run: small ones, and those that others depend on, come first."""
     if context.processes > 1:
         return strategy_checks(context)
     return [*kernel_checks(context), *model_checks(context), *run_checks(context)]

@@ -23,9 +23,9 @@ class Check:
     """What --only names"""
     name: str
     measure: Callable[[], float | tuple[float, str]]
-    """The error, or another number to know, and perhaps something to say of it"""
+    """The error, or another number, and perhaps a remark"""
     tolerance: float | None = None
-    """The largest error that passes; None: a number that nothing is compared with"""
+    """The largest error that passes; None: the number is only reported"""
     skip: str = ""
     """Why it cannot run here, if it cannot"""
 
@@ -40,7 +40,7 @@ class Context:
 
     device: str
     folder: Path
-    """For what they write, and what one process leaves for several to compare with"""
+    """For what they write, and what one process leaves for several to compare"""
     stack: contextlib.ExitStack
     processes: int = 1
     joined: bool = field(default=False, init=False)
@@ -61,7 +61,7 @@ class Context:
         return LlamaConfig(512, 64, 128, 2, 4, 2, rms_norm_eps=1e-5)
 
     def join(self) -> None:
-        """Makes the process group, once: what needs none is checked before."""
+        """Makes the process group, once: checks that need none run before."""
         if not self.joined:
             self.stack.enter_context(process_group("cuda" if self.cuda else "cpu", timeout_minutes=3))
             self.joined = True
@@ -74,7 +74,7 @@ class Context:
 
 
 def run(check: Check) -> dict[str, Any]:
-    """The row of a check, whatever happens in it."""
+    """Runs a check; returns its row even if it fails."""
     row = {"group": check.group, "check": check.name, "tolerance": check.tolerance, "error": None}
     if check.skip:
         return row | {"result": "not run", "detail": check.skip, "seconds": 0.0}

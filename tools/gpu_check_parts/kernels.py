@@ -11,7 +11,7 @@ from minillama.training.optim import PART, CompensatedAdamW
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
-# Relative, of whole tensors. What is wrong (a mask, a scale, an order) is wrong by a tenth or more.
+# Relative errors of whole tensors. A mistake (mask, scale, order) gives a tenth or more.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 
 
@@ -89,7 +89,7 @@ def product_error(device: str, dtype: torch.dtype) -> float:
 
 
 def layouts(context: Context) -> list[list[list[int]]]:
-    """Documents of two rows of one length: one a row, alike, unlike, and with many of a single token."""
+    """Documents of two rows of one length: one a row, of equal and different lengths, and many of a single token."""
     if context.cuda:
         return [[[512], [512]], [[64] * 8, [64] * 8], [[300, 1, 150, 61], [128, 129, 255]], [[1] * 8 + [504], [512]]]
     return [[[64], [64]], [[16] * 4, [16] * 4], [[30, 1, 25, 8], [16, 17, 31]], [[1] * 5 + [59], [64]]]

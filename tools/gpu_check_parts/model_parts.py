@@ -128,9 +128,9 @@ def adapted(context: Context, kind: str, dropout: float = 0.0) -> Llama:
 
 @torch.no_grad()
 def filled(model: Llama) -> Llama:
-    """With random weights, the same in every dtype, on every device and however they are spread.
+    """With random weights, the same in every dtype, on every device and for any sharding.
 
-    What an adapter starts with at zero is not zero, or a wrong one would change nothing.
+    Adapter weights that start at zero are random too: else a wrong adapter would change nothing.
     """
     for name, parameter in model.named_parameters():
         drawn = random(*parameter.shape, seed=zlib.crc32(name.encode()))

@@ -115,7 +115,7 @@ def strategy_checks(context: Context) -> list[Check]:
     """Losses and gradient norms of 4 steps against a plain model on one process; those of several processes too."""
     where = "1 process" if context.processes == 1 else f"{context.processes} processes"
     found = []
-    # On one process of a CPU nothing is spread, and nothing else is called.
+    # On one process of a CPU nothing is sharded, and no other code runs.
     for strategy in STRATEGIES if context.cuda or context.processes > 1 else ("full-shard",):
         for kind in KINDS if strategy == "full-shard" else ("full", "lora"):
             found.append(
@@ -362,7 +362,7 @@ def numbers_of(context: Context, kind: str, fsdp: FsdpConfig | None) -> dict[str
 
 
 def shared_generation_error(context: Context) -> tuple[float, str]:
-    """How many answers of a model spread over all processes are not those of the whole model, which each makes too."""
+    """How many answers of a model sharded over all processes differ from those of the whole model on each process."""
     spread = answering(context, "fp32")
     whole = adapted(context, "full").requires_grad_(False)
     set_dtypes(whole, FsdpConfig(precision="fp32"))

@@ -36,9 +36,9 @@ class Cost:
     folder: Path
     """A new folder, on the disk that is to be measured"""
     layers: int = 47
-    """4 million weights each, 48 MB of state"""
+    """Layers of 4 million weights, 48 MB of state each"""
     saves: int = 4
-    """Checkpoints of each kind; the first fills the buffers and is reported apart"""
+    """Checkpoints of each kind; the first fills the buffers and is reported separately"""
     device: Device = "auto"
 
 

@@ -1,4 +1,4 @@
-"""What converting and merging cost beside a plain copy: time, and the most anonymous memory of the process.
+"""What converting and merging cost, compared with a plain copy: time, and the peak of anonymous memory.
 
     python tools/measure/conversion_cost.py --folder /tmp/convert    4 GB of random bf16 weights, some 20 GB of disk
 
@@ -41,9 +41,9 @@ class Cost:
     folder: Path
     """A new folder, on the disk that is to be measured"""
     layers: int = 16
-    """Of 100 million weights each, 0.2 GB"""
+    """Layers of 100 million weights, 0.2 GB each"""
     rounds: int = 2
-    """Times that each is done; the faster one counts"""
+    """Repetitions; the fastest counts"""
 
 
 def make_base(folder: Path, layers: int) -> None:

@@ -1,9 +1,9 @@
-"""How fast rows become packs, beside datasets.map with the same tokenizer, and how much memory that takes.
+"""How fast rows become packs, compared with datasets.map with the same tokenizer, and how much memory that takes.
 
 python tools/measure/data_speed.py --tokenizer MODEL_FOLDER --rows FILE.json --folder /tmp/speed
 
-Copies FILE's rows, with numbers so that no two are alike, into a file of --megabytes, and has both read, tokenize and
-keep it, in turns and in processes of their own. Needs pip install -e ".[hub]".
+Copies FILE's rows, with numbers so that no two are the same, into a file of --megabytes. Both read, tokenize and store
+it, in turns and in processes of their own. Needs pip install -e ".[hub]".
 """
 
 import json
@@ -38,7 +38,7 @@ class Config:
     rows: Path
     """Rows to copy."""
     folder: Path
-    """For the large file and the caches; made if need be, and emptied of these."""
+    """For the large file and the caches; created if needed. They are removed at the end."""
     dataset: str = "samsum"
     """The rows' format."""
     megabytes: int = 200
@@ -69,7 +69,7 @@ def ours(config: Config, answer: Any) -> None:
 
 
 def read_all(config: Config, answer: Any) -> None:
-    """What a rank does with the packs, without the training: goes through all of them."""
+    """What a rank does with the packs, without training: reads all of them."""
     tokenizer = load_tokenizer(config.tokenizer)
     packed = open_packed(prepare(data_config(config), tokenizer, 0, validation=False)[0])
     began = time.perf_counter()

@@ -39,7 +39,7 @@ class Kills:
     folder: Path
     """A new folder, for what the two runs leave"""
     model: Path
-    """A small one, or it takes long"""
+    """A small model, or it takes long"""
     recipe: Path = Path("recipes/lora_fsdp.py")
     kills: int = 50
     processes: int = 2
@@ -47,7 +47,7 @@ class Kills:
     longest: float = 9.0
     """Seconds after the start of a run within which it is killed"""
     flags: str = "--train.epochs 60 --checkpoint.every 2 --train.batch-size 1 --data.context-length 256 --optim.lr 1e-3"
-    """Of the recipe, beside the model, the output folder and the device"""
+    """Flags of the recipe, besides the model, the output folder and the device"""
 
 
 def start(args: Kills, out: Path, *more: str) -> subprocess.Popen:

@@ -1,4 +1,4 @@
-"""How much host memory loading takes on top of the model itself, measured on a checkpoint made for the purpose.
+"""How much host memory loading takes on top of the model itself, measured on a random checkpoint.
 
     torchrun --nproc_per_node 2 tools/measure/loading_memory.py --folder /tmp/big
 
