@@ -176,7 +176,7 @@ def test_every_flag_named_exists(flags):
 def test_the_numbers_in_the_table_are_defaults_and_llama_recipes():
     groups = {"lora": LoraConfig(), "adapter": LlamaAdapterConfig()} | vars(RunConfig(Path(), Path()))
     table = PAGES["docs/from_llama_recipes.md"]
-    number = r"-?[\d.]+(?:e-?\d+)?"
+    number = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
     found = {}
     for theirs, ours in (row.split("|")[1:3] for row in table.splitlines() if row.startswith("| ")):
         stated = {flag: float(value) for flag, value in re.findall(rf"--([a-z][\w.-]*) ({number})(?![\w.])", ours)}
