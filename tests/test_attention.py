@@ -63,7 +63,9 @@ def test_math_of_many_blocks_in_bf16_is_at_least_as_exact_as_flash(kv_heads, wid
         pairs = outputs_and_gradients(name, LONG[0], 3, kv_heads, width, torch.bfloat16)
         return [((a - b).norm() / b.norm()).item() for a, b in pairs]
 
+    before = torch.backends.mkldnn.matmul.fp32_precision
     (output, *gradients), (flash_output, *flash_gradients) = errors("math"), errors("flash")
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
     # With AMX ours rounds probabilities to bf16, and flash their exponentials, of which the largest is exactly 1.
     assert output < min(1.2 * flash_output, 4e-3)
     for ours, flash in zip(gradients, flash_gradients, strict=True):

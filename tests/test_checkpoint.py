@@ -32,7 +32,7 @@ from minillama.parallel.sharding import FsdpConfig, make_mesh, set_dtypes, shard
 from minillama.training.checkpoint import CheckpointConfig, Checkpoints
 from minillama.training.config import RunConfig
 from minillama.training.optim import LossScaler, OptimConfig, make_optimizer
-from minillama.training.plan import EvalConfig, Progress, Step
+from minillama.training.plan import Progress, Step
 from minillama.training.resume import MANIFEST, Checkpoint, find_checkpoint, hash_of
 from minillama.training.step import train_step
 
@@ -153,6 +153,19 @@ def load_some(mesh, folder, out):
     return results
 
 
+def draw_on_other_ranks(mesh, folder, out):
+    """The first random number of runs that go on where other numbers of ranks stopped."""
+    resumed, drawn = found(out / "0"), []
+    for seed, step in ((42, 2), (42, 3), (43, 2), (42, 2)):
+        progress = resumed.content["progress"] | {"step": step}
+        other = Checkpoint(resumed.folder, resumed.content | {"world_size": 4, "progress": progress})
+        run = training(folder, out / "0", **parts_of(KINDS[0], out))
+        run.config = replace(run.config, seed=seed)
+        with run.checkpoints(other):
+            drawn.append(torch.rand(1).item())
+    return drawn
+
+
 def test_what_is_loaded_is_what_was_saved(tiny_folder, tmp_path):
     saved = run_ranks(save_some, 2, tiny_folder, tmp_path)
     for ranks in (1, 2):
@@ -163,6 +176,8 @@ def test_what_is_loaded_is_what_was_saved(tiny_folder, tmp_path):
                 same = torch.equal(one[1], other[1]), one[2] == other[2], equal(one[3], other[3])
                 assert same == (ranks == 2,) * 3, kind  # other ranks take other samples here, and draw other numbers
     assert not torch.equal(saved[0][0][1], saved[1][0][1])  # each rank draws its own
+    one, two = run_ranks(draw_on_other_ranks, 2, tiny_folder, tmp_path)
+    assert one[0] == one[3] and two[0] == two[3] and len({*one, *two}) == 6  # by seed, step and rank
 
     files = sorted((tmp_path / "2/checkpoints/step-00000002").rglob("*.safetensors"))
     assert {file.parent.name for file in files} == {"model", "optimizer", "random"} and len(files) > 10
@@ -229,10 +244,9 @@ def test_when_a_checkpoint_is_due():
     made = [Step(n, n // 4, n % 4 + 1, 0, n % 4 == 3, n == 9, []) for n in range(10)]
     due = {every: [s.number + 1 for s in made if CheckpointConfig(every=every).due(s)] for every in (0, 3, -1)}
     assert due == {0: [4, 8, 10], 3: [3, 6, 9, 10], -1: []}
-    assert EvalConfig(every=3).due(made[2])
-    for wrong in ({"every": -2}, {"keep": -1}):
-        with pytest.raises(UserError):
-            CheckpointConfig(**wrong)
+    for name, wrong in (("every", -2), ("keep", -1)):
+        with pytest.raises(UserError, match=rf"--checkpoint\.{name} {wrong}: must be at least 1"):
+            CheckpointConfig(**{name: wrong})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -147,11 +148,28 @@ def test_rope_settings_that_disagree_are_read_as_transformers_reads_them():
         ({"hidden_size": None}, "hidden_size"),
         ({"num_attention_heads": 5}, "num_attention_heads"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"vocab_size": 2**24 + 1}, "no Llama is that large"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1"),
+        ({"rope_theta": -1.0}, "rope_theta = -1.0"),
+        ({"rope_scaling": 3}, "which are no object"),
+        ({"rope_scaling": {"factor": 2.0}}, "has a factor but no rope_type"),
+        ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ],
 )
 def test_unsupported_configs_are_named(changes, named):
     with pytest.raises(UserError, match=named):
         LlamaConfig.from_dict(TINY | changes)
+
+
+def test_the_largest_sizes_and_the_defaults_of_transformers():
+    assert LlamaConfig.from_dict(TINY | {"vocab_size": 2**24}).vocab_size == 2**24
+    theirs = HFConfig()
+    for name, value in asdict(LlamaConfig()).items():
+        if not name.startswith("rope"):
+            assert value == getattr(theirs, name), name
+    torch.testing.assert_close(rope_frequencies(LlamaConfig()), LlamaRotaryEmbedding(theirs).inv_freq)
 
 
 def test_tied_head_is_one_parameter():

@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from test_layering import ROOMS
 
 import minillama
 from minillama import shard, train_step
+from minillama.adapters.llama_adapter import LlamaAdapterConfig
 from minillama.adapters.lora import LoraConfig
 from minillama.data.batch import collate
 from minillama.data.cache import open_packed, prepare
@@ -33,7 +34,7 @@ from minillama.model.llama import Llama
 from minillama.parallel.initialise import initialise, materialise
 from minillama.parallel.sharding import FsdpConfig, set_dtypes
 from minillama.tokenizer.tokenizer import load_tokenizer
-from minillama.training.plan import TrainConfig
+from minillama.training.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -172,13 +173,22 @@ def test_every_flag_named_exists(flags):
         assert not {word for word in command if word.startswith("--")} - flags[recipe] - {"--nproc_per_node"}, command
 
 
-def test_defaults_in_the_tables_are_true():
+def test_the_numbers_in_the_table_are_defaults_and_llama_recipes():
+    groups = {"lora": LoraConfig(), "adapter": LlamaAdapterConfig()} | vars(RunConfig(Path(), Path()))
     table = PAGES["docs/from_llama_recipes.md"]
-    assert "--train.batch-size 4" in table and TrainConfig().batch_size == 4
-    assert "--train.epochs 3" in table and TrainConfig().epochs == 3
-    lora = asdict(LoraConfig())
-    assert "--lora.rank 8 --lora.alpha 32 --lora.dropout 0.05 --lora.targets q_proj v_proj" in table
-    assert (lora["rank"], lora["alpha"], lora["dropout"], lora["targets"]) == (8, 32, 0.05, ("q_proj", "v_proj"))
+    number = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
+    found = {}
+    for theirs, ours in (row.split("|")[1:3] for row in table.splitlines() if row.startswith("| ")):
+        stated = {flag: float(value) for flag, value in re.findall(rf"--([a-z][\w.-]*) ({number})(?![\w.])", ours)}
+        given = {float(value) for value in re.findall(rf" ({number})(?![\w.])", theirs)}
+        assert not given or set(stated.values()) <= given, theirs
+        found |= stated
+    for flag, value in found.items():
+        group, _, name = flag.replace("-", "_").rpartition(".")
+        default = getattr(groups[group], name) if group else groups[name]
+        assert default == value, flag
+    assert len(found) == 20
+    assert "--lora.targets " + " ".join(LoraConfig().targets) in table
 
 
 def test_make_targets_exist():

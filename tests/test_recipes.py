@@ -14,10 +14,13 @@ from safetensors.torch import load_file, save_file
 from test_model import hf_twin
 from transformers import AutoModelForCausalLM
 
+from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
+from minillama.adapters.lora import LoraConfig, apply_lora
 from minillama.data.cache import open_packed, prepare
 from minillama.data.datasets import DataConfig
-from minillama.formats.hf import from_pretrained
+from minillama.formats.hf import base_parameters, from_pretrained
 from minillama.inference.generate import generate
+from minillama.parallel.initialise import initialise
 from minillama.tokenizer.tokenizer import load_tokenizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -97,16 +100,26 @@ def test_a_run_on_two_ranks_leaves_what_it_should(run, tiny_folder, data):
     assert evaluated[-1]["eval_loss"] == pytest.approx(loss_of(twin, tokenizer), abs=1e-4)
 
 
-def loss_of(model, tokenizer):
-    """What transformers and peft find on the validation rows, one by one, not packed."""
-    total, count = 0.0, 0
-    for row in ROWS[:5]:
+def documents(tokenizer, rows=ROWS[:5]):
+    """Tokens and labels of each row, (1, T) each."""
+    for row in rows:
         prompt = tokenizer.encode(f"Summarize this dialog:\n{row['dialogue']}\n---\nSummary:\n", bos=True)
         answer = tokenizer.encode(row["summary"], eos=True)
-        labels = torch.tensor([[-100] * len(prompt) + answer])
-        with torch.no_grad():
-            total += model(torch.tensor([prompt + answer]), labels=labels).loss.item() * len(answer)
-        count += len(answer)
+        yield torch.tensor([prompt + answer]), torch.tensor([[-100] * len(prompt) + answer])
+
+
+def loss_of(model, tokenizer):
+    """What transformers and peft find on the validation rows, one by one, not packed."""
+    return mean_loss(model, documents(tokenizer))
+
+
+@torch.no_grad()
+def mean_loss(model, documents):
+    total, count = 0.0, 0
+    for tokens, labels in documents:
+        trained = int((labels[:, 1:] != -100).sum())  # none would be 0 / 0
+        total += model(tokens, labels=labels).loss.item() * trained if trained else 0.0
+        count += trained
     return total / count
 
 
@@ -183,19 +196,43 @@ def test_llama_adapter_leaves_what_peft_loads(run, tiny_folder):
 
 
 @pytest.mark.parametrize(("recipe", "precision"), [("full", "fp16"), ("lora", "bf16"), ("llama_adapter", "fp16")])
-def test_every_precision_trains(run, recipe, precision):
+def test_every_precision_trains(run, tiny_folder, recipe, precision):
+    """From the loss that transformers finds, and with the gradient of a plain model in fp32 on all rows one by one."""
     flags = ("--fsdp.precision", precision, "--fsdp.recompute", "selective", "--data.batching", "padding")
-    codes, text, out = run(*flags, "--train.max-steps", 2, "--optim.warmup-steps", 1, recipe=recipe)
+    flags += ("--train.batch-size", len(ROWS), "--train.max-steps", 2, "--optim.warmup-steps", 1)
+    flags += ("--lora.dropout", 0) if recipe == "lora" else ()
+    codes, text, out = run(*flags, recipe=recipe)
     assert codes == [0], text
     assert f"recompute selective\nprecision   {precision}\n" in text
-    assert all(m["grad_norm"] > 0 for m in metrics(out)[0])
+    trained, evaluated = metrics(out)
+    tokenizer = load_tokenizer(tiny_folder)
+    base = loss_of(hf_twin(random_model()), tokenizer)
+    assert evaluated[0]["eval_loss"] == pytest.approx(base, rel=3e-3)
+
+    model = from_pretrained(tiny_folder).requires_grad_(recipe == "full")
+    if recipe == "lora":
+        apply_lora(model, LoraConfig(dropout=0.0))
+    if recipe == "llama_adapter":
+        apply_llama_adapter(model, LlamaAdapterConfig())
+    initialise(model, 42, loaded=base_parameters(model))
+    logits, labels = zip(*((model(t)[0, :-1], of[0, 1:]) for t, of in documents(tokenizer, ROWS)), strict=True)
+    loss = torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(labels))
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
+    assert trained[0]["loss"] == pytest.approx(loss.item(), rel=3e-3)
+    assert trained[0]["grad_norm"] == pytest.approx(norm, rel=2e-2)
 
 
 def test_accumulation_on_one_rank_is_two_ranks(run):
     flags = (*FAST, "--lora.dropout", 0, "--train.max-steps", 3)
     _, text, one = run(*flags, "--train.accumulate", 2, out="one")
-    codes, text, two = run(*flags, out="two", world_size=2)
+    codes, text, two = run(*flags, "--checkpoint.format", "full", out="two", world_size=2)
     assert codes == [0, 0], text
+    # each rank has a seed of its own, of which nothing was drawn: there is no dropout
+    random = load_file(two / "checkpoints/step-00000003/random/00001.safetensors")
+    assert random.keys() == {"0.cpu", "1.cpu"}
+    for rank in range(2):
+        assert torch.equal(random[f"{rank}.cpu"], torch.Generator().manual_seed(42 + rank).get_state())
     for a, b in zip(metrics(one)[0], metrics(two)[0], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
             b["grad_norm"], rel=1e-5
@@ -250,20 +287,42 @@ def test_a_diverged_run_stops_and_says_so(run):
     )
 
 
-def test_evaluation_every_few_steps(run):
+def test_evaluation_every_few_steps(run, tiny_folder, data):
     _, _, out = run(*FAST, "--train.max-steps", 3, "--eval.every", 2, "--eval.max-steps", 1)
     evaluated = metrics(out)[1]
     assert [m["step"] for m in evaluated] == [0, 2, 3]
-    assert 0 < evaluated[0]["eval_tokens"] < sum(len(r["summary"].encode()) + 1 for r in ROWS[:5])
+    config = DataConfig(path=data / "train.json", val_path=data / "val.jsonl", context_length=200)
+    packs = held_out_packs(config, tiny_folder)
+    trained = [sum(int((labels != -100).sum()) for _, labels in pack) for pack in packs]
+    assert len(packs) == 2 and {m["eval_tokens"] for m in evaluated} < set(trained)  # one pack, the same each time
+
+
+def held_out_packs(config, folder):
+    """The documents of each, as tokens and labels, (1, T) each."""
+    packed = open_packed(prepare(config, load_tokenizer(folder), 42, validation=True)[1])
+    documents = []
+    for start, size in zip(packed.starts, packed.sizes, strict=True):
+        tokens, trained = (
+            torch.from_numpy(part[start : start + size].copy())[None]
+            for part in (packed.documents.tokens, packed.documents.trained)
+        )
+        trained[:, 0] = False  # nothing predicts it
+        documents.append((tokens.long(), tokens.long().where(trained, -100)))
+    return [documents[a:b] for a, b in zip(packed.firsts[:-1], packed.firsts[1:], strict=True)]
 
 
 @pytest.mark.parametrize("dataset", ["samsum", "alpaca", "grammar", "chat"])
-def test_every_bundled_set_trains(run, dataset):
+def test_every_bundled_set_trains(run, dataset, tiny_folder):
     codes, text, out = run(
         *FAST, "--data.dataset", dataset, "--data.context-length", 1024, "--train.max-steps", 1, rows=False
     )
     assert codes == [0], text
-    assert "DROPPED" not in text and len(metrics(out)[1]) == 2
+    assert "DROPPED" not in text and [m["step"] for m in metrics(out)[1]] == [0, 1]
+    packs = held_out_packs(DataConfig(dataset=dataset, context_length=1024), tiny_folder)
+    held_out = [document for pack in packs for document in pack]
+    before = metrics(out)[1][0]
+    assert before["eval_tokens"] == sum(int((labels != -100).sum()) for _, labels in held_out)
+    assert before["eval_loss"] == pytest.approx(mean_loss(hf_twin(random_model()), held_out), abs=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """The optimizer step in every precision, on a model sharded in any way, and when fp16 overflows."""
 
 import threading
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,7 +26,7 @@ from minillama.formats.hf import load_weights
 from minillama.parallel.initialise import initialise, materialise
 from minillama.parallel.sharding import FsdpConfig, local, make_mesh, set_dtypes, shard, summed_gradients
 from minillama.training.optim import LossScaler, OptimConfig, make_optimizer
-from minillama.training.plan import TrainConfig, count_steps, prefetched, steps
+from minillama.training.plan import EvalConfig, Progress, TrainConfig, count_steps, eval_batches, prefetched, steps
 from minillama.training.step import evaluate, gradient_norm, train_step
 
 
@@ -129,16 +131,75 @@ def test_a_step_takes_its_share_of_an_epoch():
     config = TrainConfig(epochs=2, batch_size=2, accumulate=2)
     all_steps = [list(steps(packed, config, 0, rank, 2, config.begin(2))) for rank in range(2)]
     assert [len(s) for s in all_steps] == [count_steps(packed, config, 8)] * 2 == [4, 4]
-    assert [(s.number, s.epoch, s.ends_epoch, s.is_last) for s in all_steps[0]] == [
-        (0, 0, False, False),
-        (1, 0, True, False),
-        (2, 1, False, False),
-        (3, 1, True, True),
+    assert [(s.number, s.epoch, s.cursor, s.progress, s.ends_epoch, s.is_last) for s in all_steps[0]] == [
+        (0, 0, 8, 8 / 13, False, False),
+        (1, 0, 13, 1, True, False),
+        (2, 1, 8, 1 + 8 / 13, False, False),
+        (3, 1, 13, 2, True, True),
     ]
     for epoch in range(2):
         taken = [pack for s in all_steps for step in s if step.epoch == epoch for m in step.micro_batches for pack in m]
         assert sorted(taken) == list(range(13))
     assert all(len(a.micro_batches) == len(b.micro_batches) for a, b in zip(*all_steps, strict=True))
+    for number, start in ((1, Progress(8, step=1, cursor=8)), (3, Progress(8, step=3, epoch=1, cursor=8))):
+        for s, again in zip(all_steps[0][number:], steps(packed, config, 0, 0, 2, start), strict=True):
+            assert replace(s, micro_batches=[]) == replace(again, micro_batches=[])
+            assert all(map(np.array_equal, s.micro_batches, again.micro_batches))
+    three = list(steps(packed, replace(config, max_steps=3), 0, 0, 2, config.begin(2)))
+    assert [s.is_last for s in three] == [False, False, True]
+    assert [count_steps(packed, replace(config, max_steps=most), 8) for most in (3, 4, 5)] == [3, 4, 4]
+
+
+def test_when_an_evaluation_is_due():
+    packed = pack(documents_of([20] * 13), 20, 0)
+    plan = list(steps(packed, TrainConfig(epochs=2, batch_size=4), 0, 0, 1, Progress(4)))
+    for every, due in ((0, [4, 8]), (3, [3, 6, 8]), (1, [1, 2, 3, 4, 5, 6, 7, 8])):
+        assert [step.number + 1 for step in plan if EvalConfig(every=every).due(step)] == due
+
+
+def test_an_evaluation_takes_each_pack_once_or_the_same_few():
+    packed = pack(documents_of([20] * 13), 20, 0)
+
+    def taken(**config):
+        ranks = [list(eval_batches(packed, EvalConfig(batch_size=2, **config), 0, "cpu", r, 2)) for r in range(2)]
+        assert len(ranks[0]) == len(ranks[1])
+        return [row.tolist() for pair in zip(*ranks, strict=True) for batch in pair for row in batch.tokens]
+
+    rows = [row for row in taken() if row != [0]]  # where a rank has none left
+    assert sorted(rows) == sorted(packed.documents.tokens.reshape(13, 20).tolist())
+    assert taken(max_steps=2) == rows[:8]
+
+
+def test_the_evaluation_is_the_mean_over_trained_tokens():
+    model = random_model()
+    batches = [collate(pack(documents_of([20] * 6, seed), 20, 0), [0, 3], 0, "cpu") for seed in range(2)]
+    logits = torch.cat([model(batch.tokens).flatten(0, 1) for batch in batches]).double()
+    labels = torch.cat([batch.labels.flatten() for batch in batches])
+    expected = nn.functional.cross_entropy(logits, labels).item(), int((labels != -100).sum())
+    for training in (True, False):
+        assert evaluate(model.train(training), batches) == pytest.approx(expected, rel=1e-6)
+        assert model.training == training
+    assert evaluate(model, batches, stopping=iter([False, True]).__next__) is None
+    untrained = replace(batches[0], labels=torch.full_like(batches[0].labels, -100), trained=0)
+    with pytest.raises(UserError, match="the validation set has no token to predict"):
+        evaluate(model, [untrained])
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "least", "wrong"),
+    [
+        (TrainConfig, "train", {"epochs": 1, "batch_size": 1, "accumulate": 1}, 0),
+        (TrainConfig, "train", {"max_steps": 0, "freeze_layers": 0, "clip_norm": 0}, -1),
+        (TrainConfig, "train", {"clip_norm": 0}, float("inf")),
+        (EvalConfig, "eval", {"batch_size": 1}, 0),
+        (EvalConfig, "eval", {"every": 0, "max_steps": 0}, -1),
+    ],
+)
+def test_impossible_settings(kind, flags, least, wrong):
+    kind(**least)
+    for name in least:
+        with pytest.raises(UserError, match=rf"--{flags}\.{name.replace('_', '-')} {wrong}: must be at least"):
+            kind(**{name: wrong})
 
 
 def test_the_next_batches_are_made_while_a_step_is():
@@ -330,7 +391,7 @@ def test_the_norm_of_large_bf16_gradients_and_of_none():
     assert gradient_norm([]) == 0 and gradient_norm([]).dtype == torch.float32
 
 
-def clipped(mesh, spread):
+def clipped(mesh, spread, clip_norm=0.25):
     """How far a step of SGD moves each weight; some are plain, some on one mesh, some on another."""
     model = random_model().train()
     if spread:
@@ -339,13 +400,15 @@ def clipped(mesh, spread):
     before = [local(p).detach().clone() for p in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, foreach=False)
     batch = collate(pack(documents_of([20] * 2), 20, 0), [0, 1], 0, "cpu")
-    _, norm = train_step(model, optimizer, [batch], clip_norm=0.25)
+    _, norm = train_step(model, optimizer, [batch], clip_norm=clip_norm)
     return norm.item(), [local(p).detach() - b for p, b in zip(model.parameters(), before, strict=True)]
 
 
 def test_plain_and_sharded_gradients_are_clipped_together():
     (norm, moved), (same, as_plain) = run_ranks(clipped, 1, True)[0], clipped(None, False)
-    assert norm == pytest.approx(same, rel=1e-6) and norm > 0.5
+    longer, whole = clipped(None, False, clip_norm=100.0)
+    assert norm == pytest.approx(same, rel=1e-6) and longer == same and 0.5 < norm < 100
+    assert sum(m.double().square().sum() for m in whole).sqrt().item() == pytest.approx(norm, rel=1e-4)
     assert sum(m.double().square().sum() for m in moved).sqrt().item() == pytest.approx(0.25, rel=1e-4)
     for a, b in zip(moved, as_plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
