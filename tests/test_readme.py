@@ -162,7 +162,7 @@ def test_every_flag_named_exists(flags):
         named = set(re.findall(r"--[a-z][\w.-]*[a-z]", "\n".join(cells)))
         assert len(named) > 20
         assert not named - set.union(*flags.values()) - {"--group.key", "--nproc_per_node"}, page
-    groups = "data|train|eval|optim|fsdp|kernels|checkpoint|log|profile|lora|adapter"
+    groups = "data|train|eval|optim|fsdp|kernels|checkpoint|log|profile|lora|adapter|dpo"
     named = set(re.findall(rf"--(?:{groups})\.[\w.-]*[a-z]", EVERYWHERE))
     assert len(named) > 40
     assert not named - set.union(*flags.values())

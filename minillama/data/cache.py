@@ -2,6 +2,7 @@
 
 DIR/<documents>/            tokens.bin trained.bin offsets.bin refused.txt about.json
 DIR/<documents>/<packs>/    starts.bin sizes.bin firsts.bin lengths.bin about.json
+DIR/<documents>/<packs>/reference-<model>/    values.bin about.json: log-probabilities by a model, for preference tuning
 
 Both names are hashes of all that decides the content: the rows, the tokenizer, the settings, the code that reads and
 tokenizes. A folder has its name only once it is complete.
@@ -39,6 +40,7 @@ DOCUMENTS = {"tokens": np.int32, "trained": np.bool_, "offsets": np.int64}
 PARTS = ("tokens", "trained", "lengths")
 """Files of a process that tokenizes"""
 PACKS = {"starts": np.int64, "sizes": np.int64, "firsts": np.int64, "lengths": np.int64}
+REFERENCE = {"values": np.float32}
 CODE = {
     "data": ("cache", "datasets", "documents", "encoders", "packing", "permutation", "rows"),
     "tokenizer": ("chat", "engines", "files", "template", "tokenizer"),
@@ -98,13 +100,29 @@ def open_packed(folder: Path) -> Packed:
     """The packs in a folder that `prepare` named, memory-mapped. Raises UserError if they are damaged."""
     about, arrays = _open(folder, PACKS)
     documents = open_documents(folder.parent)
-    return Packed(about.pop("batching"), about.pop("context_length"), documents, **arrays, **about)
+    return Packed(about.pop("batching"), about.pop("context_length"), documents, **arrays, **about, folder=folder)
 
 
 def open_documents(folder: Path) -> Documents:
     """The documents above a folder of packs, memory-mapped. Raises UserError if they are damaged."""
     about, arrays = _open(folder, DOCUMENTS)
-    return Documents(**arrays, **{name: about[name] for name in ("fingerprint", "refused", "had_ends")})
+    return Documents(**arrays, **{name: about[name] for name in ("fingerprint", "refused", "had_ends", "per_row")})
+
+
+def open_reference(packs: Path, key: str) -> np.ndarray | None:
+    """What keep_reference has kept there by the same key, memory-mapped; None if it is not there, or damaged."""
+    folder = packs / f"reference-{key}"
+    return _open(folder, REFERENCE)[1]["values"] if _is_sound(folder) else None
+
+
+def keep_reference(packs: Path, key: str, values: np.ndarray) -> None:
+    """Keeps values, float32 (N,), one a token of the documents, in a folder of packs."""
+
+    def build(part: Path) -> None:
+        values.tofile(part / "values.bin")
+        _describe(part, REFERENCE, {})
+
+    _built(packs / f"reference-{key}", build)
 
 
 def refused_rows(folder: Path) -> list[str]:
@@ -132,7 +150,7 @@ def _open(folder: Path, kinds: dict[str, Any]) -> tuple[dict[str, Any], dict[str
 def _documents(sources: list[Source], config: DataConfig, tokenizer: Any, processes: int) -> Path:
     """The folder of all documents of the sources, end to end."""
     described = [[source.dataset, dict(source.columns), source.content(config, tokenizer)] for source in sources]
-    name = _hash(described, config.train_on, tokenizer.fingerprint)
+    name = _hash(described, config.train_on, config.pairs, tokenizer.fingerprint)
     folder = _built(
         cache_folder(config.cache_dir) / name, lambda part: _tokenize(part, sources, config, tokenizer, processes)
     )
@@ -256,9 +274,13 @@ def _tokenize(folder: Path, sources: list[Source], config: DataConfig, tokenizer
     lines = (" ".join(problem.splitlines()) + "\n" for problem in refused)
     (folder / "refused.txt").write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     fingerprint = _join(folder, [(k, chunk) for _, k, chunk in chunks])
-    counts = [sum(chunk.documents for _, _, chunk in chunks if chunk.source == s) for s in range(len(sources))]
+    per_row = 2 if config.pairs else 1
+    counts = [
+        sum(chunk.documents for _, _, chunk in chunks if chunk.source == s) // per_row for s in range(len(sources))
+    ]
     had_ends = sum(chunk.had_ends for _, _, chunk in chunks)
     about = {"rows": counts, "refused": len(refused), "had_ends": had_ends, "fingerprint": fingerprint}
+    about["per_row"] = per_row
     _describe(folder, DOCUMENTS, about)
 
 
@@ -317,7 +339,7 @@ def _share(job: Job, k: int) -> list[Chunk]:
                 if number > job.first_bad.value:
                     return made
                 documents, refused = encode_rows(
-                    rows, source.dataset, source.columns, job.tokenizer, job.config.train_on
+                    rows, source.dataset, source.columns, job.tokenizer, job.config.train_on, job.config.pairs
                 )
                 made.append(Chunk(number, s, len(documents), len(documents.tokens), refused, documents.had_ends))
                 if refused and job.config.bad_rows == "error":

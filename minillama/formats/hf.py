@@ -290,7 +290,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
     """
     weights, parameters = check_weights(model, folder), base_parameters(model)
     quantized = QuantizedFill(model, weights)
-    has_twin = "lm_head.weight" not in parameters and "lm_head.weight" in weights.names
+    has_tied_head = "lm_head.weight" not in parameters and "lm_head.weight" in weights.names
     bytes_of = {name: local(p).numel() * p.element_size() for name, p in parameters.items()}
 
     total = sum(bytes_of.values())
@@ -308,7 +308,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
                     quantized.fill(name, piece, *place)
                 else:
                     piece.copy_(weights.rows(name, *place))
-                if has_twin and name == "model.embed_tokens.weight":
+                if has_tied_head and name == "model.embed_tokens.weight":
                     _check_tied(weights, folder, *place)
                 bar.update(piece.numel() * piece.element_size())
 
@@ -338,7 +338,7 @@ def from_pretrained(
         dtype = weights.dtype(name)
     with torch.device("meta"):
         model = Llama(config).to(dtype)
-    # before any memory is taken for sizes that the config alone has
+    # before memory is allocated for sizes that only the config states
     quantize_base(model, check_weights(model, folder), quantize)
     materialise(model, device)
     load_weights(model, folder)

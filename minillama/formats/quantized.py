@@ -1,4 +1,4 @@
-"""A base quantised while it is read: by each rank what it holds, or a few rows at a time to be written."""
+"""Quantises a base while it is read: each rank its own rows, or a few rows at a time for writing."""
 
 import re
 from typing import Literal
@@ -30,10 +30,11 @@ Quantize = Literal["none", "nf4", "int8"]
 IN_BLOCK = re.compile(r"model\.layers\.\d+\..*_proj\.weight$")
 
 
-def quantize_base(model: Llama, weights: Weights, quantize: Quantize = "none") -> Llama:
-    """Quantises the base of a model on the meta device as its folder is, or as `quantize` says. Before adapters.
+def quantize_base(model: Llama, weights: Weights | None, quantize: Quantize = "none") -> Llama:
+    """Quantises the base of a model on the meta device as its folder is quantised, or as `quantize` says. Before adapters.
 
-    Raises UserError for a folder that is quantised already and is to be so again, and as apply_quantization does.
+    weights: of the folder; None for an estimate, which has none. Raises UserError if both are quantised, and as
+    apply_quantization does.
     """
     if isinstance(weights, BitsandbytesWeights):
         if quantize != "none":
@@ -60,7 +61,7 @@ class QuantizedFill:
                     self._scales[name] = torch.empty(len(rows), layer.in_features // BLOCK, device=rows.device)
 
     def fill(self, name: str, piece: Tensor, start: int, stop: int) -> None:
-        """Fills rows start to stop of the weight `name`, which are `piece`."""
+        """Fills `piece`, rows start to stop of the weight `name`."""
         packed, weights = piece.view(torch.uint8), self._weights
         if isinstance(weights, BitsandbytesWeights):
             packed.copy_(weights.packed(name, start, stop))
@@ -75,7 +76,7 @@ class QuantizedFill:
             self._scales[name][first : first + len(scales)] = scales
 
     def finish(self) -> set[str]:
-        """Fills what spans rows, once all are filled; the names of all that was. Every rank must call it."""
+        """Fills the values that span rows when all rows are filled; returns the names filled. Every rank must call it."""
         if isinstance(self._weights, BitsandbytesWeights):
             for name, layer in self.layers.items():
                 layer.set_tables(self._weights.tables(name))
@@ -85,7 +86,7 @@ class QuantizedFill:
         return tables | self.layers.keys()
 
     def _quantize_scales(self) -> None:
-        """The scales of NF4, of which each rank has those of its rows, as those of whole tensors."""
+        """Quantises the scales of NF4 as in whole tensors, although each rank has only those of its rows."""
         layers, scales = [self.layers[name] for name in self._scales], self._scales.values()
         first_rows = [self._first_rows[name] for name in self._scales]
         sums = all_reduce([x for own in scales for x in (own.sum(dtype=torch.float64).item(), float(own.numel()))])
@@ -108,7 +109,7 @@ class QuantizedFill:
 
 
 class QuantizingWeights:
-    """The tensors of a plain folder, those of the blocks' linear layers quantised as they are read."""
+    """The tensors of a plain folder; those of the blocks' linear layers are quantised when they are read."""
 
     double = True
 
