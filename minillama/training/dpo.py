@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minillama.data.batch import Batch, collate
 from minillama.data.cache import keep_reference, open_reference
@@ -24,6 +23,7 @@ from minillama.files import described
 from minillama.model.llama import Llama
 from minillama.parallel.processes import all_reduce, on_each_node, rank, say
 from minillama.parallel.sharding import local, reshard
+from minillama.progress import progress
 from minillama.training.run import Run
 
 
@@ -133,7 +133,7 @@ def _with_reference(packed: Packed, model: Llama, key: str, batch_size: int, pad
         model.eval()
         step = batch_size * dist.get_world_size()
         say(f"reference   its log-probabilities of {len(packed):,} packs are computed once")
-        for cursor in tqdm(range(0, len(packed), step), "reference", disable=rank() != 0 or None, leave=False):
+        for cursor in progress(range(0, len(packed), step), desc="reference", leave=False):
             window = np.arange(cursor, min(cursor + step, len(packed)))
             [packs] = packed.micro_batches(window, batch_size, rank(), dist.get_world_size())
             batch = collate(packed, packs, pad_id, device)
