@@ -76,6 +76,8 @@ class Config(RunConfig):
         super().__post_init__()
         if self.train.freeze_layers:
             raise UserError("--train.freeze-layers is for full_fsdp.py: leave it out")
+        if self.estimate:
+            raise UserError("--estimate knows no DPO: give it to lora_fsdp.py or full_fsdp.py, and add a forward")
         if self.method == "full" and self.lora != LoraFlags():
             raise UserError("--method full trains all weights and has no --lora flags: leave them, or --method, out")
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from minillama.model.autograd import first_derivative_only
+from minillama.model.device import device_kind
 from minillama.model.transfer import to_device
 
 IGNORE = -100
@@ -91,7 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # In fp32 (a CPU multiplies by a scalar in fp32 anyway): rounding grad_loss, 1 / trained tokens, would scale the
         # whole gradient. Cast only now: a sum over all rows, not yet divided by their number, can overflow fp16.
         grad_x, grad_weight, grad_low, grad_up = (
-            None if grad is None else ((grad if grad.is_cpu else grad.float()) * grad_loss).to(dtype)
+            None if grad is None else ((grad if device_kind(grad) == "cpu" else grad.float()) * grad_loss).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return grad_x, grad_weight, None, grad_low, grad_up, None
@@ -160,8 +161,8 @@ def _in_chunks(
     grad_low = grad_up = None
     if low is not None and up is not None and low_rank_needs_grad:
         grad_low, grad_up = torch.empty_like(low), torch.zeros_like(up)
-    chunk = min(chunk_rows(weight.shape[0], x.device.type, weight_needs_grad), max(1, x.shape[0]))
-    piece = max(1, min(chunk, SLICE_BYTES[x.device.type] // (4 * weight.shape[0])))
+    chunk = min(chunk_rows(weight.shape[0], device_kind(x), weight_needs_grad), max(1, x.shape[0]))
+    piece = max(1, min(chunk, SLICE_BYTES[device_kind(x)] // (4 * weight.shape[0])))
     # In memory that stays: on a CPU, to take new memory costs more than what is done in it.
     products = x.new_empty(chunk, weight.shape[0])
     scratch = torch.empty(piece, weight.shape[0], dtype=torch.float32, device=x.device)
