@@ -276,7 +276,10 @@ def test_what_is_wrong_is_said_once(folder, adapter, tmp_path):
         ((), "give what to measure: rows with --data.path or --data.val-path, or --tasks"),
         (("--data.path", rows, "--compare"), "--compare needs the --adapter"),
         (("--data.path", tmp_path / "none.json"), "none.json does not exist"),
-        (("--data.path", rows, "--output", rows / "x.json"), "x.json cannot be written (File exists): name a file"),
+        (
+            ("--data.path", rows, "--output", rows / "x.json"),
+            "x.json cannot be written (a file is where a folder should be): name a file",
+        ),
         (("--data.path", rows, "--output", tmp_path), f"--output {tmp_path} is a folder"),
         (("--model", other, "--adapter", adapter, "--compare", "--data.path", rows), "does not fit the model"),
     ):

@@ -23,6 +23,7 @@ from minillama.hardware.kernels import KernelsConfig, choose_kernels, compile_bl
 from minillama.model.attention import BACKENDS
 from minillama.model.config import LlamaConfig
 from minillama.model.llama import Llama
+from minillama.model.quant import QuantizedLinear, apply_quantization, dequantize
 from minillama.parallel.initialise import materialise
 from minillama.parallel.sharding import FsdpConfig, set_dtypes
 from minillama.training.optim import LossScaler, OptimConfig, make_optimizer
@@ -68,7 +69,10 @@ def test_attention(fake, name, dtype):
 
 def train(mode, kind, attention, precision, compiled=False):
     with torch.device("meta"):
-        model = Llama(LlamaConfig.from_dict(TINY)).requires_grad_(kind == "full")
+        wide = {"hidden_size": 64, "intermediate_size": 128} if kind == "nf4" else {}
+        model = Llama(LlamaConfig.from_dict(TINY | wide)).requires_grad_(kind == "full")
+    if kind == "nf4":
+        apply_lora(apply_quantization(model, "nf4"), LoraConfig(rank=4, dora=True))
     if kind == "lora":
         apply_lora(model, LoraConfig(rank=4, targets=("v_proj", "lm_head")))
     if kind == "adapter":
@@ -100,6 +104,7 @@ def train(mode, kind, attention, precision, compiled=False):
         ("lora", "math", "mixed"),
         ("lora", "sdpa", "mixed"),
         ("adapter", "auto", "mixed"),
+        ("nf4", "auto", "mixed"),
     ],
 )
 def test_a_training_step_waits_for_nothing(fake, kind, attention, precision):
@@ -111,6 +116,20 @@ def test_a_training_step_waits_for_nothing(fake, kind, attention, precision):
         assert place.startswith("step.py") and "isfinite" in place
     else:
         assert reads == []
+
+
+def quantised(mode, kind):
+    layer = QuantizedLinear(torch.nn.Linear(192, 96, bias=False, device="meta"), kind).to_empty(device=CUDA)
+    layer.fill(torch.randn(96, 192, device=CUDA))
+    mode.reads.clear()
+    mode.copies.clear()
+    found = dequantize(layer.weight, 192, layer.tables, torch.bfloat16)
+    return tuple(found.shape), found.dtype, found.device.type, mode.reads, mode.copies
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_dequantising_waits_for_nothing(fake, kind):
+    assert fake(quantised, kind) == ((96, 192), torch.bfloat16, "cuda", [], [])
 
 
 def compiled(mode, kind, attention, precision):

@@ -39,7 +39,7 @@ WINDOW = 8
 STEPS = 3
 
 
-def build(kind, folder, quantize):
+def build(kind, folder, quantize=""):
     with torch.device("meta"):
         model = Llama(read_config(folder)).requires_grad_(kind == "full")
     if quantize:

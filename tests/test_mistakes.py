@@ -27,9 +27,11 @@ from safetensors.torch import load_file, save_file
 from minillama.adapters.llama_adapter import LlamaAdapterConfig
 from minillama.adapters.lora import LoraConfig
 from minillama.adapters.peft import adapt, save_adapter
+from minillama.files import lock
 from minillama.formats.hf import check_weights, read_config
 from minillama.formats.hf_export import write_model
 from minillama.model.llama import Llama
+from minillama.training import output_folder
 from minillama.training.resume import hash_of
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +72,7 @@ a vocabulary of 2^60 | lora --model vocabulary | vocab_size 1152921504606846976 
 a number of another kind | lora --model kind | hidden_size = '32' | int belongs
 quantised in another way | lora --model quantised | quantization_config | give the plain one
 quantised twice | generate --prompt a --model in_int8 --quantize nf4 | in_int8 is quantised already | leave that flag out
-quantised, converted | convert_checkpoint in_int8 target --quantize int8 | in_int8 is quantised already | the plain model
+quantised, converted | convert_checkpoint in_int8 target --quantize int8 | in_int8 is quantised | give the plain model
 quantised, all of it to be trained | full --model in_int8 | in_int8 is quantised | recipes/lora_fsdp.py
 rows that NF4 cannot hold | lora --lora.quantize nf4 | rows of 32 weights | quantise as int8
 rows that NF4 cannot hold, elsewhere | prompt --adapter.quantize nf4 | q_proj | quantise as int8
@@ -131,6 +133,8 @@ more frozen than there are | full --train.freeze-layers 4 | --train.freeze-layer
 no prompt | prompt --adapter.prompt-len 0 | --adapter.prompt-len 0 | at least 1
 no run.json | lora --config none.json | --config none.json | is not the run.json of a run
 another recipe's run.json | full --config run/run.json | run.json is of another recipe | flags of lora
+another run's folder | lora --output-dir busy | busy: wait for its end | another --output-dir
+the same, to be resumed | full --output-dir busy --resume auto | busy: wait for its end | another --output-dir
 no checkpoint | lora --resume empty | --resume empty | the folder of one, or of a run, or auto
 a damaged checkpoint | lora --resume damaged | __0_0.distcp was changed | remove them
 another rank than before | lora --resume run --lora.rank 4 | --lora.rank 4 (was 8) | give what it was made with
@@ -171,6 +175,7 @@ a run to be killed in | kill_and_resume --folder run --model model | run exists 
 a run to be filled | data_speed --folder run --rows train.json --tokenizer model | run exists already | another target
 a model to be measured in | conversion_cost --folder model | model exists already | another target
 a model to be written over | loading_memory --folder model | model exists already | another target
+cards of no number | quantised_fit --cards 24GB | --cards 24GB | as 8x80
 a demo of no model | demo --model nowhere | nowhere: no such file or folder | a checkpoint's folder
 a check without a GPU | gpu_check --device cuda | no CUDA device | --device cpu
 weights of integers | lora --model int8 | int8 holds weights of int8 | give the plain checkpoint
@@ -270,7 +275,6 @@ a package that is missing | lora --log.wandb | --log.wandb needs a package | pip
 output of numbers below a file | evaluate EVAL --output train.json/x | --output train.json/x | a file is where a folder
 another recipe's run | full --resume run | step-00000001 is of another recipe | the flags of lora
 a damaged checkpoint by hand | lora --resume damaged/checkpoints/step-00000001 | __0_0.distcp was changed | remove
-tasks of no name | evaluate --tasks nope --include-path empty | --tasks nope: no such task | --include-path
 """
 TABLE = {}
 for line in MISTAKES.replace("EVAL", EVAL).replace("STEP", STEP).strip().splitlines():
@@ -298,6 +302,8 @@ def variant(world, name, config=None, files=(), **changes):
 def world(tmp_path_factory):
     """What the mistakes are made with."""
     world = tmp_path_factory.mktemp("world")
+    (world / "busy").mkdir()
+    assert lock(world / "busy") is not None  # until this process ends
     save_folder(random_model(), world / "model")
     save_folder(random_model(1), world / "stranger")
     variant(world, "not_json", "{")
@@ -471,6 +477,9 @@ def attempt(world, command):
     finally:
         sys.argv = before
         os.chdir(here)
+        for descriptor in output_folder._locks.values():  # those of a process, which ends with its run
+            os.close(descriptor)
+        output_folder._locks.clear()
     return code, said.getvalue()
 
 

@@ -225,6 +225,34 @@ def test_a_bitsandbytes_folder_whose_scales_are_plain(folder, tmp_path):
     torch.testing.assert_close(from_pretrained(tmp_path)(tokens), base(tokens), rtol=1e-6, atol=1e-6)
 
 
+def test_bitsandbytes_reads_our_folders_and_we_read_its(folder, tmp_path):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    base, tensors = random_model(**WIDE), {}
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if "_proj" not in name:
+                tensors[name] = parameter.data
+                continue
+            tensors[name], state = functional.quantize_4bit(
+                parameter.data, blocksize=64, compress_statistics=True, quant_type="nf4"
+            )
+            tensors |= {f"{name}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
+            parameter.copy_(functional.dequantize_4bit(tensors[name], state))
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    save_folder(base, tmp_path / "theirs", **WIDE, quantization_config=settings | {"quant_method": "bitsandbytes"})
+    save_file(tensors, tmp_path / "theirs/model.safetensors")
+    for name, layer in quantized_layers(from_pretrained(tmp_path / "theirs")).items():
+        torch.testing.assert_close(layer.base_weight(), base.get_parameter(name).data, rtol=1e-6, atol=0, msg=name)
+
+    write_model(check_weights(empty(folder), folder), read_config(folder), tmp_path / "ours", folder, quantize="nf4")
+    tensors = load_file(tmp_path / "ours/model.safetensors")
+    for name, layer in quantized_layers(from_pretrained(tmp_path / "ours")).items():
+        given = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+        state = functional.QuantState.from_dict(given, device=torch.device("cpu"))
+        found = functional.dequantize_4bit(tensors[name], state)
+        torch.testing.assert_close(layer.base_weight(), found, rtol=1e-6, atol=0, msg=name)
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

@@ -230,8 +230,16 @@ def test_metrics_keep_what_the_checkpoint_has(tmp_path):
 
 
 @dataclass(frozen=True)
+class LoraFlags(LoraConfig):
+    """The recipe's that a checkpoint must have alike."""
+
+    quantize: str = "none"
+    plus_ratio: float = 1.0
+
+
+@dataclass(frozen=True)
 class Config(RunConfig):
-    lora: LoraConfig = LoraConfig()
+    lora: LoraFlags = LoraFlags()
 
 
 def resume_each(mesh, base, changes):
@@ -274,12 +282,13 @@ def test_what_a_run_cannot_go_on_with_is_refused_by_name(whole, data, tiny_folde
         train=TrainConfig(epochs=2, batch_size=2),  # on one process what 1 was on two
         optim=OptimConfig(lr=0.01, kind="anyprecision"),
         fsdp=FsdpConfig(precision="bf16"),
-        lora=LoraConfig(dropout=0.2),
+        lora=LoraFlags(dropout=0.2),
     )
     refused = {
         "--seed 1 (was 42)": {"seed": 1},
-        "--lora.rank 4 (was 8)": {"lora": LoraConfig(rank=4, dropout=0.2)},
-        "--lora.dropout 0.05 (was 0.2)": {"lora": LoraConfig()},
+        "--lora.rank 4 (was 8)": {"lora": LoraFlags(rank=4, dropout=0.2)},
+        "--lora.dropout 0.05 (was 0.2)": {"lora": LoraFlags()},
+        "--lora.quantize nf4 (was none)": {"lora": LoraFlags(dropout=0.2, quantize="nf4")},
         "--fsdp.precision mixed (was bf16)": {"fsdp": FsdpConfig(precision="mixed")},
         "--optim.kind adamw (was anyprecision)": {"optim": OptimConfig(lr=0.01)},
         f"--model {other_base} (was": {"model": other_base},

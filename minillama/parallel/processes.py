@@ -88,6 +88,7 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0) -> Ite
             dist.destroy_process_group()
         # A sharded model holds its group, and gloo's threads with it, in reference cycles. A thread that drops its last
         # tensor while the interpreter is being torn down aborts the process: end the threads before that.
+        atexit.unregister(gc.collect)  # once, however many groups there were
         atexit.register(gc.collect)
 
 
@@ -175,7 +176,7 @@ def all_reduce(
 
 
 def local_world_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or dist.get_world_size())
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or process_count())
 
 
 def is_rank_zero() -> bool:

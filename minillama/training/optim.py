@@ -52,7 +52,7 @@ class OptimConfig:
 def make_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimConfig, lr_factors: Mapping[Tensor, float] | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW over the trainable ones of `parameters`; its state is sharded as they are, and there from the start.
+    """AdamW over the trainable ones of `parameters`. Its state is sharded like them, and exists from the start.
 
     lr_factors: of those whose learning rate is another, by how much; a group has it as "lr_factor".
     """
