@@ -186,8 +186,14 @@ class Alive(TorchDispatchMode):
             left, right = tensors[1:3] if name == "aten::addmm" else tensors[:2]
             self.work.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
         elif "attn" in name or "attention" in name:
-            queries = tensors[1] if "backward" in name else tensors[0]
-            self.work.flops += (5 if "backward" in name else 2) * math.prod(queries.shape[-2:]) * self.squares
+            queries, keys = tensors[1:3] if "backward" in name else tensors[:2]
+            # in documents half a square of scores; else, as of llama-adapter's prompt, all keys
+            seen = (
+                2 * queries.numel() * keys.shape[-2]
+                if queries.ndim == 4
+                else math.prod(queries.shape[-2:]) * self.squares
+            )
+            self.work.flops += (5 if "backward" in name else 2) * seen
         else:
             self.work.moved += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

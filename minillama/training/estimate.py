@@ -183,7 +183,7 @@ def estimate(
             _fuse_norms(model)
         with alive:
             materialise(model, "cpu")
-            alive.hold(model.parameters(), "parameters")
+            alive.hold([*model.parameters(), *model.buffers()], "parameters")
             optimizer = make_optimizer(model.parameters(), optim)
             states = [tensor for state in optimizer.state.values() for tensor in state.values()]
             alive.hold(states, "optimizer")
