@@ -129,7 +129,7 @@ def find_tasks(config: Config) -> Any:
 def measure(
     config: Config, adapter: Path | None, tokenizer: Any, rows: Packed | None, tasks: Any, device: str
 ) -> dict[str, Any]:
-    """What one column of the table says, and what it comes from."""
+    """The results of one column of the table, and the settings behind them."""
     settings: dict[str, Any] = {"dtype": config.dtype, "quantize": config.quantize, "cache_dir": config.data.cache_dir}
     model = load_model(config.model, device, adapter=adapter, **settings)
     found: dict[str, Any] = {}

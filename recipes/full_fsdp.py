@@ -22,6 +22,7 @@ from minillama.errors import UserError
 from minillama.formats.bitsandbytes import BitsandbytesWeights
 from minillama.formats.hf import check_weights, load_weights, read_config
 from minillama.formats.hf_export import save_pretrained
+from minillama.formats.meta import Weights
 from minillama.hardware.kernels import compile_blocks
 from minillama.help import filled
 from minillama.model.llama import Llama
@@ -30,6 +31,7 @@ from minillama.parallel.initialise import initialise, materialise
 from minillama.parallel.processes import process_group, quiet_but_on_rank_zero, say
 from minillama.parallel.sharding import shard
 from minillama.training.config import RunConfig, saved_flags
+from minillama.training.estimate import estimate_run
 from minillama.training.loop import training_loop
 from minillama.training.optim import OptimConfig, make_optimizer
 from minillama.training.run import finish_run, prepare_run, resolve
@@ -52,13 +54,20 @@ def freeze_first(model: Llama, count: int) -> None:
         module.requires_grad_(False)
 
 
+def build(config: Config) -> tuple[Llama, Weights | None]:
+    """The model on the meta device, with what is frozen frozen; and its weights, if it is to run."""
+    with torch.device("meta"):
+        model = Llama(read_config(config.model))
+    freeze_first(model, config.train.freeze_layers)
+    return model, None if config.estimate else check_weights(model, config.model)
+
+
 def main(config: Config) -> None:
+    if config.estimate:
+        return say(estimate_run(config, build))
     with process_group(config.device, config.fsdp.timeout_minutes) as device:
         config, checkpoint, precision = resolve(config, device)
-        with torch.device("meta"):
-            model = Llama(read_config(config.model))
-        freeze_first(model, config.train.freeze_layers)
-        weights = check_weights(model, config.model)
+        model, weights = build(config)
         if isinstance(weights, BitsandbytesWeights):
             raise UserError(
                 f"{config.model} is quantised, and its weights cannot be trained: give the plain model, or train an adapter "

@@ -25,6 +25,7 @@ from minillama.adapters.peft import check_adapter, continue_adapter, load_adapte
 from minillama.errors import UserError
 from minillama.formats.hf import check_weights, load_weights, read_config
 from minillama.formats.hub import model_name
+from minillama.formats.meta import Weights
 from minillama.formats.quantized import Quantize, quantize_base
 from minillama.hardware.kernels import compile_blocks
 from minillama.help import filled
@@ -34,6 +35,7 @@ from minillama.parallel.initialise import initialise, materialise
 from minillama.parallel.processes import process_group, quiet_but_on_rank_zero, say
 from minillama.parallel.sharding import shard
 from minillama.training.config import RunConfig, saved_flags
+from minillama.training.estimate import estimate_run
 from minillama.training.loop import training_loop
 from minillama.training.optim import OptimConfig, make_optimizer
 from minillama.training.run import finish_run, prepare_run, resolve
@@ -57,19 +59,26 @@ class Config(RunConfig):
     optim: OptimConfig = OptimConfig(lr=5e-3)
 
 
+def build(config: Config) -> tuple[Llama, Weights | None]:
+    """The model on the meta device, its base frozen, with llama-adapter; and the base's weights, if it is to run."""
+    with torch.device("meta"):
+        model = Llama(read_config(config.model))
+    model.requires_grad_(False)
+    weights = None if config.estimate else check_weights(model, config.model)
+    quantize_base(model, weights, config.adapter.quantize)
+    return apply_llama_adapter(model, config.adapter), weights
+
+
 def main(config: Config) -> None:
     if config.train.freeze_layers:
         raise UserError("--train.freeze-layers is for full_fsdp.py: under llama-adapter the whole base is frozen")
+    if start_from := config.adapter.from_:
+        config = replace(config, adapter=continue_adapter(config.adapter, start_from))
+    if config.estimate:
+        return say(estimate_run(config, build))
     with process_group(config.device, config.fsdp.timeout_minutes) as device:
         config, checkpoint, precision = resolve(config, device)
-        with torch.device("meta"):
-            model = Llama(read_config(config.model))
-        model.requires_grad_(False)
-        weights = check_weights(model, config.model)
-        quantize_base(model, weights, config.adapter.quantize)
-        if start_from := config.adapter.from_:
-            config = replace(config, adapter=continue_adapter(config.adapter, start_from))
-        apply_llama_adapter(model, config.adapter)
+        model, weights = build(config)
         if start_from:
             check_adapter(model, start_from, base=config.model)
         run = prepare_run(config, model, weights, device, checkpoint, precision)

@@ -34,6 +34,7 @@ from minillama.adapters.peft import (
 from minillama.errors import UserError
 from minillama.formats.hf import check_weights, load_weights, read_config
 from minillama.formats.hub import model_name
+from minillama.formats.meta import Weights
 from minillama.formats.quantized import Quantize, quantize_base
 from minillama.hardware.kernels import compile_blocks
 from minillama.help import filled
@@ -43,6 +44,7 @@ from minillama.parallel.initialise import initialise, materialise
 from minillama.parallel.processes import process_group, quiet_but_on_rank_zero, say
 from minillama.parallel.sharding import shard
 from minillama.training.config import RunConfig, saved_flags
+from minillama.training.estimate import estimate_run
 from minillama.training.loop import training_loop
 from minillama.training.optim import make_optimizer
 from minillama.training.run import finish_run, prepare_run, resolve
@@ -77,19 +79,26 @@ class Config(RunConfig):
     lora: LoraFlags = LoraFlags()
 
 
+def build(config: Config) -> tuple[Llama, Weights | None]:
+    """The model on the meta device, its base frozen, with LoRA; and the base's weights, if it is to run."""
+    with torch.device("meta"):
+        model = Llama(read_config(config.model))
+    model.requires_grad_(False)
+    weights = None if config.estimate else check_weights(model, config.model)
+    quantize_base(model, weights, config.lora.quantize)
+    return apply_lora(model, config.lora), weights
+
+
 def main(config: Config) -> None:
     if config.train.freeze_layers:
         raise UserError("--train.freeze-layers is for full_fsdp.py: under LoRA the whole base is frozen")
+    if start_from := config.lora.from_:
+        config = replace(config, lora=continue_adapter(config.lora, start_from))
+    if config.estimate:
+        return say(estimate_run(config, build))
     with process_group(config.device, config.fsdp.timeout_minutes) as device:
         config, checkpoint, precision = resolve(config, device)
-        with torch.device("meta"):
-            model = Llama(read_config(config.model))
-        model.requires_grad_(False)
-        weights = check_weights(model, config.model)
-        quantize_base(model, weights, config.lora.quantize)
-        if start_from := config.lora.from_:
-            config = replace(config, lora=continue_adapter(config.lora, start_from))
-        apply_lora(model, config.lora)
+        model, weights = build(config)
         if start_from:
             check_adapter(model, start_from, base=config.model)
         run = prepare_run(config, model, weights, device, checkpoint, precision)

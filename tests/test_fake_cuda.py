@@ -5,6 +5,7 @@ What they compute is checked by tools/gpu_check.py on a real GPU.
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -16,7 +17,7 @@ from fake_cuda import FakeCudaProcess, answering
 from test_packing import documents_of
 
 from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
-from minillama.adapters.lora import LoraConfig, apply_lora
+from minillama.adapters.lora import LoraConfig, apply_lora, lora_off
 from minillama.data.batch import collate
 from minillama.data.packing import pack
 from minillama.hardware.kernels import KernelsConfig, choose_kernels, compile_blocks
@@ -26,6 +27,7 @@ from minillama.model.llama import Llama
 from minillama.model.quant import QuantizedLinear, apply_quantization, dequantize
 from minillama.parallel.initialise import materialise
 from minillama.parallel.sharding import FsdpConfig, set_dtypes
+from minillama.training.dpo import DpoConfig, DpoLoss, FrozenWeights
 from minillama.training.optim import LossScaler, OptimConfig, make_optimizer
 from minillama.training.step import train_step
 
@@ -68,6 +70,7 @@ def test_attention(fake, name, dtype):
 
 
 def train(mode, kind, attention, precision, compiled=False):
+    kind, _, preference = kind.partition(" ")
     with torch.device("meta"):
         wide = {"hidden_size": 64, "intermediate_size": 128} if kind == "nf4" else {}
         model = Llama(LlamaConfig.from_dict(TINY | wide)).requires_grad_(kind == "full")
@@ -87,9 +90,15 @@ def train(mode, kind, attention, precision, compiled=False):
     optimizer = make_optimizer(model.parameters(), OptimConfig(weight_decay=0.1))
     scaler = LossScaler() if precision == "fp16" else None
     packed = pack(documents_of([20, 30, 14, 40, 24]), 64, 0)
+    loss_function = None
+    if preference:
+        packed = pack(replace(documents_of([20, 30, 14, 40]), per_row=2), 64, 0)
+        loss_function = DpoLoss(DpoConfig(), lora_off if kind == "lora" else FrozenWeights(model), "cuda")
     batches = [collate(packed, [p], 0, "cuda") for p in range(len(packed))]
     collated = list(mode.copies)
-    loss, norm = train_step(model.train(), optimizer, batches, clip_norm=1.0, scaler=scaler)
+    loss, norm = train_step(
+        model.train(), optimizer, batches, clip_norm=1.0, scaler=scaler, loss_function=loss_function
+    )
     assert loss.device.type == norm.device.type == "cuda" and loss.dtype == norm.dtype == torch.float32
     return mode.reads, collated, mode.copies[len(collated) :]
 
@@ -105,6 +114,8 @@ def train(mode, kind, attention, precision, compiled=False):
         ("lora", "sdpa", "mixed"),
         ("adapter", "auto", "mixed"),
         ("nf4", "auto", "mixed"),
+        ("lora dpo", "auto", "mixed"),
+        ("full dpo", "auto", "fp16"),
     ],
 )
 def test_a_training_step_waits_for_nothing(fake, kind, attention, precision):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from minillama.model import loss as loss_module
-from minillama.model.loss import find_targets, linear_cross_entropy
+from minillama.model.loss import find_targets, linear_cross_entropy, linear_log_probabilities
 
 
 def batch(seed=0):
@@ -127,3 +127,56 @@ def test_a_large_sum_over_rows_does_not_overflow_fp16():
     (linear_cross_entropy(x, weight, labels) / 2**16).backward()
     expected = torch.tensor([[-1.75] * 2] + [[0.25] * 2] * 7)
     torch.testing.assert_close(weight.grad.float(), expected, rtol=1e-2, atol=0)
+
+
+def exact_log_probabilities(hidden, weight, labels, low=None, up=None):
+    logits = hidden.double() @ weight.double().T
+    if low is not None:
+        logits = logits + low.double() @ up.double().T
+    return logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0][labels != -100]
+
+
+@pytest.mark.parametrize("rows_a_chunk", [7, 1000])
+@pytest.mark.parametrize("trained", ["x", "x weight", "weight", "x low up", "x weight low up"])
+def test_log_probabilities_with_a_gradient_of_each_row_s_own(monkeypatch, rows_a_chunk, trained):
+    monkeypatch.setattr(loss_module, "CHUNK_ROWS", {"cpu": rows_a_chunk})
+    monkeypatch.setattr(loss_module, "SLICE_BYTES", {"cpu": 3 * 50 * 4})  # 3 rows
+    hidden, weight, labels = batch()
+    tensors = {"x": hidden, "weight": weight}
+    if "low" in trained:
+        tensors |= {"low": torch.randn(2, 37, 3), "up": torch.randn(50, 3)}
+    exact = {name: tensor.double().requires_grad_(name in trained) for name, tensor in tensors.items()}
+    ours = {name: tensor.requires_grad_(name in trained) for name, tensor in tensors.items()}
+    x, w, *low_rank = exact.values()
+    expected = exact_log_probabilities(x, w, labels, *low_rank)
+    x, w, *low_rank = ours.values()
+    log_probabilities = linear_log_probabilities(x, w, labels, *low_rank)
+    factors = torch.randn(len(expected), dtype=torch.float64)
+    (expected * factors).sum().backward()
+    (log_probabilities * factors.float()).sum().backward()
+    assert log_probabilities.dtype == torch.float32
+    torch.testing.assert_close(log_probabilities.double(), expected, rtol=1e-6, atol=1e-6)
+    for name, tensor in ours.items():
+        if name in trained.split():
+            torch.testing.assert_close(tensor.grad.double(), exact[name].grad, rtol=1e-4, atol=2e-6)
+        else:
+            assert tensor.grad is None
+    torch.testing.assert_close(
+        -log_probabilities.sum(), linear_cross_entropy(x, w, labels, *low_rank), rtol=1e-6, atol=0
+    )
+
+
+def test_log_probabilities_of_no_label_have_a_graph():
+    hidden, weight, labels = batch()
+    for trained in ((hidden,), (hidden, weight)):
+        for tensor in trained:
+            tensor.requires_grad_()
+        linear_log_probabilities(hidden, weight, torch.full_like(labels, -100)).sum().backward()
+        assert all(torch.equal(tensor.grad, torch.zeros_like(tensor)) for tensor in trained)
+
+
+def test_log_probabilities_have_no_second_derivative():
+    hidden, weight, labels = batch()
+    log_probabilities = linear_log_probabilities(hidden.requires_grad_(), weight.requires_grad_(), labels)
+    with pytest.raises(RuntimeError, match="LinearLogProbabilitiesBackward has no second derivative"):
+        torch.autograd.grad(log_probabilities.square().sum(), (hidden, weight), create_graph=True)

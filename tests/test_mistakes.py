@@ -27,9 +27,11 @@ from safetensors.torch import load_file, save_file
 from minillama.adapters.llama_adapter import LlamaAdapterConfig
 from minillama.adapters.lora import LoraConfig
 from minillama.adapters.peft import adapt, save_adapter
+from minillama.files import lock
 from minillama.formats.hf import check_weights, read_config
 from minillama.formats.hf_export import write_model
 from minillama.model.llama import Llama
+from minillama.training import output_folder
 from minillama.training.resume import hash_of
 
 ROOT = Path(__file__).parents[1]
@@ -131,6 +133,8 @@ more frozen than there are | full --train.freeze-layers 4 | --train.freeze-layer
 no prompt | prompt --adapter.prompt-len 0 | --adapter.prompt-len 0 | at least 1
 no run.json | lora --config none.json | --config none.json | is not the run.json of a run
 another recipe's run.json | full --config run/run.json | run.json is of another recipe | flags of lora
+another run's folder | lora --output-dir busy | busy: wait for its end | another --output-dir
+the same, to be resumed | full --output-dir busy --resume auto | busy: wait for its end | another --output-dir
 no checkpoint | lora --resume empty | --resume empty | the folder of one, or of a run, or auto
 a damaged checkpoint | lora --resume damaged | __0_0.distcp was changed | remove them
 another rank than before | lora --resume run --lora.rank 4 | --lora.rank 4 (was 8) | give what it was made with
@@ -298,6 +302,8 @@ def variant(world, name, config=None, files=(), **changes):
 def world(tmp_path_factory):
     """What the mistakes are made with."""
     world = tmp_path_factory.mktemp("world")
+    (world / "busy").mkdir()
+    assert lock(world / "busy") is not None  # until this process ends
     save_folder(random_model(), world / "model")
     save_folder(random_model(1), world / "stranger")
     variant(world, "not_json", "{")
@@ -471,6 +477,9 @@ def attempt(world, command):
     finally:
         sys.argv = before
         os.chdir(here)
+        for descriptor in output_folder._locks.values():  # those of a process, which ends with its run
+            os.close(descriptor)
+        output_folder._locks.clear()
     return code, said.getvalue()
 
 

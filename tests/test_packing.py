@@ -351,3 +351,33 @@ def test_labels_shift_within_each_document():
             assert batch.positions[r, here].tolist() == list(range(len(ids)))
             shifted = torch.cat((torch.where(trained[1:], ids[1:], -100), torch.tensor([-100])))
             assert batch.labels[r, here].tolist() == shifted.tolist()
+
+
+def pairs_of(lengths, seed=0):
+    return replace(documents_of(np.ravel(lengths), seed), per_row=2)
+
+
+def test_a_pair_stays_in_one_pack():
+    random = np.random.default_rng(3)
+    lengths = random.integers(2, 40, (200, 2))
+    packed = pack(pairs_of(lengths), 64, 0)
+    held = [i for p in packs_of(packed) for i in p]
+    assert all(a % 2 == 0 and b == a + 1 for p in packs_of(packed) for a, b in zip(p[::2], p[1::2], strict=True))
+    assert sorted(held[::2]) == (2 * np.flatnonzero(lengths.sum(1) <= 64)).tolist()
+    assert packed.long["dropped"] == (lengths.sum(1) > 64).sum() > 0
+    assert all(lengths.ravel()[p].sum() <= 64 for p in packs_of(packed))
+    assert packs_of(pad(pairs_of(lengths), 80)) == [[2 * i, 2 * i + 1] for i in range(200)]
+
+
+def test_of_a_pair_that_is_truncated_the_longer_loses_its_end():
+    lengths = [[9, 3], [3, 9], [9, 9], [5, 20], [4, 6]]
+    documents = pairs_of(lengths)
+    documents.trained[:] = True
+    packed = pad(documents, 10)
+    assert packed.sizes.reshape(-1, 2).tolist() == [[4, 6], [7, 3], [3, 7], [5, 5], [5, 5]]
+    assert packed.long["truncated"] == 4
+    assert packed.starts.reshape(-1, 2)[1].tolist() == documents.offsets[:2].tolist()
+    documents.trained[:] = False
+    documents.trained[4:9] = True  # of the first pair's chosen, none of its rejected
+    with pytest.raises(UserError, match="no row has a token to train"):
+        pad(documents, 10, [Part(np.arange(1), "truncate")])

@@ -108,7 +108,7 @@ def test_readme_begins_with_what_a_newcomer_needs():
 
 def test_pages_are_short_and_reachable():
     for page, text in PAGES.items():
-        assert len(text.splitlines()) < (350 if page == "README.md" else 200), page
+        assert len(text.splitlines()) < (370 if page == "README.md" else 200), page
         assert page == "README.md" or f"]({page})" in README, f"README has no link to {page}"
 
 
@@ -163,7 +163,7 @@ def test_every_flag_named_exists(flags):
         named = set(re.findall(r"--[a-z][\w.-]*[a-z]", "\n".join(cells)))
         assert len(named) > 20
         assert not named - set.union(*flags.values()) - {"--group.key", "--nproc_per_node"}, page
-    groups = "data|train|eval|optim|fsdp|kernels|checkpoint|log|profile|lora|adapter"
+    groups = "data|train|eval|optim|fsdp|kernels|checkpoint|log|profile|lora|adapter|dpo"
     named = set(re.findall(rf"--(?:{groups})\.[\w.-]*[a-z]", EVERYWHERE))
     assert len(named) > 40
     assert not named - set.union(*flags.values())

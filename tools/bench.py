@@ -108,7 +108,7 @@ class Bench:
     """As --fsdp.recompute; the peers, which have no selective, then do it in full. auto: none, and again with full if
     that runs out of memory."""
     compile: bool = False
-    """By torch.compile: ours and torchtune's block by block, transformers' model as a whole."""
+    """Use torch.compile: ours and torchtune's block by block, transformers' model as a whole."""
     contenders: tuple[Literal["ours", "hf", "torchtune", "nf4", "int8"], ...] = ("ours", "hf")
     """torchtune joins when --torchtune-python is given. nf4, int8: ours on a base so quantised."""
     quantize: Literal["none", "nf4", "int8"] = "none"

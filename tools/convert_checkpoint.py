@@ -6,10 +6,10 @@
     python tools/convert_checkpoint.py Llama-3.1-70B models/Llama-3.1-70B-nf4 --quantize nf4
     python tools/convert_checkpoint.py SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-135M-Instruct
 
-What SOURCE is decides: a Hugging Face folder becomes a Meta folder, or with --quantize a quantised one; a Meta folder, a
+SOURCE decides: a Hugging Face folder becomes a Meta folder, or with --quantize a quantised one; a Meta folder, a
 GGUF file or a checkpoint a Hugging Face folder, with the base that the checkpoint was trained on and LoRA merged into it;
 a llama-adapter's checkpoint an adapter folder. Tensors are read and written a few rows at a time. GGUF needs the gguf
-package (pip install gguf); what its quantisation lost stays lost.
+package (pip install gguf); its quantisation error stays.
 """
 
 import signal

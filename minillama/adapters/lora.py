@@ -1,6 +1,8 @@
 """LoRA (https://arxiv.org/abs/2106.09685) and DoRA (https://arxiv.org/abs/2402.09353), as PEFT computes them."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from minillama.errors import UserError
 from minillama.model.config import LARGEST
 from minillama.model.llama import Llama, LMHead
-from minillama.model.loss import Targets, linear_cross_entropy
+from minillama.model.loss import Targets, linear_cross_entropy, linear_log_probabilities
 from minillama.model.quant import Quantized, QuantizedLinear
 from minillama.model.surgery import replace_modules
 from minillama.parallel.processes import warn
@@ -86,6 +88,8 @@ class LoraLinear(nn.Module):
     """
 
     lora_magnitude_change: nn.Parameter | None
+    enabled = True
+    """False: the base layer alone"""
 
     def __init__(self, linear: nn.Linear, config: LoraConfig) -> None:
         super().__init__()
@@ -106,6 +110,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x, self.bias)
+        if not self.enabled:
+            return y
         dropped = self.dropout(x)
         low = self.lora_A(dropped.to(self.lora_A.weight.dtype))
         branch = self.lora_B(low * self.scale)
@@ -175,13 +181,16 @@ class QuantizedLoraLinear(Quantized, LoraLinear):  # type: ignore[misc]  # which
 
 
 class LoraHead(LoraLinear):
-    """The output head with LoRA; given labels it returns the loss, as LMHead does."""
+    """The output head with LoRA; given labels it returns what LMHead does."""
 
-    def forward(self, x: Tensor, labels: Tensor | Targets | None = None) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | Targets | None = None, per_label: bool = False) -> Tensor:
         if labels is None:
             return super().forward(x)
-        low = self.lora_A(self.dropout(x).to(self.lora_A.weight.dtype))
-        return linear_cross_entropy(x, self.weight, labels, low, self.lora_B.weight * self.scale)
+        low = up = None
+        if self.enabled:
+            low = self.lora_A(self.dropout(x).to(self.lora_A.weight.dtype))
+            up = self.lora_B.weight * self.scale
+        return (linear_log_probabilities if per_label else linear_cross_entropy)(x, self.weight, labels, low, up)
 
     def merged(self) -> nn.Linear:
         head = LMHead(self.in_features, self.out_features, device="meta", bias=False)
@@ -194,6 +203,9 @@ class LoraEmbedding(nn.Module):
 
     A (rank, V) starts as 0 and B (C, rank) as N(0, 1), both fp32.
     """
+
+    enabled = True
+    """False: the base layer alone"""
 
     def __init__(self, embedding: nn.Embedding, config: LoraConfig) -> None:
         super().__init__()
@@ -209,6 +221,8 @@ class LoraEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         y = F.embedding(tokens, self.weight)
+        if not self.enabled:
+            return y
         # in fp32: the gradient of a column is a sum over all positions of its token
         low = F.embedding(tokens, self.lora_embedding_A.T.float())
         branch = low.to(self.lora_embedding_B.dtype) @ self.lora_embedding_B.T
@@ -285,6 +299,19 @@ def lora_plus(model: nn.Module, ratio: float) -> dict[Tensor, float]:
     """LoRA+ (https://arxiv.org/abs/2402.12354): the factor of the learning rate of each B of the linear layers."""
     layers = (module for module in model.modules() if isinstance(module, LoraLinear))
     return {layer.lora_B.weight: ratio for layer in layers} if ratio != 1 else {}
+
+
+@contextmanager
+def lora_off(model: nn.Module) -> Iterator[None]:
+    """The model as it would be without its LoRA."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear | LoraEmbedding)]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
 
 
 @torch.no_grad()

@@ -209,6 +209,8 @@ def open_checkpoint(folder: Path) -> tuple[dict[str, Any], Weights]:
 
 def adapter_of(content: dict[str, Any]) -> AdapterConfig | None:
     """The adapter that a checkpoint.json describes; None: full fine-tuning."""
+    if content["flags"].get("method") == "full":  # of preference tuning, whose flags have a LoRA all the same
+        return None
     kinds: dict[str, type[LoraConfig] | type[LlamaAdapterConfig]] = {"lora": LoraConfig, "adapter": LlamaAdapterConfig}
     for group, kind in kinds.items():
         if flags := content["flags"].get(group):

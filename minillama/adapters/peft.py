@@ -75,7 +75,7 @@ def as_peft(name: str, tensor: Tensor) -> Tensor:
 
 
 def _lengths(model: nn.Module, name: str) -> Tensor:
-    """Of this rank's rows of the weight whose lora_magnitude_change is called name: fp32 (rows,)."""
+    """Length of this rank's rows of the weight whose lora_magnitude_change has this name: fp32 (rows,)."""
     module = model.get_submodule(name.removesuffix(CHANGE))
     assert isinstance(module.weight, Tensor)
     rows = local(module.weight)

@@ -32,6 +32,8 @@ class Batch:
     """Labels"""
     squares: int
     """Sum of the squares of the documents' lengths, to which the cost of attention is proportional"""
+    reference: Tensor | None = None
+    """(N,) fp32, on the device: what Packed.reference holds of the labels, row after row"""
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -42,6 +44,14 @@ class Batch:
     def targets(self) -> Targets:
         """The labels, on the device"""
         return find_targets(self.labels, self.tokens.device)
+
+    @cached_property
+    def labels_of_documents(self) -> Tensor:
+        """How many labels each document has, (documents,) int64 on the device"""
+        starts = np.cumsum([0, *self.lengths[:-1]])
+        counts = np.add.reduceat(self.labels.flatten().numpy() != IGNORE, starts, dtype=np.int64)
+        known = self.document_ids.flatten().numpy()[starts] >= 0
+        return to_device(torch.from_numpy(counts[known]), self.tokens.device)
 
 
 def collate(packed: Packed, packs: np.ndarray | list[int], pad_id: int, device: torch.device | str) -> Batch:
@@ -70,7 +80,8 @@ def collate(packed: Packed, packs: np.ndarray | list[int], pad_id: int, device: 
             squares += size**2
             start = end
     documents.release()
-    return _batch(tokens, positions, labels, document_ids, squares, device)
+    reference = None if packed.reference is None else packed.reference[packed.labels(packs)]
+    return _batch(tokens, positions, labels, document_ids, squares, device, reference)
 
 
 def _collated(packed: Packed, pieces: list[int], device: torch.device | str) -> Batch:
@@ -94,7 +105,15 @@ def _collated(packed: Packed, pieces: list[int], device: torch.device | str) -> 
     return _batch(tokens, positions, shifted, np.where(known, 0, -1), squares, device)
 
 
-def _batch(tokens, positions, labels, document_ids, squares: int, device: torch.device | str) -> Batch:
+def _batch(
+    tokens,
+    positions,
+    labels,
+    document_ids,
+    squares: int,
+    device: torch.device | str,
+    reference: np.ndarray | None = None,
+) -> Batch:
     batch = Batch(
         to_device(torch.from_numpy(tokens), device),
         to_device(torch.from_numpy(positions), device),
@@ -103,6 +122,7 @@ def _batch(tokens, positions, labels, document_ids, squares: int, device: torch.
         count=int((document_ids >= 0).sum()),
         trained=int((labels != IGNORE).sum()),
         squares=squares,
+        reference=None if reference is None else to_device(torch.from_numpy(reference), device),
     )
     _ = batch.lengths, batch.targets  # here, in the thread that makes batches ahead, not in the step
     return batch

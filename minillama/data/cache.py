@@ -2,6 +2,7 @@
 
 DIR/<documents>/            tokens.bin trained.bin offsets.bin refused.txt about.json
 DIR/<documents>/<packs>/    starts.bin sizes.bin firsts.bin lengths.bin about.json
+DIR/<documents>/<packs>/reference-<model>/    values.bin about.json: log-probabilities by a model, for preference tuning
 
 Both names are hashes of all that decides the content: the rows, the tokenizer, the settings, the code that reads and
 tokenizes. A folder has its name only once it is complete.
@@ -10,14 +11,12 @@ tokenizes. A folder has its name only once it is complete.
 import hashlib
 import json
 import os
-import shutil
 import signal
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing import RawArray, Value, get_context
 from pathlib import Path
@@ -25,20 +24,21 @@ from typing import Any, Literal
 
 import numpy as np
 
+from minillama.data.built_folder import built, describe, is_sound
 from minillama.data.datasets import DataConfig, Source, training_sources, validation_source
 from minillama.data.documents import Documents
 from minillama.data.encoders import encode_rows
 from minillama.data.packing import Packed, Part, pack, pad
 from minillama.data.permutation import permuted
-from minillama.errors import REMEDIES, UserError, disk_text
-from minillama.files import cache_folder, described, read_json, write_json
-from minillama.parallel.processes import warn
+from minillama.errors import UserError
+from minillama.files import cache_folder, read_json
 from minillama.progress import progress
 
 DOCUMENTS = {"tokens": np.int32, "trained": np.bool_, "offsets": np.int64}
 PARTS = ("tokens", "trained", "lengths")
 """Files of a process that tokenizes"""
 PACKS = {"starts": np.int64, "sizes": np.int64, "firsts": np.int64, "lengths": np.int64}
+REFERENCE = {"values": np.float32}
 CODE = {
     "data": ("cache", "datasets", "documents", "encoders", "packing", "permutation", "rows"),
     "tokenizer": ("chat", "engines", "files", "template", "tokenizer"),
@@ -98,13 +98,29 @@ def open_packed(folder: Path) -> Packed:
     """The packs in a folder that `prepare` named, memory-mapped. Raises UserError if they are damaged."""
     about, arrays = _open(folder, PACKS)
     documents = open_documents(folder.parent)
-    return Packed(about.pop("batching"), about.pop("context_length"), documents, **arrays, **about)
+    return Packed(about.pop("batching"), about.pop("context_length"), documents, **arrays, **about, folder=folder)
 
 
 def open_documents(folder: Path) -> Documents:
     """The documents above a folder of packs, memory-mapped. Raises UserError if they are damaged."""
     about, arrays = _open(folder, DOCUMENTS)
-    return Documents(**arrays, **{name: about[name] for name in ("fingerprint", "refused", "had_ends")})
+    return Documents(**arrays, **{name: about[name] for name in ("fingerprint", "refused", "had_ends", "per_row")})
+
+
+def open_reference(packs: Path, key: str) -> np.ndarray | None:
+    """What keep_reference has kept there by the same key, memory-mapped; None if it is not there, or damaged."""
+    folder = packs / f"reference-{key}"
+    return _open(folder, REFERENCE)[1]["values"] if is_sound(folder) else None
+
+
+def keep_reference(packs: Path, key: str, values: np.ndarray) -> None:
+    """Keeps values, float32 (N,), one a token of the documents, in a folder of packs."""
+
+    def build(part: Path) -> None:
+        values.tofile(part / "values.bin")
+        describe(part, REFERENCE, {})
+
+    built(packs / f"reference-{key}", build)
 
 
 def refused_rows(folder: Path) -> list[str]:
@@ -132,8 +148,8 @@ def _open(folder: Path, kinds: dict[str, Any]) -> tuple[dict[str, Any], dict[str
 def _documents(sources: list[Source], config: DataConfig, tokenizer: Any, processes: int) -> Path:
     """The folder of all documents of the sources, end to end."""
     described = [[source.dataset, dict(source.columns), source.content(config, tokenizer)] for source in sources]
-    name = _hash(described, config.train_on, tokenizer.fingerprint)
-    folder = _built(
+    name = _hash(described, config.train_on, config.pairs, tokenizer.fingerprint)
+    folder = built(
         cache_folder(config.cache_dir) / name, lambda part: _tokenize(part, sources, config, tokenizer, processes)
     )
     if config.bad_rows == "error" and (problems := _lines(folder / "refused.txt")):
@@ -160,9 +176,9 @@ def _packs(documents: Path, sources: list[Source], config: DataConfig, seed: int
         for name in PACKS:
             getattr(packed, name).tofile(part / f"{name}.bin")
         about = {"batching": packed.batching, "context_length": packed.context_length, "long": packed.long}
-        _describe(part, PACKS, about | {"fingerprint": packed.fingerprint})
+        describe(part, PACKS, about | {"fingerprint": packed.fingerprint})
 
-    return _built(documents / _hash(settings), build)
+    return built(documents / _hash(settings), build)
 
 
 def _too_long(config: DataConfig, source: Source) -> Literal["drop", "truncate", "split"]:
@@ -256,10 +272,14 @@ def _tokenize(folder: Path, sources: list[Source], config: DataConfig, tokenizer
     lines = (" ".join(problem.splitlines()) + "\n" for problem in refused)
     (folder / "refused.txt").write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     fingerprint = _join(folder, [(k, chunk) for _, k, chunk in chunks])
-    counts = [sum(chunk.documents for _, _, chunk in chunks if chunk.source == s) for s in range(len(sources))]
+    per_row = 2 if config.pairs else 1
+    counts = [
+        sum(chunk.documents for _, _, chunk in chunks if chunk.source == s) // per_row for s in range(len(sources))
+    ]
     had_ends = sum(chunk.had_ends for _, _, chunk in chunks)
     about = {"rows": counts, "refused": len(refused), "had_ends": had_ends, "fingerprint": fingerprint}
-    _describe(folder, DOCUMENTS, about)
+    about["per_row"] = per_row
+    describe(folder, DOCUMENTS, about)
 
 
 def _shares(
@@ -317,7 +337,7 @@ def _share(job: Job, k: int) -> list[Chunk]:
                 if number > job.first_bad.value:
                     return made
                 documents, refused = encode_rows(
-                    rows, source.dataset, source.columns, job.tokenizer, job.config.train_on
+                    rows, source.dataset, source.columns, job.tokenizer, job.config.train_on, job.config.pairs
                 )
                 made.append(Chunk(number, s, len(documents), len(documents.tokens), refused, documents.had_ends))
                 if refused and job.config.bad_rows == "error":
@@ -371,90 +391,9 @@ def _join(folder: Path, chunks: list[tuple[int, Chunk]]) -> str:
     return hashlib.blake2b("".join(digest.hexdigest() for digest in digests).encode(), digest_size=16).hexdigest()
 
 
-# --- folders that are built once
-
-
 def _hash(*settings: Any) -> str:
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
     for room, names in CODE.items():
         for name in names:
             digest.update((Path(__file__).parents[1] / room / f"{name}.py").read_bytes())
     return digest.hexdigest()
-
-
-def _describe(folder: Path, kinds: dict[str, Any], about: dict[str, Any]) -> None:
-    files = {f"{name}.bin": described(folder / f"{name}.bin") for name in kinds}
-    if (refused := folder / "refused.txt").exists():
-        files |= {refused.name: described(refused)}
-    write_json(folder / "about.json", about | {"files": files})
-
-
-def _problem_of(folder: Path) -> str | None:
-    """What is wrong with an existing folder: all files in it are read and hashed."""
-    try:
-        about = read_json(folder / "about.json", {"files": {...: {"bytes": int, "sha256": str}}})
-        for name, wanted in about["files"].items():
-            if described(folder / name) != wanted:
-                return f"{name} is not what was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (KeyError, UserError) as error:
-        return str(error)
-    return None
-
-
-def _built(folder: Path, build: Callable[[Path], None]) -> Path:
-    """The folder, filled by `build` under another name first, in this process or another."""
-    if _is_sound(folder):
-        return folder
-    part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f"{folder.name}.lock")) as locked:
-            if folder.exists() and _problem_of(folder) is None:  # now
-                return folder
-            if folder.exists():  # runs that have mapped it keep their data
-                folder.rename(folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part"))
-            for left in folder.parent.glob(f"{folder.name}.*.part") if locked else ():
-                shutil.rmtree(left, ignore_errors=True)  # its builder was killed
-            part.mkdir()
-            build(part)
-            for file in part.iterdir():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-            part.rename(folder)
-    except OSError as error:
-        if folder.exists():  # no locks here, and another process was faster
-            return folder
-        where = Path(error.filename or folder)  # a file that was open has no name: a full disk
-        unnamed = error.filename is None and error.errno not in REMEDIES
-        if unnamed or not (where.is_relative_to(folder.parent) or folder.is_relative_to(where)):
-            raise
-        text = disk_text(error, folder.parent, "cannot be written")
-        besides = ", or" if error.errno in REMEDIES else ":"
-        raise UserError(f"{text}{besides} give another place by --data.cache-dir or XDG_CACHE_HOME") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder
-
-
-def _is_sound(folder: Path) -> bool:
-    if not folder.exists():
-        return False
-    if problem := _problem_of(folder):
-        warn(f"the data in {folder} was changed, or its disk is failing ({problem}): it is made again")
-    return problem is None
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[bool]:
-    """Waits for its turn; yields whether there are locks on this file system."""
-    import fcntl  # not on Windows, where only CUDA is of use
-
-    with os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-        else:
-            yield True

@@ -13,7 +13,7 @@ from functools import cache, partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from minillama.data.encoders import ENCODERS, FIELDS
 from minillama.data.rows import Progress, Rows, content_hash, data_files, itself, read_rows, shown, without_absent
@@ -64,8 +64,12 @@ class DataConfig:
     """Processes that tokenize, for each training process. Only large sets take more than one."""
     cache_dir: Path | None = None
     """Where tokenized and packed data is kept for the next run. None: minillama in $XDG_CACHE_HOME or ~/.cache."""
+    pairs: ClassVar[bool] = False
+    """Whether rows are of preference data"""
 
     def __post_init__(self) -> None:
+        if not self.mixture:
+            _check_pairs(self, self.dataset)
         if self.context_length < 2:
             raise UserError(f"--data.context-length {self.context_length}: must be at least 2")
         if not 0 <= self.val_fraction < 1:
@@ -87,6 +91,31 @@ class DataConfig:
     @property
     def day(self) -> datetime.date | None:
         return datetime.date.fromisoformat(self.date) if self.date else None
+
+
+@dataclass(frozen=True)
+class PreferenceConfig(DataConfig):
+    """Which pairs of answers to learn from."""
+
+    dataset: str = "preference"
+    """preference: rows with prompt, chosen and rejected; or FILE.py:FUNCTION, your own, which returns such rows."""
+    path: Path | None = None
+    """Training rows: a .json, .jsonl, .csv, .parquet or .txt file, a folder of them, or hub:ORG/NAME[/CONFIG][:SPLIT]."""
+    pairs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_on != "answers":
+            raise UserError(f"--data.train-on {self.train_on}: of a pair only the answers count: leave it out")
+        if self.too_long == "split":
+            raise UserError("--data.too-long split: a pair cannot be split: give drop or truncate")
+
+
+def _check_pairs(config: DataConfig, dataset: str) -> None:
+    if config.pairs and dataset in ENCODERS and dataset != "preference":
+        raise UserError(f"--data.dataset {dataset} has no pairs of answers: give preference, or FILE.py:FUNCTION")
+    if not config.pairs and dataset == "preference":
+        raise UserError("--data.dataset preference has two answers a row, which only recipes/dpo_fsdp.py trains on")
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
@@ -176,8 +205,8 @@ class Source:
     def _file(self) -> Path:
         if self.path:
             return self.path
-        if self.dataset == "text":
-            raise UserError("--data.dataset text has no small set of its own: give --data.path")
+        if self.dataset in ("text", "preference"):
+            raise UserError(f"--data.dataset {self.dataset} has no small set of its own: give --data.path")
         return BUNDLED / f"{self.dataset}_{self.split}{'.csv' if self.dataset == 'grammar' else '.jsonl'}"
 
     def _hub(self) -> Any:
@@ -210,6 +239,7 @@ def training_sources(config: DataConfig) -> list[Source]:
         elif entry["dataset"].partition(":")[0].endswith(".py"):
             entry["dataset"] = str(config.mixture.parent / entry["dataset"])
         try:
+            _check_pairs(config, entry["dataset"])
             sources.append(
                 Source(entry["dataset"], path, "train", entry.get("columns", {}), float(entry.get("weight", 1)))
             )
@@ -244,6 +274,8 @@ def load_collator(config: DataConfig, tokenizer: Any) -> Callable[[Any], Any] | 
     if not (own := _OWN.fullmatch(config.dataset)):
         return None
     make = getattr(_module(own[1]), "get_data_collator", None)
+    if make and config.pairs:
+        raise UserError(f"{own[1]} has a get_data_collator, which cannot be used for pairs of answers: remove it")
     if make and config.batching == "packing":
         raise UserError(f"{own[1]} has a get_data_collator, which is for --data.batching padding: give that")
     with _own_code(own[1]):

@@ -24,9 +24,15 @@ class Documents:
     """Rows that could not be used, left out by --data.bad-rows skip"""
     had_ends: int = 0
     """Rows whose text began with BOS, or ended with EOS, and so was given no second one"""
+    per_row: int = 1
+    """Documents that each row of the data has become: 2 of preference data, the chosen answer and the rejected one"""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def rows(self) -> int:
+        return len(self) // self.per_row
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (T,) and trained (T,) of document i, as views."""

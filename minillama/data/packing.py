@@ -6,6 +6,7 @@ Packing puts many documents into a pack. Padding makes each document its own pac
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -45,6 +46,10 @@ class Packed:
     token to train and were left out ("untrained")"""
     fingerprint: str = ""
     """A hash of the tokens and packs, whatever files they were read from"""
+    folder: Path | None = None
+    """Where they lie in the data cache"""
+    reference: np.ndarray | None = None
+    """float32 (N,): of each label among the documents' tokens, its log-probability by the model before training"""
     collator: Callable[[list[dict[str, list[int]]]], dict[str, Tensor]] | None = None
     """The user's own function, from documents to a padded batch"""
 
@@ -55,6 +60,15 @@ class Packed:
     @property
     def tokens(self) -> int:
         return int(self.sizes.sum())
+
+    def labels(self, packs: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Where in the documents' tokens the labels of some packs stand, in their order: int64 (labels,)."""
+        places = [np.empty(0, np.int64)]
+        for p in packs:
+            for piece in range(self.firsts[p], self.firsts[p + 1]):
+                start, end = self.starts[piece] + 1, self.starts[piece] + self.sizes[piece]
+                places.append(start + np.flatnonzero(self.documents.trained[start:end]))
+        return np.concatenate(places)
 
     def efficiency(self, batch_size: int = 1, world_size: int = 1, accumulate: int = 1) -> float:
         """Tokens divided by the positions of the packs.
@@ -126,11 +140,11 @@ def pack(documents: Documents, context_length: int, seed: int, parts: Sequence[P
     parts: which documents; by default all, and those longer than the context are dropped. Documents that are neighbours in
     the file, perhaps of one source, come into different packs. Raises UserError if nothing is left to train on.
     """
-    starts, sizes, long = _pieces(documents, context_length, parts or [Part(np.arange(len(documents)), "drop")])
+    starts, sizes, long = _pieces(documents, context_length, parts or [Part(np.arange(documents.rows), "drop")])
     mixed = permuted(np.arange(len(sizes)), len(sizes), seed)
     orders, counts = [], [np.zeros(1, np.int64)]
     for some in np.array_split(mixed, -(-len(mixed) // PACKED_TOGETHER)):
-        packs = _best_fit(sizes[some], context_length)
+        packs = _best_fit(sizes[some].sum(1), context_length)
         orders.append(some[np.concatenate([np.sort(p) for p in packs])])
         counts.append(np.array([len(p) for p in packs]))
     order, firsts = np.concatenate(orders), np.cumsum(np.concatenate(counts))
@@ -142,11 +156,13 @@ def pad(documents: Documents, context_length: int, parts: Sequence[Part] = ()) -
 
     Raises UserError if nothing is left to train on.
     """
-    starts, sizes, long = _pieces(documents, context_length, parts or [Part(np.arange(len(documents)), "truncate")])
+    starts, sizes, long = _pieces(documents, context_length, parts or [Part(np.arange(documents.rows), "truncate")])
     return _packed("padding", context_length, documents, starts, sizes, np.arange(len(starts) + 1), long)
 
 
 def _packed(batching, context_length: int, documents: Documents, starts, sizes, firsts, long: dict[str, int]) -> Packed:
+    """starts, sizes: (pieces, documents a row); firsts: into these"""
+    starts, sizes, firsts = starts.ravel(), sizes.ravel(), firsts * documents.per_row
     digest = hashlib.blake2b(f"{batching} {documents.fingerprint}".encode(), digest_size=16)
     for array in (starts, sizes, firsts):
         digest.update(np.ascontiguousarray(array).data)
@@ -157,32 +173,42 @@ def _packed(batching, context_length: int, documents: Documents, starts, sizes, 
 def _pieces(
     documents: Documents, context_length: int, parts: Sequence[Part]
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Where the pieces start in the documents' tokens and how many they have, both int64 (pieces,), and Packed.long."""
+    """Where the pieces start in the documents' tokens and how many they have, and Packed.long.
+
+    Both are int64 (pieces, documents a row): what stands in a row stays together. A pair that is truncated loses the end of
+    the longer one, down to half of the context; then of both.
+    """
+    together = documents.per_row
     found, rows = [], 0
     long = {"dropped": 0, "truncated": 0, "split": 0, "untrained": 0}
     shortest = None
     for part in parts:
-        starts = documents.offsets[part.rows]
-        sizes = documents.offsets[part.rows + 1] - starts
-        cut = sizes > context_length
+        numbers = part.rows[:, None] * together + np.arange(together)
+        starts = documents.offsets[numbers]
+        sizes = documents.offsets[numbers + 1] - starts
+        whole = sizes.sum(1)
+        cut = whole > context_length
         rows += len(sizes)
         if len(sizes):
-            shortest = min(int(sizes.min()), shortest or int(sizes.min()))
+            shortest = min(int(whole.min()), shortest or int(whole.min()))
         long[{"drop": "dropped", "truncate": "truncated", "split": "split"}[part.too_long]] += int(cut.sum())
         found.append(np.stack((starts[~cut], sizes[~cut])))
         if part.too_long == "drop" or not cut.any():
             continue
         starts, sizes = starts[cut], sizes[cut]
         if part.too_long == "truncate":
-            sizes = np.full_like(sizes, context_length)
+            sizes = np.minimum(sizes, np.maximum(context_length // together, context_length - sizes.min(1))[:, None])
         else:
+            assert together == 1, "a pair has no pieces"
+            starts, sizes = starts[:, 0], sizes[:, 0]
             pieces = -(-(sizes - 1) // (context_length - 1))  # each but the first token is predicted once
             number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
             ends = np.repeat(starts + sizes, pieces)
-            starts = np.repeat(starts, pieces) + number * (context_length - 1)
-            sizes = np.minimum(ends - starts, context_length)
-        spans = zip(starts.tolist(), (starts + sizes).tolist(), strict=True)
-        trained = np.array([documents.trained[start + 1 : end].any() for start, end in spans])
+            starts = (np.repeat(starts, pieces) + number * (context_length - 1))[:, None]
+            sizes = np.minimum(ends[:, None] - starts, context_length)
+        spans = zip(starts.ravel().tolist(), (starts + sizes).ravel().tolist(), strict=True)
+        pieces_trained = np.array([documents.trained[start + 1 : end].any() for start, end in spans])
+        trained = pieces_trained.reshape(-1, together).all(1)
         long["untrained"] += int((~trained).sum())
         found.append(np.stack((starts[trained], sizes[trained])))
     starts, sizes = np.concatenate(found, axis=1)

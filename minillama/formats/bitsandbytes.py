@@ -1,6 +1,6 @@
 """Quantised folders, in the format that bitsandbytes and transformers write and read: NF4 (load_in_4bit) and int8.
 
-Beside X.weight, the codes, stand X.weight.absmax, .quant_map, .nested_absmax, .nested_quant_map and
+Besides X.weight, the codes, there are X.weight.absmax, .quant_map, .nested_absmax, .nested_quant_map and
 .quant_state.bitsandbytes__nf4, a JSON text as bytes; of int8 X.SCB and X.weight_format.
 """
 
@@ -19,11 +19,11 @@ from minillama.model.quant import BLOCK, NF4, OUTER, Kind, Tables, dequantize, p
 STATE = ".quant_state.bitsandbytes__"
 FLOATS = ("bfloat16", "float16", "float32")
 ROWS = 1024
-"""Rows that are quantised at a time"""
+"""So many rows are quantised at a time"""
 
 
 class QuantizedWeights(Weights, Protocol):
-    """Tensors of which some are quantised; `shape`, `dtype` and `rows` are those of what they dequantise to."""
+    """Tensors of which some are quantised; `shape`, `dtype` and `rows` are those of the dequantised values."""
 
     kind: Kind
     double: bool
@@ -38,7 +38,7 @@ class QuantizedWeights(Weights, Protocol):
 
 
 def settings_problem(settings: Any) -> str | None:
-    """What is wrong with a quantization_config that is to be read; None: it is one of those that are."""
+    """Why a quantization_config is not supported; None: it is."""
     if not isinstance(settings, dict):
         return "it is no object"
     loads = settings.get("load_in_4bit") or settings.get("load_in_8bit")
@@ -49,7 +49,7 @@ def settings_problem(settings: Any) -> str | None:
 
 
 class BitsandbytesWeights:
-    """The tensors of a folder that bitsandbytes quantised. Raises UserError for what it would not write."""
+    """The tensors of a folder that bitsandbytes quantised. Raises UserError for anything it would not write."""
 
     def __init__(self, raw: Weights, settings: dict[str, Any], folder: Path) -> None:
         self._raw, self.folder = raw, folder
@@ -84,7 +84,7 @@ class BitsandbytesWeights:
         return state
 
     def _check(self, name: str) -> None:
-        """Raises UserError unless all that belongs to a quantised tensor is there, in its shape."""
+        """Raises UserError unless all parts of a quantised tensor are there, in the right shapes."""
         wanted = {name: [*self.shape(name)]}
         if self.kind == "int8":
             wanted[name.removesuffix("weight") + "SCB"] = [self.shape(name)[0]]
@@ -147,14 +147,14 @@ def dequantized(weights: QuantizedWeights, name: str, start: int, stop: int) -> 
 
 
 class BitsandbytesTensors:
-    """What bitsandbytes' format holds of these weights, by its names: to be written a few rows at a time."""
+    """These weights under the names of bitsandbytes' format, to be written a few rows at a time."""
 
     def __init__(self, weights: QuantizedWeights) -> None:
         self._weights = weights
         self._plain = [name for name in weights.names if name not in weights.layers]
         self._small: dict[str, Tensor] = {}
         self._large: dict[str, tuple[str, list[int], torch.dtype]] = {}  # part: (its weight, its shape, its dtype)
-        self._cut: tuple[str, dict[str, Tensor]] = "", {}  # the parts of the weight that was asked for last
+        self._cut: tuple[str, dict[str, Tensor]] = "", {}  # the parts of the last weight, cached
         for name in weights.layers:
             height, width = weights.shape(name)
             if weights.kind == "int8":
@@ -204,7 +204,7 @@ class BitsandbytesTensors:
 
 
 def quantization_config(kind: Kind, dtype: torch.dtype) -> dict[str, Any]:
-    """What config.json says of such a folder: as transformers writes it."""
+    """The quantization_config of such a folder, as transformers writes it."""
     settings: dict[str, Any] = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": ["lm_head"]}
     if kind == "int8":
         return settings | {"load_in_8bit": True, "load_in_4bit": False}

@@ -285,12 +285,12 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
     """Fills the base parameters of a materialised model, sharded or not, from a Hugging Face folder.
 
     Each rank reads only the rows its own shards hold, in pieces, casting to each parameter's dtype: host memory on top
-    of the model's stays below READERS * READ_BYTES, of layers that are quantised meanwhile some times that. Returns the
+    of the model's stays below READERS * READ_BYTES, Returns the
     names of the parameters and buffers filled. Every rank must call it. Raises UserError as check_weights does.
     """
     weights, parameters = check_weights(model, folder), base_parameters(model)
     quantized = QuantizedFill(model, weights)
-    has_twin = "lm_head.weight" not in parameters and "lm_head.weight" in weights.names
+    has_tied_head = "lm_head.weight" not in parameters and "lm_head.weight" in weights.names
     bytes_of = {name: local(p).numel() * p.element_size() for name, p in parameters.items()}
 
     total = sum(bytes_of.values())
@@ -299,8 +299,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
         def load(name: str) -> None:
             target, offset = local(parameters[name]).detach(), row_offset(parameters[name])
             step = max(1, READ_BYTES * len(target) // max(1, bytes_of[name]))
-            if layer := quantized.layers.get(name):  # of which fp32 copies are made
-                step = max(1, READ_BYTES // (4 * layer.in_features))
+            if layer := quantized.layers.get(name):  # of whose pieces several copies are made
+                step = max(1, READ_BYTES // (64 * layer.in_features))
             for start in range(0, len(target), step):
                 piece = target[start : start + step]
                 place = offset + start, offset + start + len(piece)
@@ -308,7 +308,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
                     quantized.fill(name, piece, *place)
                 else:
                     piece.copy_(weights.rows(name, *place))
-                if has_twin and name == "model.embed_tokens.weight":
+                if has_tied_head and name == "model.embed_tokens.weight":
                     _check_tied(weights, folder, *place)
                 bar.update(piece.numel() * piece.element_size())
 
@@ -338,7 +338,7 @@ def from_pretrained(
         dtype = weights.dtype(name)
     with torch.device("meta"):
         model = Llama(config).to(dtype)
-    # before any memory is taken for sizes that the config alone has
+    # before memory is allocated for sizes that only the config states
     quantize_base(model, check_weights(model, folder), quantize)
     materialise(model, device)
     load_weights(model, folder)

@@ -94,7 +94,7 @@ def save_pretrained(
             "the model is quantised, and its plain weights are gone: tools/convert_checkpoint.py --quantize writes a "
             "quantised folder, tools/merge_lora.py one with an adapter in it"
         )
-    reshard(model)  # first: it is the sharded parameters that stay
+    reshard(model)  # first: only the sharded parameters stay
     parameters = base_parameters(model)
     sizes = {name: p.numel() * dtypes[name].itemsize for name, p in parameters.items()}
     files = split_into_files(sizes)

@@ -1,4 +1,4 @@
-"""A base quantised while it is read: by each rank what it holds, or a few rows at a time to be written."""
+"""Quantises a base while it is read: each rank its own rows, or a few rows at a time for writing."""
 
 import re
 from typing import Literal
@@ -12,6 +12,7 @@ from minillama.formats.bitsandbytes import ROWS, BitsandbytesWeights, dequantize
 from minillama.formats.meta import Weights
 from minillama.model.llama import Llama
 from minillama.model.quant import (
+    BLOCK,
     Kind,
     Tables,
     apply_quantization,
@@ -29,10 +30,11 @@ Quantize = Literal["none", "nf4", "int8"]
 IN_BLOCK = re.compile(r"model\.layers\.\d+\..*_proj\.weight$")
 
 
-def quantize_base(model: Llama, weights: Weights, quantize: Quantize = "none") -> Llama:
-    """Quantises the base of a model on the meta device as its folder is, or as `quantize` says. Before adapters.
+def quantize_base(model: Llama, weights: Weights | None, quantize: Quantize = "none") -> Llama:
+    """Quantises the base of a model on the meta device as its folder is quantised, or as `quantize` says. Before adapters.
 
-    Raises UserError for a folder that is quantised already and is to be so again, and as apply_quantization does.
+    weights: of the folder; None for an estimate, which has none. Raises UserError if both are quantised, and as
+    apply_quantization does.
     """
     if isinstance(weights, BitsandbytesWeights):
         if quantize != "none":
@@ -50,10 +52,16 @@ class QuantizedFill:
 
     def __init__(self, model: nn.Module, weights: Weights) -> None:
         self.layers, self._weights = quantized_layers(model), weights
-        self._scales: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        self._first_rows = {name: row_offset(layer.weight) for name, layer in self.layers.items()}
+        self._scales: dict[str, Tensor] = {}  # NF4's, fp32, of this rank's rows
+        if not isinstance(weights, BitsandbytesWeights):
+            for name, layer in self.layers.items():
+                if layer.kind == "nf4":  # all at once: between what is freed again they would keep the memory in pieces
+                    rows = local(layer.weight)
+                    self._scales[name] = torch.empty(len(rows), layer.in_features // BLOCK, device=rows.device)
 
     def fill(self, name: str, piece: Tensor, start: int, stop: int) -> None:
-        """Fills rows start to stop of the weight `name`, which are `piece`. A layer's pieces in their order."""
+        """Fills `piece`, rows start to stop of the weight `name`."""
         packed, weights = piece.view(torch.uint8), self._weights
         if isinstance(weights, BitsandbytesWeights):
             packed.copy_(weights.packed(name, start, stop))
@@ -64,24 +72,23 @@ class QuantizedFill:
         else:
             packed[:, : codes.shape[1]] = codes
             packed[:, codes.shape[1] :] = 0
-            self._scales[name].append(scales)
+            first = start - self._first_rows[name]
+            self._scales[name][first : first + len(scales)] = scales
 
     def finish(self) -> set[str]:
-        """Fills what spans rows, once all are filled; the names of all that was. Every rank must call it."""
+        """Fills the values that span rows when all rows are filled; returns the names filled. Every rank must call it."""
         if isinstance(self._weights, BitsandbytesWeights):
             for name, layer in self.layers.items():
                 layer.set_tables(self._weights.tables(name))
-        elif self.layers:
+        elif self._scales:
             self._quantize_scales()
         tables = {name.removesuffix("weight") + table for name in self.layers for table in Tables._fields}
         return tables | self.layers.keys()
 
     def _quantize_scales(self) -> None:
-        """The scales of NF4, of which each rank has those of its rows, as those of whole tensors."""
-        names = [name for name, layer in self.layers.items() if layer.kind == "nf4"]
-        layers = [self.layers[name] for name in names]
-        scales = [torch.cat(self._scales[name]) if self._scales[name] else torch.empty(0, 1) for name in names]
-        first_rows = [row_offset(layer.weight) for layer in layers]
+        """Quantises the scales of NF4 as in whole tensors, although each rank has only those of its rows."""
+        layers, scales = [self.layers[name] for name in self._scales], self._scales.values()
+        first_rows = [self._first_rows[name] for name in self._scales]
         sums = all_reduce([x for own in scales for x in (own.sum(dtype=torch.float64).item(), float(own.numel()))])
         means = [torch.tensor(total / count) for total, count in zip(sums[::2], sums[1::2], strict=True)]
         sizes = [layer.get_buffer("outer").numel() for layer in layers]
@@ -89,7 +96,7 @@ class QuantizedFill:
             outer_maxima(own, mean.to(own.device), size, first).cpu()
             for own, mean, size, first in zip(scales, means, sizes, first_rows, strict=True)
         ]
-        outer = torch.cat([*maxima, torch.empty(0)])
+        outer = torch.cat(maxima)
         if dist.is_initialized():
             dist.all_reduce(outer, dist.ReduceOp.MAX)
         parts = zip(layers, scales, outer.split(sizes), means, first_rows, strict=True)
@@ -102,7 +109,7 @@ class QuantizedFill:
 
 
 class QuantizingWeights:
-    """The tensors of a plain folder, those of the blocks' linear layers quantised as they are read."""
+    """The tensors of a plain folder; those of the blocks' linear layers are quantised when they are read."""
 
     double = True
 

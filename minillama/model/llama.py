@@ -17,7 +17,7 @@ from minillama.model.attention import BACKENDS, AttentionContext, document_lengt
 from minillama.model.config import LlamaConfig
 from minillama.model.elementwise import rms_norm, swiglu
 from minillama.model.kv_cache import KvCache
-from minillama.model.loss import Targets, linear_cross_entropy
+from minillama.model.loss import Targets, linear_cross_entropy, linear_log_probabilities
 from minillama.model.rope import rope_table, rotate
 
 
@@ -91,10 +91,13 @@ class LlamaModel(nn.Module):
 
 
 class LMHead(nn.Linear):
-    """The output projection. Given labels it returns the loss, so the logits of a batch never exist at once."""
+    """The output projection. Given labels it returns the loss, or the log-probability of each label, so the logits of a
+    batch never exist at once."""
 
-    def forward(self, x: Tensor, labels: Tensor | Targets | None = None) -> Tensor:
-        return F.linear(x, self.weight) if labels is None else linear_cross_entropy(x, self.weight, labels)
+    def forward(self, x: Tensor, labels: Tensor | Targets | None = None, per_label: bool = False) -> Tensor:
+        if labels is None:
+            return F.linear(x, self.weight)
+        return (linear_log_probabilities if per_label else linear_cross_entropy)(x, self.weight, labels)
 
 
 class Llama(nn.Module):
@@ -122,6 +125,7 @@ class Llama(nn.Module):
         document_ids: Tensor | None = None,
         lengths: Sequence[int] | None = None,
         labels: Tensor | Targets | None = None,
+        per_label: bool = False,
         keep: Tensor | None = None,
         cache: KvCache | None = None,
     ) -> Tensor:
@@ -133,6 +137,7 @@ class Llama(nn.Module):
         lengths: instead, the lengths of the documents, row after row; the last document of a row ends with the row.
         labels: (B, T) the token to predict AT each position (already shifted), or -100 for none. The result is
             then the cross entropy summed over all labels, in nats, fp32 ().
+        per_label: the result is instead the log-probability of each label, row after row: fp32 (N,).
         keep: (B, T) bool; the result is the logits of these positions only, row after row: (N, V).
         cache: the tokens follow those of earlier calls with this cache; the result is the last token's logits, (B, 1, V).
 
@@ -154,6 +159,8 @@ class Llama(nn.Module):
         x = self.model(tokens, rope_table(self.config, positions), context)
         if keep is not None:
             return self.lm_head(x[keep])
+        if per_label:
+            return self.lm_head(x, labels, per_label=True)
         return self.lm_head(x) if labels is None else self.lm_head(x, labels)
 
 

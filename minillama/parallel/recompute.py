@@ -32,7 +32,7 @@ def keep_some(block: nn.Module) -> Callable[[], tuple[Any, Any]]:
     result. An adapter's products have other shapes and do not count. They are small, or, as B's, cheap to compute for the
     memory that the result takes, so none is kept.
     """
-    # as a matrix product takes them: (in, out)
+    # as they enter a matrix product: (in, out)
     weights = {(shape[1], shape[0]) for name, shape in shapes(block).items() if name.endswith("_proj.weight")}
     return partial(_contexts, weights)
 

@@ -90,16 +90,18 @@ def set_dtypes(model: Llama, config: FsdpConfig, stored: Mapping[str, torch.dtyp
     model.tie_weights()
 
 
-def choose_strategy(model: nn.Module, config: FsdpConfig, device: str) -> FsdpConfig:
+def choose_strategy(model: nn.Module, config: FsdpConfig, device: str, memory: float = 0) -> FsdpConfig:
     """config with "auto" resolved for a model whose dtypes are set.
 
     A replicated frozen base is never gathered and has no gradient to reduce. That is fastest, if the base and what is
-    trained fit in half the memory.
+    trained fit in half the memory. memory: bytes of a process, where its
+    device is not here to be asked.
     """
     if config.strategy != "auto":
         return config
     frozen, trained = parameter_bytes(model)
-    replicate = frozen > trained and frozen + STATE * trained <= least_memory(device) / 2 and not config.cpu_offload
+    half = (memory or least_memory(device)) / 2
+    replicate = frozen > trained and frozen + STATE * trained <= half and not config.cpu_offload
     return replace(config, strategy="no-shard" if replicate else "full-shard")
 
 

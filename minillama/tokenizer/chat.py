@@ -137,9 +137,9 @@ def without_surrogates(value: Any, depth: int = 0) -> Any:
 
 
 def trained_spans(
-    template: ChatTemplate, messages: Messages, tools: Tools | None, special: re.Pattern[str]
+    template: ChatTemplate, messages: Messages, tools: Tools | None, special: re.Pattern[str], first: int = 0
 ) -> tuple[str, list[Span]]:
-    """The text of a conversation that `prepared` has returned, and the spans that are trained.
+    """The text of a conversation that `prepared` has returned, and the spans that are trained, from message `first` on.
 
     They are those of {% generation %} if the template has it. Else a turn of the assistant begins where the prompt for it
     ends, and ends with its end token, or if there is none, with its text. special: finds special and added tokens.
@@ -147,14 +147,14 @@ def trained_spans(
     """
     said = _Conversation(template, messages, tools)
     if template.marks_generation:
-        return said.text, _generation_spans(said)
+        return said.text, _generation_spans(said, first)
     turns = said.turns()
     surroundings = _surroundings(said, turns)
     mixed = _with_results(said, turns)
     spans = []
     for n, turn in turns.items():
         before, after = surroundings.get(n, (None, None)) or ("", "")
-        if surroundings.get(n, "") is None:
+        if n < first or surroundings.get(n, "") is None:
             continue
         start = end = None
         if turn is not None and n not in mixed and (before is not None or "tool_calls" in messages[n]):
@@ -321,15 +321,21 @@ def _end(text: str, said: Span, after: str | None, special: re.Pattern[str]) -> 
     return last.end() if last and not text[last.end() : stop].strip() else None
 
 
-def _generation_spans(said: _Conversation) -> list[Span]:
+def _generation_spans(said: _Conversation, first: int) -> list[Span]:
     spans, begun = [], []
+    before = said.upto(first) if first else ""
     for at, mark in said.marks:
         if mark == "g":
             begun.append(at)
         elif mark == "/g":
             spans.append((begun.pop(), at))
-    if not said.marks or said.text != said.upto(len(said.messages)):
+    if (
+        before is None
+        or not said.text.startswith(before)
+        or not said.marks
+        or said.text != said.upto(len(said.messages))
+    ):
         raise UserError(
             f"{said.template.where}: cannot tell what the {{% generation %}} blocks of the chat template show: drop the row"
         )
-    return spans
+    return [span for span in spans if span[0] >= len(before)]

@@ -122,16 +122,18 @@ class Tokenizer:
         """Id of a special or added token by its text, None if there is no such token."""
         return self._special.get(token)
 
-    def encode_chat(self, messages: Messages, tools: Tools | None = None) -> tuple[list[int], list[bool]]:
+    def encode_chat(
+        self, messages: Messages, tools: Tools | None = None, *, first: int = 0
+    ) -> tuple[list[int], list[bool]]:
         """Ids of a conversation in the checkpoint's chat format, and for each id whether it is trained on.
 
         `messages` are `{"role": str, "content": str}`, and what else the template knows, such as "tool_calls"; `tools`
         are JSON schemas. Trained are the assistant's turns with the token that ends each, and with the line break after
         the header in Llama 3's format (as llama-recipes did); or what the template marks with {% generation %}, as
-        transformers' assistant_masks. Raises UserError for bad messages, a template that refuses them, or if it cannot
-        be told which part is the assistant's.
+        transformers' assistant_masks. `first`: only of the messages from this number on. Raises UserError for bad
+        messages, a template that refuses them, or if it cannot be told which part is the assistant's.
         """
-        text, spans = trained_spans(self._template(tools), *prepared(messages, tools), self._special_re)
+        text, spans = trained_spans(self._template(tools), *prepared(messages, tools), self._special_re, first)
         ids: list[int] = []
         mask: list[bool] = []
         for start, end, segment in self._segments(text):

@@ -42,6 +42,9 @@ class RunConfig:
     """auto: CUDA if there is one."""
     config: Path | None = None
     """The run.json of an earlier run: its flags are the defaults of this one."""
+    estimate: int = 0
+    """Only say what a run on this many processes would need, a GPU each unless --device cpu: memory by kind and phase, what
+    is sent, and the least time of a step. No GPU, weights or data are needed, only the model's config. 0: run."""
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -54,6 +57,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        if self.estimate < 0:
+            raise UserError(f"--estimate {self.estimate}: must be at least 1, or 0 to run")
         if self.fsdp.precision == "fp16" and self.optim.kind == "anyprecision":
             raise UserError(
                 "--fsdp.precision fp16 with --optim.kind anyprecision is not supported: give --optim.kind adamw, or "

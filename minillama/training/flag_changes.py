@@ -10,7 +10,7 @@ from minillama.errors import UserError
 from minillama.training.config import RunConfig
 from minillama.training.resume import Checkpoint
 
-MUST_MATCH = ("seed", "optim.kind", "fsdp.precision", "train.freeze_layers", "lora.", "adapter.")
+MUST_MATCH = ("seed", "optim.kind", "fsdp.precision", "train.freeze_layers", "method", "lora.", "adapter.", "dpo.")
 """Flags, or groups of flags, that a resumed run must not change."""
 IGNORED = (
     "resume",
@@ -19,6 +19,7 @@ IGNORED = (
     "lora.from_",
     "lora.merge",
     "adapter.from_",
+    "dpo.precompute",
     "data.workers",
     "data.cache_dir",
     "profile.",

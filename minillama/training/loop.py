@@ -1,5 +1,6 @@
 """What surrounds the steps of every recipe: data that is read ahead, learning rate, metrics, evaluation, checkpoints."""
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from minillama.training.out_of_memory import out_of_memory_explained
 from minillama.training.plan import Step, count_steps, eval_batches, prefetched, steps
 from minillama.training.profiling import Profiler, profiled
 from minillama.training.run import Run
-from minillama.training.step import evaluate
+from minillama.training.step import CrossEntropy, Loss, evaluate
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Loop:
     profiler: Profiler
     total: int
     """Steps of the whole run"""
+    loss_function: Loss
 
     def steps(self) -> Iterator[tuple[Step, list[Batch]]]:
         """Each step from run.progress on, with its micro-batches on the device. Sets the step's learning rate.
@@ -78,13 +80,17 @@ class Loop:
             batches = eval_batches(
                 run.validation, self.config.eval, run.tokenizer.pad_id, run.device, rank(), run.mesh.size()
             )
+            loss_function = copy.copy(self.loss_function)  # the sums of steps that are not logged yet stay as they are
+            loss_function.sums = torch.zeros_like(loss_function.sums)
             with self.metrics.paused():
-                result = evaluate(self.model, batches, self.checkpoints.stopping)
-            self.metrics.evaluation(done, result)
+                result = evaluate(self.model, batches, self.checkpoints.stopping, loss_function)
+            self.metrics.evaluation(done, result, loss_function)
 
 
 @contextmanager
-def training_loop(config: RunConfig, run: Run, model: Llama, optimizer: torch.optim.Optimizer) -> Iterator[Loop]:
+def training_loop(
+    config: RunConfig, run: Run, model: Llama, optimizer: torch.optim.Optimizer, loss_function: Loss | None = None
+) -> Iterator[Loop]:
     """Around training: opens metrics.jsonl, loads the checkpoint to resume from, and closes everything at the end.
 
     Every rank must enter it. Inside, SIGTERM and SIGUSR1 save and end the run, and an out-of-memory error says what
@@ -93,7 +99,8 @@ def training_loop(config: RunConfig, run: Run, model: Llama, optimizer: torch.op
     total = count_steps(run.train, config.train, run.progress.packs_per_step)
     scaler = LossScaler() if run.fsdp.precision == "fp16" else None
     dtype = run.fsdp.compute_dtype
-    metrics = Metrics(config.output_dir, config.log, model, run.device, dtype, total, run.progress)
+    loss_function = loss_function or CrossEntropy()
+    metrics = Metrics(config.output_dir, config.log, model, run.device, dtype, total, run.progress, loss_function)
     torch.manual_seed(config.seed + rank())  # dropout differs between ranks
     with (
         Checkpoints(
@@ -112,5 +119,5 @@ def training_loop(config: RunConfig, run: Run, model: Llama, optimizer: torch.op
         out_of_memory_explained(config, run.fsdp, model, optimizer, metrics),
         profiled(config.profile, metrics) as profiler,
     ):
-        yield Loop(config, run, model, optimizer, scaler, metrics, checkpoints, profiler, total)
+        yield Loop(config, run, model, optimizer, scaler, metrics, checkpoints, profiler, total, loss_function)
     metrics.close()

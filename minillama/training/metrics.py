@@ -25,6 +25,7 @@ from minillama.parallel.processes import all_reduce, rank
 from minillama.progress import progress
 from minillama.training.flops import step_flops
 from minillama.training.plan import Progress, Step
+from minillama.training.step import CrossEntropy, Loss
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,10 @@ class Metrics:
         dtype: torch.dtype,
         steps: int,
         start: Progress,
+        loss_function: Loss | None = None,
     ) -> None:
         """dtype: what the model computes in; steps: how many the run makes in all."""
+        self.loss_function = loss_function or CrossEntropy()
         self.every, self.model, self.device, self.dtype = config.every, model, device, dtype
         self.rate = matmul_rate(device, dtype)
         self.tokens = start.tokens - int(start.unlogged[2])  # of all lines so far
@@ -88,9 +91,12 @@ class Metrics:
         self._reset(*(start.unlogged if rank() == 0 else ()))
 
     def _reset(self, loss_sum: float = 0.0, seconds: float = 0.0, *counts: float) -> None:
-        # this rank's since the last line: each step's loss times its trained tokens; tokens, trained tokens and squares
+        # this rank's since the last line: each step's loss times its trained tokens; tokens, trained tokens and squares;
+        # what the loss has added up
         self.loss_sum: Tensor | float = loss_sum
-        self.counts = [int(count) for count in counts] or [0, 0, 0]
+        self.counts = [int(count) for count in counts[:3]] or [0, 0, 0]
+        sums = self.loss_function.sums
+        sums.copy_(torch.tensor(counts[3:] or [0.0] * len(sums), dtype=sums.dtype))
         self.seconds = seconds
         self.waited = 0.0
         self.started: float | None = None  # the clock
@@ -121,7 +127,7 @@ class Metrics:
         Raises UserError, where it makes a line, if training has diverged.
         """
         # exact in fp64, as losses have 24 bits: the sum does not depend on where a run was interrupted
-        self.loss_sum = self.loss_sum + loss.double() * sum(batch.trained for batch in batches)
+        self.loss_sum = self.loss_sum + loss.double() * sum(map(self.loss_function.count, batches))
         self.norm = norm
         for batch in batches:
             for i, count in enumerate((batch.count, batch.trained, batch.squares)):
@@ -139,7 +145,8 @@ class Metrics:
             raise UserError(
                 f"step {number}: none of its {tokens:.0f} tokens is trained: correct your collator's labels"
             )
-        mean_loss = loss_sum / max(1, trained)
+        told = self._told(self.loss_function)
+        mean_loss = loss_sum / max(1, *list(told.values())[:1] or [trained])
         self.tokens += int(tokens)
         memory, waited, seconds = all_reduce([peak_memory_gib(self.device), self.waited, seconds], "max")
         self.bar.set_postfix_str(f"loss {mean_loss:.4f}, {tokens / seconds:.0f} tokens/s")
@@ -148,6 +155,7 @@ class Metrics:
                 "step": number,
                 "epoch": round(step.progress, 4),
                 "loss": mean_loss,
+                **told,
                 "lr": lr,
                 "grad_norm": grad_norm,
                 "tokens": int(tokens),
@@ -179,15 +187,32 @@ class Metrics:
         Raises UserError if training has diverged: such a state is not worth keeping.
         """
         [seconds] = all_reduce([self._clock()], "max")
-        loss_sum, *counts = all_reduce([float(self.loss_sum), *self.counts])
+        sums = self.loss_function.sums.tolist()
+        loss_sum, *counts = all_reduce([float(self.loss_sum), *self.counts, *sums])
         self._check(number, loss_sum, self.norm.item())
         return self.tokens + int(counts[0]), [loss_sum, seconds, *counts]
 
-    def evaluation(self, done: int, result: tuple[float, int] | None) -> None:
-        """Records the validation loss after `done` steps: (mean nats a trained token, number of tokens); None: nothing."""
+    def _told(self, loss_function: Loss) -> dict[str, float]:
+        """What a loss has added up, of all ranks: how many, and means over these; {} of the cross entropy."""
+        if not loss_function.names:
+            return {}
+        count, *sums = all_reduce(loss_function.sums.tolist())
+        return dict(zip(loss_function.names, [int(count), *(value / max(1, count) for value in sums)], strict=True))
+
+    def evaluation(self, done: int, result: tuple[float, int] | None, loss_function: Loss | None = None) -> None:
+        """Records the validation loss after `done` steps: (mean nats a trained token, number of tokens); None: nothing.
+
+        loss_function: what was evaluated, if not the cross entropy.
+        """
         if result is None:
             return
         loss, tokens = result
+        if loss_function and (told := self._told(loss_function)):
+            self.evaluated[done] = loss
+            self._write({"step": done, "eval_loss": loss} | {f"eval_{name}": value for name, value in told.items()})
+            text = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in told.items())
+            self.say(f"step {done}: validation loss {loss:.4f}, {text}")
+            return
         perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()  # inf, not an error, where it is too large
         self.evaluated[done] = loss
         self._write({"step": done, "eval_loss": loss, "eval_perplexity": perplexity, "eval_tokens": tokens})

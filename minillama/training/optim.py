@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minillama.errors import UserError
+from minillama.model.device import device_kind
 from minillama.parallel.sharding import local
 
 PART = {"cpu": 2**18, "cuda": 2**22}
@@ -51,7 +52,7 @@ class OptimConfig:
 def make_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimConfig, lr_factors: Mapping[Tensor, float] | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW over the trainable ones of `parameters`; its state is sharded as they are, and there from the start.
+    """AdamW over the trainable ones of `parameters`. Its state is sharded like them, and exists from the start.
 
     lr_factors: of those whose learning rate is another, by how much; a group has it as "lr_factor".
     """
@@ -128,7 +129,7 @@ class CompensatedAdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 tensors = [parameter, parameter.grad, *(state[key] for key in self._state_dtypes(parameter))]
                 flat = [local(tensor).view(-1) for tensor in tensors]
-                for part in zip(*(tensor.split(PART[tensor.device.type]) for tensor in flat), strict=True):
+                for part in zip(*(tensor.split(PART[device_kind(tensor)]) for tensor in flat), strict=True):
                     _update(*part, step=state["step"].item(), group=group)
         return loss
 

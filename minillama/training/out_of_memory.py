@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from minillama.data.packing import Packed
 from minillama.errors import UserError
+from minillama.formats.hub import model_name
 from minillama.model.llama import Llama
 from minillama.parallel.failures import out_of_memory
 from minillama.parallel.memory import least_memory, peak_memory_gib
@@ -58,7 +59,7 @@ def out_of_memory_explained(
         metrics.close()
         raise UserError(
             f"{problem}; rank {rank()} holds {sum(held.values()) / 2**30:.2f} GiB: {shares}. What would help, most "
-            f"first: {'; '.join(remedies(held, config, fsdp, device))}"
+            f"first: {'; '.join(remedies(held, config, fsdp, device))}. {advice(config)}"
         ) from None
 
 
@@ -81,6 +82,17 @@ def held_bytes(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer,
         total = int(peak_memory_gib(device) * 2**30)
     held[REST] = max(0, total - sum(held.values()))
     return dict(sorted(held.items(), key=lambda item: -item[1]))
+
+
+def advice(config: RunConfig) -> str:
+    """The command that says which settings fit."""
+    adapter = getattr(config, "lora", None) or getattr(config, "adapter", None)
+    method = "lora" if hasattr(config, "lora") else "llama-adapter" if adapter else "full"
+    quantize = f" --quantize {adapter.quantize}" if adapter and adapter.quantize != "none" else ""
+    return (
+        f"Which settings fit: python tools/estimate.py --model {model_name(config.model)} --method {method}{quantize} "
+        f"--gpus {dist.get_world_size()} --context-length {config.data.context_length} --advise --gpu with the card's name"
+    )
 
 
 def remedies(held: dict[str, int], config: RunConfig, fsdp: FsdpConfig, device: str) -> list[str]:

@@ -9,7 +9,6 @@ import sys
 import time
 import uuid
 from dataclasses import asdict
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -78,10 +77,13 @@ def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -
 
     def write() -> None:
         run, file = _about(config, train, checkpoint), output_dir / "run.json"
-        continues = restarted or _continues(output_dir, resume, checkpoint)
         try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            _claim(output_dir.resolve())
+            if there := output_dir.is_dir():
+                _claim(output_dir.resolve())
+            continues = restarted or _continues(output_dir, resume, checkpoint)
+            if not there:
+                output_dir.mkdir(parents=True, exist_ok=True)
+                _claim(output_dir.resolve())
             if continues and file.exists():
                 run["id"] = read_json(file).get("id", run["id"])
             write_whole(file, json.dumps(run, indent=2, default=str) + "\n")
@@ -116,11 +118,15 @@ def _about(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -> d
     }
 
 
-@cache
+_locks: dict[Path, int | None] = {}
+"""Of the folders that this process writes to"""
+
+
 def _claim(folder: Path) -> None:
     """Locks the folder until this process ends. Raises UserError if another process has locked it."""
     try:
-        lock(folder)
+        if folder not in _locks:
+            _locks[folder] = lock(folder)
     except BlockingIOError:
         raise UserError(f"another run is writing to {folder}: wait for its end, or give another --output-dir") from None
 

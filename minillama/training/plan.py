@@ -80,7 +80,7 @@ class Progress:
     """Trained on so far"""
     unlogged: Sequence[float] = (0.0, 0.0, 0, 0, 0)
     """Since the last line of metrics.jsonl, over all ranks: losses times trained tokens, seconds, tokens, trained tokens,
-    squares of the documents' lengths"""
+    squares of the documents' lengths, and what the loss has added up"""
     evaluate: bool = True
     """Whether an evaluation is due before the next step"""
 

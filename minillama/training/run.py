@@ -157,11 +157,14 @@ def next_commands(config: RunConfig) -> list[str]:
     trained = f"--model {base} --adapter {adapter}"
     if not (output / "adapter").is_dir():
         trained = f"--model {quote(str(output / 'model'))}"
-    template = "" if data.dataset == "chat" else " --template none"
+    template = "" if data.dataset in ("chat", "preference") else " --template none"
     rows = quote(str(data.val_path)) if data.val_path else "FILE"
+    dataset = data.dataset
+    if data.pairs:  # which evaluate.py does not read
+        dataset, rows = "chat", "FILE"
     commands = [
         f"python recipes/generate.py {trained}{template} --prompt TEXT",
-        f"python recipes/evaluate.py {trained} --data.dataset {quote(data.dataset)} --data.path {rows}",
+        f"python recipes/evaluate.py {trained} --data.dataset {quote(dataset)} --data.path {rows}",
     ]
     if hasattr(config, "lora") and not (output / "model").is_dir():
         commands.append(f"python tools/merge_lora.py {base} {adapter} {quote(str(output / 'model'))}")
@@ -170,8 +173,9 @@ def next_commands(config: RunConfig) -> list[str]:
 
 def described(packed: Packed, config: LlamaConfig, batch_size: int, world_size: int, accumulate: int = 1) -> str:
     """How many rows, tokens and packs there are, and what was left out of them. config: the model's."""
-    rows = "rows and pieces of rows" if packed.long["split"] else "rows"
-    text = f"{len(packed.sizes):,} {rows}, {packed.tokens:,} tokens, "
+    per_row = packed.documents.per_row
+    rows = "rows and pieces of rows" if packed.long["split"] else "rows" if per_row == 1 else "pairs"
+    text = f"{len(packed.sizes) // per_row:,} {rows}, {packed.tokens:,} tokens, "
     if packed.batching == "padding":
         text += f"batches of {batch_size} padded to the longest"
     else:

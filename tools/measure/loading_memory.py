@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from minillama.adapters.lora import LoraConfig, apply_lora
 from minillama.files import check_unused
-from minillama.formats.hf import load_weights, read_config
+from minillama.formats.hf import check_weights, load_weights, read_config
+from minillama.formats.quantized import Quantize, quantize_base
 from minillama.help import filled
 from minillama.model.llama import Llama
 from minillama.parallel.failures import user_errors
@@ -45,6 +46,8 @@ class Args:
 
     folder: Path
     """Where to make the checkpoint; one that an earlier call made is used again."""
+    quantize: Quantize = "none"
+    """Hold the linear layers of the blocks in 4 bits a weight (nf4) or 8 (int8)."""
 
 
 def make_checkpoint(folder: Path) -> None:
@@ -75,6 +78,7 @@ def main(args: Args) -> None:
             on_rank_zero(lambda: make_checkpoint(args.folder))
         with torch.device("meta"):
             model = Llama(read_config(args.folder)).requires_grad_(False)
+        quantize_base(model, check_weights(model, args.folder), args.quantize)
         apply_lora(model, LoraConfig())
         fsdp = FsdpConfig(strategy="full-shard", precision="mixed")
         mesh = make_mesh(fsdp, device)

@@ -1,0 +1,189 @@
+"""Direct preference optimization (https://arxiv.org/abs/2305.18290): losses of pairs of answers."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillama.data.batch import Batch, collate
+from minillama.data.cache import keep_reference, open_reference
+from minillama.data.packing import Packed
+from minillama.errors import UserError
+from minillama.files import described
+from minillama.model.llama import Llama
+from minillama.parallel.processes import all_reduce, on_each_node, rank, say
+from minillama.parallel.sharding import local, reshard
+from minillama.progress import progress
+from minillama.training.run import Run
+
+
+@dataclass(frozen=True)
+class DpoConfig:
+    """What is learned from pairs of answers."""
+
+    beta: float = 0.1
+    """How strongly the model is held to the reference: the reward of an answer is beta times the logarithm of how much
+    likelier the model makes it than the reference does."""
+    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """sigmoid: that of the DPO paper. hinge: no more is asked of a pair whose rewards are 1 apart. ipo: the logarithms
+    are to be 1 / (2 beta) apart, no more and no less (https://arxiv.org/abs/2310.12036)."""
+    label_smoothing: float = 0.0
+    """Part of the pairs that are taken to have their answers swapped, with the sigmoid loss: conservative DPO."""
+    normalize_length: bool = False
+    """Take an answer's log-probability a token, not their sum, so that long answers have no advantage. TRL's ipo does."""
+    precompute: bool = False
+    """Compute the reference's log-probabilities once before training and keep them in the data cache: no second forward
+    a step, and no memory for a reference. Worth it from the second epoch on, or the second run on the same data."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise UserError(f"--dpo.beta {self.beta}: must be above 0")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"--dpo.label-smoothing {self.label_smoothing}: must be at least 0 and below 0.5")
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise UserError(f"--dpo.label-smoothing is for --dpo.loss sigmoid, not for {self.loss}: leave it out")
+
+
+def preference_losses(chosen: Tensor, rejected: Tensor, config: DpoConfig) -> Tensor:
+    """Of each pair, given log(model's probability / reference's) of its answers: all (pairs,) fp32.
+
+    With h = chosen - rejected: sigmoid is -log sigmoid(beta h), equation 7 of https://arxiv.org/abs/2305.18290, or with
+    label smoothing e, -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), equation 3 of
+    https://ericmitchell.ai/cdpo.pdf; hinge is max(0, 1 - beta h) (https://arxiv.org/abs/2305.10425); ipo is
+    (h - 1 / (2 beta))^2, equation 17 of https://arxiv.org/abs/2310.12036.
+    """
+    difference = chosen - rejected
+    if config.loss == "hinge":
+        return F.relu(1 - config.beta * difference)
+    if config.loss == "ipo":
+        return (difference - 1 / (2 * config.beta)).square()
+    losses = -(1 - config.label_smoothing) * F.logsigmoid(config.beta * difference)
+    return losses - config.label_smoothing * F.logsigmoid(-config.beta * difference)
+
+
+def answer_sums(values: Tensor, counts: Tensor) -> Tensor:
+    """Sums (answers,) of values (N,), one a token, answer after answer; counts (answers,) int64: of their tokens."""
+    return torch.segment_reduce(values, "sum", lengths=counts, unsafe=True)  # to check them would wait for a GPU
+
+
+def log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
+    """Of each label of a batch, row after row: fp32 (N,)."""
+    return model(batch.tokens, positions=batch.positions, lengths=batch.lengths, labels=batch.targets, per_label=True)
+
+
+class FrozenWeights:
+    """A copy of the trained parameters as they are now, of each its part on this rank."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.copies = {p: local(p).detach().clone() for p in model.parameters() if p.requires_grad}
+
+    @contextmanager
+    def __call__(self, model: nn.Module) -> Iterator[None]:
+        """The model with these instead of its own, and without dropout."""
+        was_training = model.training
+        model.eval()
+        self._exchange(model)
+        try:
+            yield
+        finally:
+            self._exchange(model)
+            model.train(was_training)
+
+    @torch.no_grad()
+    def _exchange(self, model: nn.Module) -> None:
+        reshard(model)  # else a forward would take what was gathered before
+        for parameter, copy in self.copies.items():
+            own = local(parameter).clone()
+            local(parameter).copy_(copy)
+            copy.copy_(own)
+
+
+def precompute(run: Run, model: Llama, batch_size: int, adapter: Path | None) -> Run:
+    """run with the log-probabilities of all its labels by the model as it is now: from the data cache, or computed and kept
+    there. batch_size: packs a rank at a time; adapter: the folder that it was loaded from. Every rank must call it."""
+    dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})  # those of a quantized base are others
+    file = adapter and described(adapter / "adapter_model.safetensors")
+    named = json.dumps([run.fingerprints["model"], file, dtypes, str(run.fsdp.compute_dtype)])
+    key = hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
+    train, validation = (
+        packed and _with_reference(packed, model, key, batch_size, run.tokenizer.pad_id, run.device)
+        for packed in (run.train, run.validation)
+    )
+    assert train
+    return replace(run, train=train, validation=validation)
+
+
+@torch.no_grad()
+def _with_reference(packed: Packed, model: Llama, key: str, batch_size: int, pad_id: int, device: str) -> Packed:
+    folder = packed.folder
+    assert folder is not None
+    missing = float(on_each_node(lambda: open_reference(folder, key) is None))
+    if all_reduce([missing], "max")[0]:
+        values = np.full(len(packed.documents.tokens), -np.inf, np.float32)
+        model.eval()
+        step = batch_size * dist.get_world_size()
+        say(f"reference   its log-probabilities of {len(packed):,} packs are computed once")
+        for cursor in progress(range(0, len(packed), step), desc="reference", leave=False):
+            window = np.arange(cursor, min(cursor + step, len(packed)))
+            [packs] = packed.micro_batches(window, batch_size, rank(), dist.get_world_size())
+            batch = collate(packed, packs, pad_id, device)
+            values[packed.labels(packs)] = log_probabilities(model, batch).cpu().numpy()
+        reshard(model)
+        dist.all_reduce(torch.from_numpy(values), dist.ReduceOp.MAX)  # each was computed on one rank, or on some alike
+        on_each_node(lambda: keep_reference(folder, key, values))
+    return replace(packed, reference=open_reference(folder, key))
+
+
+class DpoLoss:
+    """The loss of a pair, for train_step and evaluate, and what metrics.jsonl tells of pairs.
+
+    reward_margin: beta times by how much more the model has raised the chosen answer's log-probability over the
+    reference's than the rejected one's; accuracy: the share of pairs in which that is above 0, ties being half;
+    chosen_logp, rejected_logp: of whole answers, in nats; kl: an estimate of how far the model is from the reference, in
+    nats an answer, sum(r - 1 - log r) over its tokens with r = model / reference (k3 of
+    http://joschu.net/blog/kl-approx.html), unbiased where answers are the reference's own.
+    """
+
+    names = ("pairs", "reward_margin", "accuracy", "chosen_logp", "rejected_logp", "kl")
+
+    def __init__(
+        self, config: DpoConfig, as_reference: Callable[[nn.Module], AbstractContextManager[None]], device: str
+    ) -> None:
+        """as_reference: within it the model is the reference."""
+        self.config, self.as_reference = config, as_reference
+        self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Sum over the pairs: fp32 ()."""
+        reference, counts = batch.reference, batch.labels_of_documents
+        if reference is None:
+            with torch.no_grad(), self.as_reference(model):
+                reference = log_probabilities(model, batch)
+        ours = log_probabilities(model, batch)
+        ratios = answer_sums(ours - reference, counts)
+        if self.config.normalize_length:
+            ratios = ratios / counts
+        chosen, rejected = ratios.view(-1, 2).unbind(1)
+        with torch.no_grad():
+            margins = self.config.beta * (chosen - rejected)
+            logps = answer_sums(ours, counts).view(-1, 2)
+            log_ratio = ours - reference
+            kl = (log_ratio.exp() - 1 - log_ratio).sum() / 2  # two answers a pair
+            accuracy = (margins.sign() + 1) / 2  # a tie, as all are before the first step, is half right
+            self.sums[0] += len(margins)
+            self.sums[1:] += torch.stack((margins.sum(), accuracy.sum(), *logps.sum(0), kl))
+        return preference_losses(chosen, rejected, self.config).sum()
+
+    def count(self, batch: Batch) -> int:
+        """Pairs"""
+        return len(batch.labels_of_documents) // 2

@@ -1,0 +1,212 @@
+"""Preference tuning on several ranks, and recipes/dpo_fsdp.py as users run it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import random_model, run_ranks, run_script
+from peft import PeftModel
+from test_distributed import whole
+from test_dpo import pairs
+from test_model import hf_twin
+
+from minillama.adapters.lora import LoraConfig, apply_lora, lora_off
+from minillama.data.batch import collate
+from minillama.data.packing import pack, pad
+from minillama.formats.hf import load_weights, read_config
+from minillama.model.llama import Llama
+from minillama.parallel.initialise import initialise, materialise
+from minillama.parallel.processes import all_reduce
+from minillama.parallel.sharding import FsdpConfig, make_mesh, set_dtypes, shard
+from minillama.tokenizer.tokenizer import load_tokenizer
+from minillama.training.dpo import DpoConfig, DpoLoss, FrozenWeights
+from minillama.training.optim import OptimConfig, make_optimizer
+from minillama.training.step import evaluate, train_step
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "dpo_fsdp.py"
+
+
+def two_steps(mesh, folder, cases):
+    """Of each case: (loss, gradient norm) of two steps on all pairs and an evaluation, what is told, the weights."""
+    results = []
+    for kind, strategy, packing, batch_size in cases:
+        fsdp = FsdpConfig(strategy=strategy, precision="fp32", shard_size=2 if strategy == "hybrid-shard" else 0)
+        with torch.device("meta"):
+            model = Llama(read_config(folder)).requires_grad_(kind == "full")
+            if kind == "lora":
+                apply_lora(model, LoraConfig(rank=4, dropout=0.0, targets=("q_proj", "v_proj")))
+        set_dtypes(model, fsdp)
+        shard(model, make_mesh(fsdp, "cpu"), fsdp)
+        materialise(model, "cpu")
+        initialise(model, 7, loaded=load_weights(model, folder))
+        optimizer = make_optimizer(model.parameters(), OptimConfig(lr=1e-2 if kind == "lora" else 1e-3))
+        packed = (pack if packing else pad)(pairs(8), 64, *[0] * packing)
+        loss = DpoLoss(DpoConfig(), lora_off if kind == "lora" else FrozenWeights(model), "cpu")
+        parts = packed.micro_batches(np.arange(len(packed)), batch_size, dist.get_rank(), dist.get_world_size())
+        batches = [collate(packed, packs, 0, "cpu") for packs in parts]
+        numbers = []
+        for _ in range(2):
+            total, norm = train_step(model, optimizer, batches, loss_function=loss)
+            numbers += [total.item(), norm.item()]
+        numbers.append(evaluate(model, iter(batches), loss_function=loss)[0])
+        results.append((numbers, all_reduce(loss.sums.tolist()), whole(model)))
+    return results
+
+
+def test_every_split_of_the_same_pairs_trains_the_same(tiny_folder):
+    expected = dict(
+        zip(
+            ("full", "lora"),
+            run_ranks(two_steps, 1, tiny_folder, [(kind, "full-shard", False, 8) for kind in ("full", "lora")])[0],
+            strict=True,
+        )
+    )
+    for numbers, told, _ in expected.values():
+        assert numbers[0] == pytest.approx(np.log(2)) and numbers[4] < numbers[2] < numbers[0] and told[0] == 24
+    splits = {
+        1: [("full", "no-shard", True, 2), ("lora", "full-shard", False, 3)],
+        2: [("full", "shard-grad-op", False, 2), ("lora", "no-shard", True, 1), ("lora", "full-shard", True, 8)],
+        4: [("full", "hybrid-shard", True, 1), ("full", "full-shard", False, 1), ("lora", "hybrid-shard", False, 1)],
+    }
+    for world_size, cases in splits.items():
+        for results in run_ranks(two_steps, world_size, tiny_folder, cases):
+            for (kind, *case), (numbers, told, weights) in zip(cases, results, strict=True):
+                found, wanted = (numbers, told, weights), expected[kind]
+                for one, other, atol in zip(found, wanted, (1e-6, 1e-4, 2e-4), strict=True):
+                    torch.testing.assert_close(
+                        one, other, rtol=1e-5, atol=atol, msg=f"{kind} {world_size} {case}: {one} {other}"
+                    )
+
+
+ROWS = [
+    {"prompt": f"Say {i}", "chosen": f"{'yes ' * (i % 4)}{i}.", "rejected": f"No{', never' * (i % 3)} {i}!"}
+    for i in range(12)
+]
+FAST = ("--optim.schedule", "constant", "--train.batch-size", 2, "--fsdp.precision", "fp32", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (folder / "val.jsonl").write_text("\n".join(map(json.dumps, ROWS[:5])))
+    return folder
+
+
+@pytest.fixture
+def run(tiny_folder, data, tmp_path):
+    def run(*flags, out="out", rows="train", world_size=1):
+        paths = ("--data.path", data / f"{rows}.jsonl", "--data.val-path", data / "val.jsonl")
+        common = ("--model", tiny_folder, "--output-dir", tmp_path / out, "--data.context-length", 300, *paths, *FAST)
+        codes, text = run_script(RECIPE, *common, *flags, world_size=world_size, log=tmp_path / "log")
+        return codes, text, tmp_path / out
+
+    return run
+
+
+def metrics(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [m for m in lines if "loss" in m], [m for m in lines if "eval_loss" in m]
+
+
+TOLD = ("loss", *DpoLoss.names)
+
+
+def margins(model, reference, tokenizer, beta=0.1):
+    """Of each of the validation pairs, by transformers' models."""
+    found = []
+    for row in ROWS[:5]:
+        ratios = []
+        for answer in (row["chosen"], row["rejected"]):
+            turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": answer}]
+            ids, mask = (torch.tensor(part) for part in tokenizer.encode_chat(turns))
+            with torch.no_grad():
+                logps = [of(ids[None]).logits[0, :-1].log_softmax(-1) for of in (model, reference)]
+            ours, theirs = (logp.gather(-1, ids[1:, None])[:, 0][mask[1:]].sum() for logp in logps)
+            ratios.append(ours - theirs)
+        found.append(beta * (ratios[0] - ratios[1]).item())
+    return np.array(found)
+
+
+def test_lora_on_two_ranks_is_one_rank_with_the_reference_precomputed(run, tiny_folder):
+    flags = ("--optim.lr", 0.01, "--train.epochs", 2, "--log.every", 2)
+    codes, text, two = run(*flags, out="two", world_size=2)
+    assert codes == [0, 0], text
+    assert "12 pairs" in text and sorted(p.name for p in two.iterdir()) == [
+        "adapter",
+        "checkpoints",
+        "loss.png",
+        "metrics.jsonl",
+        "run.json",
+    ]
+    codes, text, one = run(*flags, "--train.accumulate", 2, "--dpo.precompute", "--data.batching", "padding", out="one")
+    assert codes == [0] and text.count("reference   its log-probabilities of") == 2, text
+    before, after = metrics(two)[1][0], metrics(two)[1][-1]
+    for m in (before, after):
+        assert set(m) == {"step", *(f"eval_{name}" for name in TOLD)} and m["eval_pairs"] == 5
+    assert before["eval_loss"] == pytest.approx(np.log(2)) and before["eval_accuracy"] == 0.5
+    assert metrics(one)[1][0] == pytest.approx(before, rel=1e-5, abs=1e-5)
+    twin = PeftModel.from_pretrained(hf_twin(random_model()), two / "adapter").eval()
+    found = margins(twin, hf_twin(random_model()), load_tokenizer(tiny_folder))
+    assert after["eval_reward_margin"] == pytest.approx(found.mean(), abs=1e-4)
+    assert after["eval_accuracy"] == (found > 0).mean() > 0.5
+    assert after["eval_loss"] == pytest.approx(np.log1p(np.exp(-found)).mean(), abs=1e-4) and after["eval_kl"] > 0
+
+
+@pytest.mark.parametrize("method", ["full", "lora from"])
+def test_a_resumed_run_goes_on_against_the_same_reference(run, method):
+    flags = ["--method", "full", "--optim.lr", 0.001]
+    if method == "lora from":
+        _, _, first = run("--train.max-steps", 2, "--optim.lr", 0.01, "--eval.no-enabled", out="first")
+        flags = ["--lora.from", first / "adapter", "--optim.lr", 0.01]
+    flags += [
+        "--train.epochs",
+        3,
+        "--checkpoint.every",
+        2,
+        "--checkpoint.keep",
+        0,
+        "--log.every",
+        3,
+        "--eval.no-enabled",
+    ]
+    _, text, whole_run = run(*flags, out="whole")
+    assert (whole_run / ("model" if method == "full" else "adapter")).is_dir(), text
+    start = whole_run / "checkpoints" / "step-00000002"
+    codes, text, rest = run(*flags, "--resume", start, out="rest")
+    assert codes == [0], text
+    expected, found = (metrics(out)[0] for out in (whole_run, rest))
+    assert expected[0]["loss"] > expected[-1]["loss"]
+    assert [[m[name] for name in TOLD] for m in found] == [[m[name] for name in TOLD] for m in expected]
+    codes, text, _ = run(*flags, "--resume", start, "--dpo.beta", 0.2, out="other")
+    assert codes == [1] and "--dpo.beta 0.2 (was 0.1)" in text
+
+
+MISTAKES = {
+    "no pairs": (["--data.dataset", "chat"], "--data.dataset chat has no pairs of answers: give preference"),
+    "all trained": (["--data.train-on", "all"], "--data.train-on all: of a pair only the answers count"),
+    "split": (["--data.too-long", "split"], "--data.too-long split: a pair cannot be split"),
+    "lora and full": (["--method", "full", "--lora.rank", 4], "--method full trains all weights"),
+    "bad row": ([], "bad.jsonl, line 3: chosen and rejected are the same"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes(run, data, flags, message):
+    rows = [*ROWS[:2], ROWS[2] | {"rejected": ROWS[2]["chosen"]}, *ROWS[3:]]
+    (data / "bad.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    codes, text, out = run(*flags, rows="bad")
+    assert codes == [1] and message in text and "Traceback" not in text and not out.exists()
+
+
+def test_other_recipes_refuse_pairs(tiny_folder, data, tmp_path):
+    flags = ("--data.dataset", "preference", "--data.path", data / "train.jsonl", "--eval.no-enabled")
+    codes, text = run_script(
+        RECIPE.with_name("lora_fsdp.py"),
+        *("--model", tiny_folder, "--output-dir", tmp_path / "out", *flags),
+        log=tmp_path / "log",
+    )
+    assert codes == [1] and "only recipes/dpo_fsdp.py trains on" in text
