@@ -207,7 +207,7 @@ def test_every_precision_trains(run, tiny_folder, recipe, precision):
     trained, evaluated = metrics(out)
     tokenizer = load_tokenizer(tiny_folder)
     base = loss_of(hf_twin(random_model()), tokenizer)
-    assert evaluated[0]["eval_loss"] == pytest.approx(base, rel=3e-3)
+    assert evaluated[0]["eval_loss"] == pytest.approx(base, rel=2e-3)
 
     model = from_pretrained(tiny_folder).requires_grad_(recipe == "full")
     if recipe == "lora":
@@ -219,8 +219,8 @@ def test_every_precision_trains(run, tiny_folder, recipe, precision):
     loss = torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(labels))
     loss.backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
-    assert trained[0]["loss"] == pytest.approx(loss.item(), rel=3e-3)
-    assert trained[0]["grad_norm"] == pytest.approx(norm, rel=2e-2)
+    assert trained[0]["loss"] == pytest.approx(loss.item(), rel=2e-3)
+    assert trained[0]["grad_norm"] == pytest.approx(norm, rel=1e-2)
 
 
 def test_accumulation_on_one_rank_is_two_ranks(run):
@@ -287,14 +287,11 @@ def test_a_diverged_run_stops_and_says_so(run):
     )
 
 
-def test_evaluation_every_few_steps(run, tiny_folder, data):
+def test_evaluation_every_few_steps(run):
     _, _, out = run(*FAST, "--train.max-steps", 3, "--eval.every", 2, "--eval.max-steps", 1)
-    evaluated = metrics(out)[1]
-    assert [m["step"] for m in evaluated] == [0, 2, 3]
-    config = DataConfig(path=data / "train.json", val_path=data / "val.jsonl", context_length=200)
-    packs = held_out_packs(config, tiny_folder)
-    trained = [sum(int((labels != -100).sum()) for _, labels in pack) for pack in packs]
-    assert len(packs) == 2 and {m["eval_tokens"] for m in evaluated} < set(trained)  # one pack, the same each time
+    # each time the same pack of the three, which holds one row
+    tokens = len(ROWS[0]["summary"].encode()) + 1
+    assert [(m["step"], m["eval_tokens"]) for m in metrics(out)[1]] == [(0, tokens), (2, tokens), (3, tokens)]
 
 
 def held_out_packs(config, folder):
