@@ -176,7 +176,7 @@ a run to be filled | data_speed --folder run --rows train.json --tokenizer model
 a model to be measured in | conversion_cost --folder model | model exists already | another target
 a model to be written over | loading_memory --folder model | model exists already | another target
 estimated on fewer than no GPU | estimate --model llama3-8b --gpus -1 | --gpus -1 | at least 0
-an estimate of all weights quantised | estimate --model llama3-8b --method full --quantize nf4 | --quantize nf4 | --method lora
+all weights quantised, estimated | estimate --model llama3-8b --method full --quantize nf4 | --quantize nf4 | --method lora
 cards of no number | quantised_fit --cards 24GB | --cards 24GB | as 8x80
 a demo of no model | demo --model nowhere | nowhere: no such file or folder | a checkpoint's folder
 a check without a GPU | gpu_check --device cuda | no CUDA device | --device cpu
