@@ -17,8 +17,8 @@ TOOL = Path(__file__).parents[1] / "tools" / "gpu_check.py"
 
 
 def test_on_a_cpu(tmp_path, tool):
-    """All of it but compilation, which takes a minute."""
-    groups = [group for group in tool.GROUPS if group not in ("compile", "performance")]
+    """All of it but compilation, which takes a minute, and the recipe, which tests/test_recipes.py runs."""
+    groups = [group for group in tool.GROUPS if group not in ("compile", "recipe", "performance")]
     flags = ["--device", "cpu", "--only", *groups, "performance", "--minutes", 0]
     codes, text = run_script(TOOL, *flags, "--output", tmp_path / "gpu_check.json", log=tmp_path / "log")
     assert codes == [0], text
