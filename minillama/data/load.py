@@ -28,7 +28,8 @@ def load_data(
     folders = on_each_node(lambda: prepare(config, tokenizer, seed, validation=validation, processes=processes))
     train, held_out = (_open_everywhere(folder, collator) if folder else None for folder in folders)
     assert train
-    say(f"data        {folders[0].parent}")
+    source = config.mixture or config.path or ("" if ".py" in config.dataset else "the bundled set")
+    say(f"data        {config.dataset}{f', {source}' if source else ''}; tokenized in {folders[0].parent}")
     return train, held_out
 
 

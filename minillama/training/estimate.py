@@ -255,10 +255,10 @@ def estimate_run(config: C, build: Callable[[C], tuple[Llama, Any]], card: str =
 def described(found: Estimate, card: str, network: float = NETWORK) -> str:
     """Whether it fits a card, and the least time."""
     overlapped, not_overlapped = found.seconds(CARDS[card], network)
-    fits = "fits" if found.allowed_for() <= CARDS[card].memory * GIB else "DOES NOT FIT"
+    fits = "fits" if found.allowed_for() <= CARDS[card].memory * GIB else "DOES NOT FIT, see tools/estimate.py --advise"
     return (
         f"{card:11} {fits}, {CARDS[card].memory:.1f} GiB; a step takes at least {overlapped:.3g} s "
-        f"({found.tokens / overlapped:,.0f} tokens/s), {not_overlapped:.3g} s if nothing is sent meanwhile"
+        f"({found.tokens / overlapped:,.0f} tokens/s), {not_overlapped:.3g} s if no communication is hidden"
     )
 
 

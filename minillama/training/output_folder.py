@@ -72,6 +72,8 @@ def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -
             f"{checkpoint.folder} is after step {progress.step}, and this run would end after step {total}: raise "
             "--train.max-steps or --train.epochs, or resume from an earlier checkpoint"
         )
+    if checkpoint and total == progress.step:
+        lines.append("finished    all steps are done: raise --train.epochs or --train.max-steps to train on")
     config.profile.check_steps(total - progress.step)
     config.profile.make_folders()
 

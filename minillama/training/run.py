@@ -157,15 +157,11 @@ def next_commands(config: RunConfig) -> list[str]:
     trained = f"--model {base} --adapter {adapter}"
     if not (output / "adapter").is_dir():
         trained = f"--model {quote(str(output / 'model'))}"
-    template = "" if data.dataset in ("chat", "preference") else " --template none"
-    rows = quote(str(data.val_path)) if data.val_path else "FILE"
-    dataset = data.dataset
-    if data.pairs:  # which evaluate.py does not read
-        dataset, rows = "chat", "FILE"
-    commands = [
-        f"python recipes/generate.py {trained}{template} --prompt TEXT",
-        f"python recipes/evaluate.py {trained} --data.dataset {quote(dataset)} --data.path {rows}",
-    ]
+    template = "" if data.pairs or data.dataset == "chat" else " --template none"
+    commands = [f"python recipes/generate.py {trained}{template} --prompt TEXT"]
+    if data.val_path and not data.pairs:  # pairs are nothing that evaluate.py reads
+        rows = f"--data.dataset {quote(data.dataset)} --data.path {quote(str(data.val_path))}"
+        commands.append(f"python recipes/evaluate.py {trained} {rows}")
     if hasattr(config, "lora") and not (output / "model").is_dir():
         commands.append(f"python tools/merge_lora.py {base} {adapter} {quote(str(output / 'model'))}")
     return commands
