@@ -66,8 +66,8 @@ def read_config(folder: str | Path) -> LlamaConfig:
         others = {
             "adapter_config.json": "is an adapter: give the model it is for, and the adapter by its own flag",
             "checkpoint.json": "is a checkpoint: tools/convert_checkpoint.py makes a model of it",
-            "run.json": "is the output of a run: give its model/; of an adapter the base, and adapter/ as --adapter; or "
-            "make a model of a checkpoint by tools/convert_checkpoint.py",
+            "run.json": "is the output of a run: give the model/ in it; of an adapter the base, and adapter/ by "
+            "--adapter; or make a model of a checkpoint by tools/convert_checkpoint.py",
         }
         found = next((text for file, text in others.items() if (folder / file).exists()), "is no model folder")
         raise UserError(f"{folder} {found} (it has neither Hugging Face's config.json nor Meta's params.json)")
