@@ -159,8 +159,8 @@ def next_commands(config: RunConfig) -> list[str]:
         trained = f"--model {quote(str(output / 'model'))}"
     template = "" if data.pairs or data.dataset == "chat" else " --template none"
     commands = [f"python recipes/generate.py {trained}{template} --prompt TEXT"]
-    if data.val_path and not data.pairs:  # pairs are nothing that evaluate.py reads
-        rows = f"--data.dataset {quote(data.dataset)} --data.path {quote(str(data.val_path))}"
+    if not data.pairs:  # which evaluate.py does not read
+        rows = f"--data.dataset {quote(data.dataset)} --data.path {quote(str(data.val_path or 'FILE'))}"
         commands.append(f"python recipes/evaluate.py {trained} {rows}")
     if hasattr(config, "lora") and not (output / "model").is_dir():
         commands.append(f"python tools/merge_lora.py {base} {adapter} {quote(str(output / 'model'))}")
