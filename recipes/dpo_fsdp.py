@@ -34,6 +34,7 @@ from minillama.formats.quantized import Quantize, quantize_base
 from minillama.hardware.kernels import compile_blocks
 from minillama.help import filled
 from minillama.model.llama import Llama
+from minillama.model.quant import quantized_layers
 from minillama.parallel.failures import user_errors
 from minillama.parallel.initialise import initialise, materialise
 from minillama.parallel.processes import process_group, quiet_but_on_rank_zero, say
@@ -77,7 +78,9 @@ class Config(RunConfig):
         if self.train.freeze_layers:
             raise UserError("--train.freeze-layers is for full_fsdp.py: leave it out")
         if self.estimate:
-            raise UserError("--estimate knows no DPO: give it to lora_fsdp.py or full_fsdp.py, and add a forward")
+            raise UserError(
+                "--estimate knows no DPO: give it to lora_fsdp.py or full_fsdp.py, whose step is the nearest"
+            )
         if self.method == "full" and self.lora != LoraFlags():
             raise UserError("--method full trains all weights and has no --lora flags: leave them, or --method, out")
 
@@ -85,7 +88,7 @@ class Config(RunConfig):
 def main(config: Config) -> None:
     with process_group(config.device, config.fsdp.timeout_minutes) as device:
         config, checkpoint, precision = resolve(config, device)
-        if checkpoint and bool(config.lora.from_) != bool(checkpoint.content["flags"]["lora"]["from_"]):
+        if checkpoint and bool(config.lora.from_) != bool(checkpoint.content["flags"].get("lora", {}).get("from_")):
             raise UserError(
                 f"{checkpoint.folder}: give --lora.from as this run began with it, or without: the reference"
             )
@@ -94,6 +97,8 @@ def main(config: Config) -> None:
         model.requires_grad_(config.method == "full")
         weights = check_weights(model, config.model)
         quantize_base(model, weights, config.lora.quantize)
+        if config.method == "full" and quantized_layers(model):
+            raise UserError(f"{config.model} is quantised, and its weights cannot be trained: leave --method full out")
         if start_from := config.lora.from_:
             config = replace(config, lora=continue_adapter(config.lora, start_from))
         if config.method == "lora":

@@ -286,8 +286,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
     """Fills the base parameters of a materialised model, sharded or not, from a Hugging Face folder.
 
     Each rank reads only the rows its own shards hold, in pieces, casting to each parameter's dtype: host memory on top
-    of the model's stays below READERS * READ_BYTES, Returns the
-    names of the parameters and buffers filled. Every rank must call it. Raises UserError as check_weights does.
+    of the model's is about READERS * READ_BYTES. Returns the names of the parameters and buffers filled. Every rank must
+    call it. Raises UserError as check_weights does.
     """
     weights, parameters = check_weights(model, folder), base_parameters(model)
     quantized = QuantizedFill(model, weights)

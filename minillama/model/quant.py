@@ -251,6 +251,10 @@ class Quantized(nn.Module):
     def tables(self) -> Tables:
         return Tables(*(getattr(self, name) for name in Tables._fields))
 
+    def tables_on(self, device: torch.device) -> Tables:
+        """The tables where the weight is gathered: offloaded ones stay on the host."""
+        return Tables(*(None if table is None else table.to(device) for table in self.tables))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the quantised weight; the whole one also if it is sharded."""
@@ -282,13 +286,12 @@ class Quantized(nn.Module):
                 own.copy_(given)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        tables = (None if table is None else table.to(x.device) for table in self.tables)  # offloaded, as weight was
-        y = quantized_linear(x, self.weight, *tables)
+        y = quantized_linear(x, self.weight, *self.tables_on(x.device))
         return y if bias is None else y + bias
 
     def base_weight(self) -> Tensor:
         """Dequantised: fp32 (out, in)."""
-        return dequantize(self.weight, self.in_features, self.tables)
+        return dequantize(self.weight, self.in_features, self.tables_on(self.weight.device))
 
 
 class QuantizedLinear(Quantized, nn.Linear):  # type: ignore[misc]  # Linear has its weight as a Tensor

@@ -21,6 +21,7 @@ from minillama.data.packing import Packed
 from minillama.errors import UserError
 from minillama.files import described
 from minillama.model.llama import Llama
+from minillama.model.quant import quantized_layers
 from minillama.parallel.processes import all_reduce, on_each_node, rank, say
 from minillama.parallel.sharding import local, reshard
 from minillama.progress import progress
@@ -111,9 +112,10 @@ class FrozenWeights:
 def precompute(run: Run, model: Llama, batch_size: int, adapter: Path | None) -> Run:
     """run with the log-probabilities of all its labels by the model as it is now: from the data cache, or computed and kept
     there. batch_size: packs a rank at a time; adapter: the folder that it was loaded from. Every rank must call it."""
-    dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})  # those of a quantized base are others
-    file = adapter and described(adapter / "adapter_model.safetensors")
-    named = json.dumps([run.fingerprints["model"], file, dtypes, str(run.fsdp.compute_dtype)])
+    dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})
+    kinds = sorted({layer.kind for layer in quantized_layers(model).values()})
+    files = [described(adapter / f"adapter_{name}") for name in ("model.safetensors", "config.json")] if adapter else []
+    named = json.dumps([run.fingerprints["model"], files, kinds, dtypes, str(run.fsdp.compute_dtype)])
     key = hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
     train, validation = (
         packed and _with_reference(packed, model, key, batch_size, run.tokenizer.pad_id, run.device)
@@ -141,7 +143,12 @@ def _with_reference(packed: Packed, model: Llama, key: str, batch_size: int, pad
         reshard(model)
         dist.all_reduce(torch.from_numpy(values), dist.ReduceOp.MAX)  # each was computed on one rank, or on some alike
         on_each_node(lambda: keep_reference(folder, key, values))
-    return replace(packed, reference=open_reference(folder, key))
+    reference = open_reference(folder, key)
+    if reference is None:
+        raise UserError(
+            f"the reference in {folder} cannot be read back: give another --data.cache-dir, or train without it"
+        )
+    return replace(packed, reference=reference)
 
 
 class DpoLoss:

@@ -87,7 +87,7 @@ def held_bytes(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer,
 def advice(config: RunConfig) -> str:
     """The command that says which settings fit."""
     adapter = getattr(config, "lora", None) or getattr(config, "adapter", None)
-    method = "lora" if hasattr(config, "lora") else "llama-adapter" if adapter else "full"
+    method = getattr(config, "method", "lora" if hasattr(config, "lora") else "llama-adapter" if adapter else "full")
     quantize = f" --quantize {adapter.quantize}" if adapter and adapter.quantize != "none" else ""
     return (
         f"Which settings fit: python tools/estimate.py --model {model_name(config.model)} --method {method}{quantize} "
@@ -108,7 +108,8 @@ def remedies(held: dict[str, int], config: RunConfig, fsdp: FsdpConfig, device: 
     if fsdp.strategy != "full-shard":
         spread = ["--fsdp.strategy full-shard" + " on more processes" * (dist.get_world_size() == 1)]
     offload = ["--fsdp.cpu-offload"] if device == "cuda" and not fsdp.cpu_offload else []
-    fewer = ["a lower --lora.rank"] if hasattr(config, "lora") else ["recipes/lora_fsdp.py, which trains fewer weights"]
+    has_lora = getattr(config, "method", "lora") == "lora" and hasattr(config, "lora")
+    fewer = ["a lower --lora.rank"] if has_lora else ["recipes/lora_fsdp.py, which trains fewer weights"]
     smaller_state = ["--optim.kind anyprecision"] if optim.kind == "adamw" and fsdp.precision != "fp16" else []
     by_kind = {
         "parameters": [*spread, *offload],
