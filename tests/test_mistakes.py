@@ -175,6 +175,9 @@ a run to be killed in | kill_and_resume --folder run --model model | run exists 
 a run to be filled | data_speed --folder run --rows train.json --tokenizer model | run exists already | another target
 a model to be measured in | conversion_cost --folder model | model exists already | another target
 a model to be written over | loading_memory --folder model | model exists already | another target
+advice with a strategy | estimate --model llama3-8b --advise --fsdp.strategy full-shard | --advise chooses | leave those
+a quantised folder, estimated | estimate --model in_int8 | in_int8 is quantised | the plain model
+the same by a recipe | lora --model in_int8 --estimate 2 | in_int8 is quantised | the plain model
 estimated on fewer than no GPU | estimate --model llama3-8b --gpus -1 | --gpus -1 | at least 0
 all weights quantised, estimated | estimate --model llama3-8b --method full --quantize nf4 | --quantize nf4 | --method lora
 cards of no number | quantised_fit --cards 24GB | --cards 24GB | as 8x80

@@ -33,7 +33,7 @@ from minillama.model.llama import Llama
 from minillama.parallel.failures import user_errors
 from minillama.parallel.sharding import FsdpConfig
 from minillama.training.advise import Adviser
-from minillama.training.estimate import CARDS, GIB, NETWORK, described, estimate
+from minillama.training.estimate import CARDS, GIB, NETWORK, described, estimate, refuse_quantised
 from minillama.training.optim import OptimConfig
 
 SIZES = {  # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, tie_word_embeddings
@@ -87,6 +87,10 @@ class Config:
             raise UserError(f"--quantize {self.quantize} is for a frozen base: give --method lora or llama-adapter")
         if self.network <= 0:
             raise UserError(f"--network {self.network}: must be above 0")
+        if self.advise and self.fsdp != FsdpConfig(precision=self.fsdp.precision):
+            raise UserError(
+                "--advise chooses --fsdp.strategy, .recompute and .cpu-offload itself: leave those flags out"
+            )
         if self.fsdp.precision == "auto":
             raise UserError("--fsdp.precision auto: the GPU is not here to be asked; give mixed, bf16, fp16 or fp32")
 
@@ -106,7 +110,9 @@ def shapes(model: str) -> LlamaConfig:
         )
     if Path(model).is_file() and Path(model).suffix == ".json":
         return LlamaConfig.from_dict(read_json(Path(model)))
-    return read_config(find_model(model, weights=False))
+    folder = find_model(model, weights=False)
+    refuse_quantised(folder)
+    return read_config(folder)
 
 
 def build(flags: Config, config: LlamaConfig) -> Llama:

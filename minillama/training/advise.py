@@ -51,7 +51,7 @@ class Adviser:
         precision: an FsdpConfig with the precision to compute in.
         """
         strategies = ["full-shard", "shard-grad-op", "no-shard"] if world_size > 1 else ["full-shard", "no-shard"]
-        if world_size > self.settings["machine"]:
+        if world_size > self.settings["machine"] and world_size % self.settings["machine"] == 0:
             strategies.append("hybrid-shard")
         for offload in (False, True):
             found: list[Choice] = []

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minillama.data.batch import Batch
 from minillama.errors import UserError
+from minillama.files import read_json
 from minillama.formats.hub import find_model
 from minillama.hardware.precision import choose_precision
 from minillama.model.attention import BACKENDS
@@ -227,6 +229,7 @@ def estimate_run(config: C, build: Callable[[C], tuple[Llama, Any]], card: str =
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--estimate needs one process, whatever their number in the run: start it without torchrun")
     config = replace(config, model=find_model(config.model, weights=False))
+    refuse_quantised(config.model)
     device = "cpu" if config.device == "cpu" else "cuda"
     fsdp = config.fsdp
     if fsdp.precision == "auto":
@@ -250,6 +253,13 @@ def estimate_run(config: C, build: Callable[[C], tuple[Llama, Any]], card: str =
         attention=attention,
     )
     return str(found) if device == "cpu" else f"{found}\n{described(found, card)}"
+
+
+def refuse_quantised(folder: Path) -> None:
+    """Raises UserError for a quantised folder: its layers would be counted as plain ones."""
+    file = folder / "config.json"
+    if file.exists() and read_json(file).get("quantization_config"):
+        raise UserError(f"{folder} is quantised: estimate the plain model, with the flag that quantises it so")
 
 
 def described(found: Estimate, card: str, network: float = NETWORK) -> str:
