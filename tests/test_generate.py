@@ -2,7 +2,7 @@ import re
 
 import torch
 from conftest import random_model
-from test_model import hf_twin
+from test_model import hf_reference
 
 from minillama import LlamaAdapterConfig, LoraConfig, apply_llama_adapter, apply_lora, generate
 from minillama.errors import UserError
@@ -20,7 +20,7 @@ def answers(model, prompts, **settings):
 def test_greedy_equals_transformers():
     model = random_model()
     expected = [
-        hf_twin(model)
+        hf_reference(model)
         .generate(torch.tensor([p]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(p) :]
         .tolist()
         for p in PROMPTS

@@ -393,7 +393,7 @@ def _join(folder: Path, chunks: list[tuple[int, Chunk]]) -> str:
 
 def _hash(*settings: Any) -> str:
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
-    for room, names in CODE.items():
+    for package, names in CODE.items():
         for name in names:
-            digest.update((Path(__file__).parents[1] / room / f"{name}.py").read_bytes())
+            digest.update((Path(__file__).parents[1] / package / f"{name}.py").read_bytes())
     return digest.hexdigest()
