@@ -227,6 +227,7 @@ an adapter asked | generate --model adapter --prompt a | adapter is an adapter |
 a checkpoint asked | generate --model STEP --prompt a | a checkpoint | tools/convert_checkpoint.py
 a GGUF file measured | evaluate --model damaged.gguf EVAL | damaged.gguf is a GGUF file | tools/convert_checkpoint.py
 weights asked | generate --model model/model.safetensors --prompt a | model.safetensors is a file | the folder that it is in
+too few to hold out | inspect_data --model model --data.path some.jsonl --data.val-fraction 0.4 | leaves none there | some.jsonl, line 2: field
 nothing to measure on | evaluate --data.path train.json --data.val-fraction 0.01 | leaves none there | --data.val-fraction
 no folder of tasks | evaluate --tasks x --include-path nowhere | --include-path nowhere | YAML files
 a hub without a name | lora --data.path hub: | hub: names no data set | hub:ORG/NAME
@@ -375,6 +376,7 @@ def world(tmp_path_factory):
         "cut.jsonl": f'{json.dumps(ROWS[0])}\n{{"dialogue": ',
         "listed.jsonl": json.dumps(ROWS),
         "number.jsonl": '{"dialogue": "a", "summary": 5}',
+        "some.jsonl": json.dumps(ROWS[0]) + '\n{"dialogue": "a"}',
         "role.jsonl": '{"conversations": [{"from": ["human"], "value": "Hi"}]}',
         "mute.jsonl": '{"messages": [{"role": "user", "content": "Hi"}]}',
         "rows.csv": "dialogue,summary\na,b,c\n",
