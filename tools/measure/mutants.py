@@ -21,8 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -77,7 +78,7 @@ class Mutants:
     """How many changes, over all files."""
     seed: int = 0
     """Of the choice."""
-    only: list[str] = field(default_factory=list)
+    only: tuple[Literal[tuple(TESTS)], ...] = ()
     """Files of the library, such as model/loss, instead of all that have tests listed here."""
     seconds: float = 240
     """A change whose tests take longer hangs."""
