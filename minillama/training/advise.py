@@ -111,7 +111,8 @@ class Adviser:
         return Choice(replace(found.fsdp, shard_size=0), batch_size, found, self.tokens_per_s(found))
 
     def _corners(self, fsdp: FsdpConfig, world_size: int, rows: Sequence[int]) -> dict[tuple[int, int], Estimate]:
-        return {(depth, n): self.estimate(depth, n, world_size, fsdp) for depth in DEPTHS for n in rows}
+        depths = DEPTHS if self.layers > max(DEPTHS) else (self.layers,)
+        return {(depth, n): self.estimate(depth, n, world_size, fsdp) for depth in depths for n in rows}
 
     def _fitting(self, fsdp: FsdpConfig, world_size: int) -> list[Choice]:
         corners = self._corners(fsdp, world_size, BATCHES)

@@ -14,8 +14,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -31,21 +33,21 @@ from minillama.model.config import LlamaConfig
 from minillama.model.llama import Llama
 from minillama.parallel.failures import user_errors
 from minillama.parallel.initialise import materialise
-from minillama.parallel.processes import process_group, quiet_but_on_rank_zero, say
+from minillama.parallel.processes import process_group, quiet_but_on_rank_zero, rank, say
 from minillama.parallel.sharding import FsdpConfig, local, make_mesh, set_dtypes, shard
 from minillama.training.alive import Alive
 from minillama.training.estimate import batch_of_zeros, estimate
 from minillama.training.optim import OptimConfig, make_optimizer
 from minillama.training.step import train_step
 
-CASES: tuple[tuple[str, Quantize, FsdpConfig], ...] = (
-    ("full", "none", FsdpConfig(strategy="full-shard", precision="fp32")),
-    ("lora", "none", FsdpConfig(strategy="shard-grad-op", precision="mixed", recompute="selective")),
-    ("lora", "nf4", FsdpConfig(strategy="full-shard", precision="mixed", recompute="full")),
-    ("llama-adapter", "none", FsdpConfig(strategy="no-shard", precision="mixed", recompute="full")),
-    ("llama-adapter", "nf4", FsdpConfig(strategy="full-shard", precision="fp32")),
+CASES: tuple[tuple[str, Quantize, FsdpConfig, int], ...] = (  # the last: micro-batches
+    ("full", "none", FsdpConfig(strategy="full-shard", precision="fp32"), 2),
+    ("lora", "none", FsdpConfig(strategy="shard-grad-op", precision="mixed", recompute="selective"), 2),
+    ("lora", "nf4", FsdpConfig(strategy="full-shard", precision="mixed", recompute="full"), 1),
+    ("llama-adapter", "none", FsdpConfig(strategy="no-shard", precision="mixed", recompute="full"), 2),
+    ("llama-adapter", "nf4", FsdpConfig(strategy="full-shard", precision="fp32"), 1),
 )
-ACCUMULATE, WITHIN = 2, 0.05
+WITHIN = 0.05
 Found = tuple[dict[str, int], dict[str, int]]
 """Bytes that rank 0 holds between backward and optimizer, and the peak of each phase"""
 
@@ -56,6 +58,8 @@ class Args:
 
     model: Path
     """Folder with the config.json of a model."""
+    methods: tuple[Literal["full", "lora", "llama-adapter"], ...] = ("full", "lora", "llama-adapter")
+    """Which to try."""
     rows: int = 2
     """Of a micro-batch."""
     context_length: int = 256
@@ -64,6 +68,10 @@ class Args:
     def __post_init__(self) -> None:
         if self.rows < 1 or self.context_length < 2:
             raise UserError("--rows must be at least 1, and --context-length at least 2")
+
+    @property
+    def cases(self) -> list[tuple[str, Quantize, FsdpConfig, int]]:
+        return [case for case in CASES if case[0] in self.methods]
 
 
 def build(config: LlamaConfig, method: str, quantize: Quantize) -> Llama:
@@ -80,7 +88,7 @@ def build(config: LlamaConfig, method: str, quantize: Quantize) -> Llama:
 def estimated(args: Args, world_size: int) -> list[Found]:
     config = read_config(args.model)
     found = []
-    for method, quantize, fsdp in CASES:
+    for method, quantize, fsdp, accumulate in args.cases:
         step = estimate(
             lambda method=method, quantize=quantize: build(config, method, quantize),  # type: ignore[misc]
             world_size,
@@ -88,7 +96,7 @@ def estimated(args: Args, world_size: int) -> list[Found]:
             optim=OptimConfig(),
             batch_size=args.rows,
             context_length=args.context_length,
-            accumulate=ACCUMULATE,
+            accumulate=accumulate,
             device="cpu",
             attention="math",
         )
@@ -101,17 +109,17 @@ def size(tensors) -> int:
     return sum(local(t).numel() * t.element_size() for t in tensors)
 
 
-def real(args: Args, method: str, quantize: Quantize, fsdp: FsdpConfig) -> Found:
+def real(args: Args, method: str, quantize: Quantize, fsdp: FsdpConfig, accumulate: int) -> Found:
     model = build(read_config(args.model), method, quantize)
     model.attention = BACKENDS["math"]
     set_dtypes(model, fsdp)
     shard(model, make_mesh(fsdp, "cpu"), fsdp)
-    batches = [batch_of_zeros(args.rows, args.context_length) for _ in range(ACCUMULATE)]
+    batches = [batch_of_zeros(args.rows, args.context_length) for _ in range(accumulate)]
     for batch in batches:
         assert len(batch.lengths) == args.rows and batch.targets.rows.numel() == batch.trained  # both are made here
     alive = Alive()
     state = {}
-    with alive:
+    with alive if rank() == 0 else nullcontext():
         materialise(model, "cpu")
         alive.hold([*model.parameters(), *model.buffers()], "parameters")
         for tensor in (*model.parameters(), *model.buffers()):
@@ -141,8 +149,8 @@ def main(args: Args) -> None:
     off = []
     with process_group("cpu"):
         say(f"{world_size} processes, {args.rows} x {args.context_length} tokens; MiB, estimated / counted")
-        for number, (method, quantize, fsdp) in enumerate(CASES):
-            state, peaks = real(args, method, quantize, fsdp)
+        for number, (method, quantize, fsdp, accumulate) in enumerate(args.cases):
+            state, peaks = real(args, method, quantize, fsdp, accumulate)
             if not guesses:
                 continue
             cells = []
