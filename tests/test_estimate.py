@@ -111,6 +111,17 @@ def test_fewer_layers_and_rows_tell_of_more():
     assert guess.state == found.state and guess.tokens == found.tokens
 
 
+def test_the_peak_of_more_layers_can_be_elsewhere():
+    """At the end of the backward, where all gradients are, and not at its start."""
+    fsdp = FsdpConfig(strategy="full-shard", precision="mixed", recompute="full")
+    more, found = (
+        {(d, 1): on_gpus(2, fsdp, layers=d, context_length=128) for d in depths} for depths in (DEPTHS, (12,))
+    )
+    found = found[12, 1]
+    assert found.peaks["end of backward"].size == found.peak
+    assert between(more, 12, 1).peak == pytest.approx(found.peak, rel=0.001)
+
+
 def test_what_is_offloaded_is_on_the_host():
     found = on_gpus(8, FsdpConfig(strategy="full-shard", precision="mixed", cpu_offload=True))
     assert found.host > found.state["optimizer"] > 0

@@ -74,14 +74,14 @@ class Adviser:
         """GPUs on which a step with the least memory fits without offloading: a power of two in one machine, or whole
         machines; 0: not even MOST of them."""
         machine = self.settings["machine"]
+        if not self.fits(self.whole(least_memory(precision), MOST // machine * machine)):
+            return 0
         for count in [2**n for n in range(machine.bit_length()) if 2**n < machine]:
             if self.fits(self.whole(least_memory(precision), count)):
                 return count
         machines = 1
         while not self.fits(self.whole(least_memory(precision), machines * machine)):
-            machines *= 2
-            if machines * machine > MOST:
-                return 0
+            machines = min(2 * machines, MOST // machine)
         low, high = machines // 2, machines  # the more, the less each holds
         while high - low > 1:
             middle = (low + high) // 2

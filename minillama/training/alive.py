@@ -134,6 +134,15 @@ class Alive(TorchDispatchMode):
         model.register_forward_pre_hook(lambda *_: in_phase("forward"))
         model.register_forward_hook(lambda *_: in_phase("backward"))
         optimizer.register_step_pre_hook(lambda *_: in_phase("optimizer"))
+
+        def gradient_of_middle(*outputs: Any) -> None:
+            if outputs[-1].requires_grad:
+                outputs[-1].register_hook(lambda _: in_phase("end of backward"))
+
+        # A backward's peak is near its start, where most is kept, or near its end, where most gradients are. Each grows
+        # along a line with the layers; the larger of the two does not.
+        layers = model.model.layers
+        layers[len(layers) // 2].register_forward_hook(gradient_of_middle)
         model.lm_head.register_forward_pre_hook(lambda *_: in_head(True))
         model.lm_head.register_forward_hook(lambda *_: in_head(False))
 
@@ -173,7 +182,7 @@ class Alive(TorchDispatchMode):
             return None
         with self.fake or nullcontext():
             result = func(*args, **kwargs)
-        if func is aten.detach.default and self.phase == "backward" and self._kind(args[0]) == "workspace":
+        if func is aten.detach.default and "backward" in self.phase and self._kind(args[0]) == "workspace":
             self.hold(args, "activations")  # what checkpoint keeps of what it makes again
         made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
         for tensor in made:

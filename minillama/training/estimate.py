@@ -77,7 +77,7 @@ class Estimate:
     fsdp: FsdpConfig
     """Its strategy and precision resolved"""
     peaks: dict[str, Peak]
-    """Device memory of the phases load, forward, backward, optimizer, save"""
+    """Device memory of the phases load, forward, backward, end of backward, optimizer, save"""
     state: dict[str, int]
     """parameters, gradients and optimizer of this rank, wherever they are"""
     host: int
