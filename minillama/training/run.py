@@ -154,9 +154,11 @@ def next_commands(config: RunConfig) -> list[str]:
     """The commands after a run: to ask the model, to measure it and, with LoRA, to merge it."""
     output, base, data = config.output_dir, quote(model_name(config.model)), config.data
     adapter = quote(str(output / "adapter"))
-    trained = f"--model {base} --adapter {adapter}"
-    if not (output / "adapter").is_dir():
-        trained = f"--model {quote(str(output / 'model'))}"
+    trained = f"--model {quote(str(output / 'model'))}"
+    if (output / "adapter").is_dir():
+        flags: Any = getattr(config, "lora", None) or getattr(config, "adapter", None)
+        trained = f"--model {base} --adapter {adapter}"
+        trained += f" --quantize {flags.quantize}" if flags.quantize != "none" else ""
     template = "" if data.pairs or data.dataset == "chat" else " --template none"
     commands = [f"python recipes/generate.py {trained}{template} --prompt TEXT"]
     if not data.pairs:  # which evaluate.py does not read
