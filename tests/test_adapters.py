@@ -8,7 +8,7 @@ from conftest import random_model, run_ranks, save_folder
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_model import hf_twin
+from test_model import hf_reference
 from transformers import LlamaForCausalLM
 
 from minillama.adapters.lora import LoraConfig, apply_lora
@@ -38,11 +38,11 @@ from minillama.parallel.sharding import FsdpConfig, shard
 def test_pefts_tied_adapters(tmp_path, targets, tied):
     base = save_folder(random_model(tie_word_embeddings=tied), tmp_path / "base", tie_word_embeddings=tied)
     settings = {"target_modules": targets, "ensure_weight_tying": True, "init_lora_weights": False}
-    twin = get_peft_model(LlamaForCausalLM.from_pretrained(base), PeftConfig(r=4, **settings))
-    twin.save_pretrained(tmp_path / "a")
+    reference = get_peft_model(LlamaForCausalLM.from_pretrained(base), PeftConfig(r=4, **settings))
+    reference.save_pretrained(tmp_path / "a")
     tokens = torch.randint(0, 512, (2, 30))
     with torch.no_grad():
-        expected = twin(tokens).logits
+        expected = reference(tokens).logits
         logits = load_adapter(from_pretrained(base), tmp_path / "a")(tokens)
         assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
         merge_adapter(base, tmp_path / "a", tmp_path / "merged")
@@ -60,14 +60,16 @@ def test_pefts_tied_adapters(tmp_path, targets, tied):
 @pytest.mark.parametrize("init", ["orthogonal", "eva", "gaussian"])
 @pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'eva'", "ignore:lora with eva")
 def test_initialisations_that_leave_the_base_alone(tmp_path, init):
-    twin = get_peft_model(hf_twin(random_model()), PeftConfig(r=4, target_modules=["q_proj"], init_lora_weights=init))
-    for name, parameter in twin.named_parameters():
+    reference = get_peft_model(
+        hf_reference(random_model()), PeftConfig(r=4, target_modules=["q_proj"], init_lora_weights=init)
+    )
+    for name, parameter in reference.named_parameters():
         if "lora_B" in name and init != "orthogonal":
             torch.nn.init.normal_(parameter)
-    twin.save_pretrained(tmp_path)
+    reference.save_pretrained(tmp_path)
     tokens = torch.randint(0, 512, (2, 30))
     with torch.no_grad():
-        expected, logits = twin(tokens).logits, load_adapter(random_model(), tmp_path)(tokens)
+        expected, logits = reference(tokens).logits, load_adapter(random_model(), tmp_path)(tokens)
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -89,17 +91,17 @@ def test_ranks_and_alphas_of_single_layers(tmp_path, more):
         task_type="CAUSAL_LM",
         **more,
     )
-    twin = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
-    for parameter in twin.parameters():
+    reference = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    for parameter in reference.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter.data, mean=float(parameter.ndim == 1), std=0.1)
-    twin.save_pretrained(tmp_path / "a")
+    reference.save_pretrained(tmp_path / "a")
     found = continue_adapter(LoraConfig(), tmp_path / "a")
     by_layer = [found.of(f"model.layers.{i}.self_attn.q_proj") for i in range(3)]
     assert [(one.rank, one.alpha) for one in by_layer] == [(2, 20), (5, 4.5), (4, 20)]
 
     tokens = torch.randint(0, 512, (2, 30))
-    expected, model = twin(tokens).logits, load_adapter(from_pretrained(base), tmp_path / "a")
+    expected, model = reference(tokens).logits, load_adapter(from_pretrained(base), tmp_path / "a")
     for parameter in adapter_parameters(model).values():
         parameter.requires_grad_(True)
     logits = model(tokens)
@@ -108,7 +110,7 @@ def test_ranks_and_alphas_of_single_layers(tmp_path, more):
     logits.logsumexp(-1).sum().backward()
     theirs = {
         name.replace(".default", "").replace("magnitude_vector.weight", "magnitude_vector"): p.grad
-        for name, p in twin.named_parameters()
+        for name, p in reference.named_parameters()
     }
     for name, parameter in adapter_parameters(model).items():
         grad = theirs[peft_name(name)]
@@ -137,7 +139,9 @@ def test_ranks_and_alphas_of_single_layers(tmp_path, more):
     ids=str,
 )
 def test_patterns_that_do_not_fit(tmp_path, change, message):
-    get_peft_model(hf_twin(random_model()), PeftConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "a")
+    get_peft_model(hf_reference(random_model()), PeftConfig(r=4, target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "a"
+    )
     file = tmp_path / "a/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=message):
@@ -150,14 +154,14 @@ def test_an_adapter_that_brings_the_embedding_along(tmp_path, tied):
     """As PEFT saves it where the vocabulary has grown: right on the base with that vocabulary, refused on others."""
     changes = {"tie_word_embeddings": tied}
     base = save_folder(random_model(**changes), tmp_path / "base", **changes)
-    twin = get_peft_model(
+    reference = get_peft_model(
         LlamaForCausalLM.from_pretrained(base), PeftConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     )
-    twin.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    reference.save_pretrained(tmp_path / "a", save_embedding_layers=True)
     assert f"{PEFT_PREFIX}lm_head.weight" in load_file(tmp_path / "a/adapter_model.safetensors")
     tokens = torch.randint(0, 512, (2, 30))
     with torch.no_grad():
-        expected = twin(tokens).logits
+        expected = reference(tokens).logits
         logits = load_adapter(from_pretrained(base), tmp_path / "a")(tokens)
         assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
         assert load_adapter(from_pretrained(base, dtype=torch.bfloat16), tmp_path / "a")(tokens).isfinite().all()
@@ -192,8 +196,8 @@ def copies_on_ranks(mesh, folder, adapter):
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_the_embedding_is_compared_shard_by_shard(tmp_path):
     base = save_folder(random_model(), tmp_path / "base")
-    twin = get_peft_model(LlamaForCausalLM.from_pretrained(base), PeftConfig(r=4, target_modules=["q_proj"]))
-    twin.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    reference = get_peft_model(LlamaForCausalLM.from_pretrained(base), PeftConfig(r=4, target_modules=["q_proj"]))
+    reference.save_pretrained(tmp_path / "a", save_embedding_layers=True)
     assert run_ranks(copies_on_ranks, 2, base, tmp_path / "a") == [None, None]
     model = random_model()
     with torch.no_grad():

@@ -406,7 +406,7 @@ def test_adapter_config(small, tmp_path, count):
     folder = tmp_path / "adapter"
     save_adapter(model, folder, config, str(small))
     content = json.loads((folder / "adapter_config.json").read_text())
-    twin = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
 
     def change(rng):
         text = mutated(
@@ -421,7 +421,7 @@ def test_adapter_config(small, tmp_path, count):
 
     def reference():
         with torch.no_grad():
-            return peft.PeftModel.from_pretrained(copy.deepcopy(twin), folder).eval()(TOKENS).logits
+            return peft.PeftModel.from_pretrained(copy.deepcopy(plain), folder).eval()(TOKENS).logits
 
     fuzz(count(20, 300), "adapter", change, read, lambda found: differs(found, reference))
 

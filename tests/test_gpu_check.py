@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import math
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -33,8 +34,14 @@ def test_on_a_cpu(tmp_path, tool):
             assert row["error"] <= row["tolerance"], row
         else:
             assert row["result"] == "not run" and row["error"] is None and row["detail"], row
-            unable = row["group"] in ("memory", "sync", "performance")
-            assert unable or "varlen" in what or "flex" in what or "auto" in what, row
+    heads = ("8 heads", "8 query heads on 2")
+    of_cuda = {f"attention: varlen, {dtype}, {head}" for dtype in ("fp32", "bf16", "fp16") for head in heads}
+    of_cuda |= {f"attention: flex, {dtype}, {heads[1]}" for dtype in ("fp32", "bf16", "fp16")}
+    of_cuda |= {f"attention: flex, fp32, {heads[0]}", "memory: running out is explained"}
+    of_cuda |= {"checkpoint: the kernel that auto takes: 4 steps, 2 of them after resuming"}
+    of_cuda |= {f"sync: places where a step waits for the device, {way}-shard" for way in ("full", "no")}
+    of_cuda |= {f"performance: tiny {method} 128 eager" for method in ("lora", "full")}  # no time is given for these
+    assert {f"{row['group']}: {row['check']}" for row in rows if row["result"] == "not run"} == of_cuda
     passed = [row["check"] for row in rows if row["result"] == "passed"]
     assert found["passed"] == len(passed) and found["failed"] == 0 and found["not_run"] == len(rows) - len(passed)
     for check in ("math, bf16, 8 query heads on 2", "LoRA on the head, fp32", "2 processes, hybrid-shard, full"):
@@ -174,6 +181,7 @@ def test_speed(tool, tmp_path, monkeypatch, capsys):
     ]
     for case in cases:
         ours = case["contenders"]["ours"]
-        assert ours["tokens_per_s"]["median"] > 0 and ours["mfu"] > 0 and ours["peak_gib"] > 0
+        assert ours["tokens_per_s"]["median"] == statistics.median(ours["turns"])
+        assert 0 < ours["mfu"] < 1 and 0.1 < ours["peak_gib"] < 4  # a Python process with PyTorch, and a tiny model
     assert "tiny lora 1 x 64, packed documents" in text
     del sys.modules["bench"]

@@ -13,9 +13,9 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_llama_adapter import adapted as prompted
-from test_llama_adapter import peft_twin as prompted_twin
+from test_llama_adapter import peft_reference as prompted_reference
 from test_lora import adapted, trainable
-from test_model import hf_twin
+from test_model import hf_reference
 
 from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.adapters.lora import LoraConfig, apply_lora, merge_lora
@@ -50,7 +50,7 @@ def test_loads_what_was_saved_in_the_files_dtype(tmp_path):
 
 def test_loads_what_transformers_saves_in_several_files(tmp_path):
     model = random_model()
-    hf_twin(model).save_pretrained(tmp_path, max_shard_size="30kB")
+    hf_reference(model).save_pretrained(tmp_path, max_shard_size="30kB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert_same(parameters(from_pretrained(tmp_path)), parameters(model))
 
@@ -205,13 +205,13 @@ def test_peft_reads_our_adapter_and_we_read_pefts(tmp_path, config, count):
     save_adapter(model, tmp_path / "ours", config, base)
     assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["base_model_name_or_path"] == base
     tokens = torch.randint(0, 512, (2, 30))
-    twin = PeftModel.from_pretrained(hf_twin(random_model()), tmp_path / "ours")
-    twin.save_pretrained(tmp_path / "theirs")
+    reference = PeftModel.from_pretrained(hf_reference(random_model()), tmp_path / "ours")
+    reference.save_pretrained(tmp_path / "theirs")
     keys = [set(load_file(tmp_path / f / "adapter_model.safetensors")) for f in ("ours", "theirs")]
     keys[1] = {key for key in keys[1] if not key.endswith(".base_layer.weight")}  # copies of the base's
     assert keys[0] == keys[1] and len(keys[0]) == count
     with torch.no_grad():
-        expected = twin(tokens).logits
+        expected = reference(tokens).logits
         assert (model(tokens) - expected).abs().max() <= 1e-5 * expected.abs().max()
         for folder in ("ours", "theirs"):
             logits = load_adapter(random_model(), tmp_path / folder)(tokens)
@@ -229,11 +229,11 @@ def test_peft_reads_our_adapter_and_we_read_pefts(tmp_path, config, count):
 )
 def test_whatever_layers_peft_has_adapted(tmp_path, targets):
     torch.manual_seed(2)
-    twin = get_peft_model(hf_twin(random_model()), PeftConfig(r=4, init_lora_weights=False, **targets))
-    twin.save_pretrained(tmp_path)
+    reference = get_peft_model(hf_reference(random_model()), PeftConfig(r=4, init_lora_weights=False, **targets))
+    reference.save_pretrained(tmp_path)
     tokens = torch.randint(0, 512, (2, 30))
     with torch.no_grad():
-        expected, logits = twin(tokens).logits, load_adapter(random_model(), tmp_path)(tokens)
+        expected, logits = reference(tokens).logits, load_adapter(random_model(), tmp_path)(tokens)
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -314,7 +314,7 @@ def test_peft_reads_our_llama_adapter_and_we_read_pefts(tmp_path, layers):
         "target_modules": "self_attn",
         "task_type": "CAUSAL_LM",
     }
-    prompted_twin(model, config)[0].save_pretrained(tmp_path / "theirs")
+    prompted_reference(model, config)[0].save_pretrained(tmp_path / "theirs")
     files = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("ours", "theirs")]
     assert_same(*files)
     assert {(name.rpartition(".")[2], *value.shape) for name, value in files[0].items()} == {
@@ -327,7 +327,7 @@ def test_peft_reads_our_llama_adapter_and_we_read_pefts(tmp_path, layers):
 
     tokens = torch.randint(0, 512, (2, 30))
     with torch.no_grad():
-        expected = PeftModel.from_pretrained(hf_twin(random_model()), tmp_path / "ours")(tokens).logits
+        expected = PeftModel.from_pretrained(hf_reference(random_model()), tmp_path / "ours")(tokens).logits
         for folder in ("ours", "theirs", "bare"):
             loaded = load_adapter(random_model(), tmp_path / folder)
             assert torch.equal(loaded(tokens), model(tokens))
@@ -445,9 +445,9 @@ def test_a_sharded_model_is_saved_as_transformers_reads_it(tmp_path, tied):
     for out in (one, several):
         loaded = from_pretrained(out)
         assert_same(parameters(loaded), expected)
-        twin = transformers.LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
+        reference = transformers.LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
         with torch.no_grad():
-            ours, theirs = loaded.float()(tokens), twin(tokens).logits
+            ours, theirs = loaded.float()(tokens), reference(tokens).logits
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
@@ -511,11 +511,11 @@ def test_a_merged_model_whose_head_is_no_longer_tied(tmp_path, targets, head_in_
         )
     model = merge_lora(adapted(LoraConfig(rank=4, targets=targets), tie_word_embeddings=True))
     save_pretrained(model, tmp_path / "out", base)
-    twin = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    reference = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     tokens = torch.randint(0, 512, (2, 30))
     with torch.no_grad():
         expected = model(tokens)
-        for logits in (from_pretrained(tmp_path / "out")(tokens), twin(tokens).logits):
+        for logits in (from_pretrained(tmp_path / "out")(tokens), reference(tokens).logits):
             assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 

@@ -25,7 +25,7 @@ def test_it_shows_samples_lengths_packing_and_refused_rows(tiny_folder, tmp_path
     assert "line 11: field 'target' is missing" in text and "line 12: not JSON" in text
     sample = "<|begin_of_text|>Correct this to standard English: x\n---\nCorrected: ⟦good<|end_of_text|>⟧"
     shown = [k for k in range(1, 11) if f": {'x' * k}\n---" in text]
-    assert (1 not in shown or sample in text) and set(shown) <= {1, 2, 3, 4, 5, 6} and len(shown) >= 4
+    assert shown == [1, 3, 5, 6] and sample in text
     assert f"{len(shown)} documents, {sum(56 + k for k in shown)} tokens" in text
     assert f"{len(shown)} packs of 62, {sum(56 + k for k in shown) / 62 / len(shown):.2%} full" in text
     assert sum(int(line.split()[-1]) for line in text.split("validation")[0].splitlines() if "█" in line) == len(shown)

@@ -154,7 +154,7 @@ def compare(folder, world_size, kind, recompute, precision, backend="inductor"):
 
 
 def test_compiled_once_for_all_blocks_and_packs_it_computes_the_same(tiny_folder):
-    compare(tiny_folder, 1, "full", "selective", "fp32", backend="aot_eager")
+    compare(tiny_folder, 2, "full", "selective", "fp32")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "mixed"])

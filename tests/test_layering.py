@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ROOMS = (
+PACKAGES = (
     "model",
     "parallel",
     "files",
@@ -70,21 +70,21 @@ def test_layers():
                 assert file.parts[0] in places or str(file) in places, f"{file} imports {library}"
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     """minillama.model.loss -> model; minillama.files -> files."""
     return module.removeprefix("minillama.").partition(".")[0]
 
 
-def test_rooms_import_those_below_them_alone():
+def test_packages_import_those_before_them_alone():
     """Every import counts, those for types too."""
     for file, names in sources():
         if file.parts[0] != "minillama" or file.name == "__init__.py":
             continue
-        own = room_of(".".join(file.with_suffix("").parts))
+        own = package_of(".".join(file.with_suffix("").parts))
         allowed = {"errors"} if own != "errors" else set()
-        if own in ROOMS:
-            allowed |= {*ROOMS[: ROOMS.index(own) + 1]}
-        found = {room_of(name) for name in names if name.startswith("minillama")}
+        if own in PACKAGES:
+            allowed |= {*PACKAGES[: PACKAGES.index(own) + 1]}
+        found = {package_of(name) for name in names if name.startswith("minillama")}
         assert found <= allowed, f"{file} imports {found - allowed}"
 
 

@@ -5,7 +5,7 @@ import torch
 from conftest import random_model
 from peft import AdaptionPromptConfig, get_peft_model
 from test_lora import trainable
-from test_model import hf_twin
+from test_model import hf_reference
 
 from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.adapters.lora import LoraConfig, LoraLinear, apply_lora
@@ -27,20 +27,20 @@ def randomise(model):
         torch.nn.init.normal_(parameter, std=0.1 if "lora" in name else 1.0)
 
 
-def peft_twin(model, config: LlamaAdapterConfig, **changes):
-    twin = get_peft_model(
-        hf_twin(random_model(**changes), **changes),
+def peft_reference(model, config: LlamaAdapterConfig, **changes):
+    reference = get_peft_model(
+        hf_reference(random_model(**changes), **changes),
         AdaptionPromptConfig(
             adapter_len=config.prompt_len,
             adapter_layers=min(config.layers, model.config.num_hidden_layers),
             task_type="CAUSAL_LM",
         ),
     )
-    theirs = {name.removeprefix("base_model.model."): p for name, p in trainable(twin).items()}
+    theirs = {name.removeprefix("base_model.model."): p for name, p in trainable(reference).items()}
     assert theirs.keys() == trainable(model).keys()
     for name, parameter in trainable(model).items():
         theirs[name].data.copy_(parameter.data.view_as(theirs[name]))
-    return twin, theirs
+    return reference, theirs
 
 
 @pytest.mark.parametrize("layers", [2, 30])
@@ -52,9 +52,9 @@ def test_logits_and_gradients_equal_peft(changes, layers):
     model = adapted(config, **changes)
     assert len(trainable(model)) == 2 * min(layers, 3)
     assert all(name.split(".")[2] in "012"[-layers:] for name in trainable(model))
-    twin, theirs = peft_twin(model, config, **changes)
+    reference, theirs = peft_reference(model, config, **changes)
     tokens = torch.randint(0, 512, (2, 40))
-    ours, expected = model(tokens), twin(tokens).logits
+    ours, expected = model(tokens), reference(tokens).logits
     with torch.no_grad():
         base = random_model(**changes)(tokens)
     assert (base - expected).abs().max() > 0.1 * expected.abs().max()
@@ -148,8 +148,8 @@ def test_fp32_parameters_on_a_bf16_base():
     tokens = torch.randint(0, 512, (2, 20))
     ours, expected = model(tokens), exact(tokens)
     assert ours.dtype == torch.bfloat16
-    twin = hf_twin(random_model()).bfloat16()  # what rounding costs a plain model
-    cost = (twin(tokens).logits - hf_twin(random_model())(tokens).logits).abs().max()
+    reference = hf_reference(random_model()).bfloat16()  # what rounding costs a plain model
+    cost = (reference(tokens).logits - hf_reference(random_model())(tokens).logits).abs().max()
     assert (ours - expected).abs().max() <= 2 * cost
 
 

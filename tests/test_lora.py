@@ -5,7 +5,7 @@ import torch
 from conftest import random_model
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
-from test_model import hf_twin
+from test_model import hf_reference
 
 from minillama.adapters.lora import LoraConfig, LoraLinear, apply_lora, merge_lora
 from minillama.errors import UserError
@@ -26,10 +26,10 @@ def trainable(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def peft_twin(model, config: LoraConfig, **changes):
+def peft_reference(model, config: LoraConfig, **changes):
     targets = "all-linear" if "all-linear" in config.targets else list(config.targets)
-    twin = get_peft_model(
-        hf_twin(random_model(**changes), **changes),
+    reference = get_peft_model(
+        hf_reference(random_model(**changes), **changes),
         PeftConfig(
             r=config.rank,
             lora_alpha=config.alpha,
@@ -44,7 +44,7 @@ def peft_twin(model, config: LoraConfig, **changes):
         name.removeprefix("base_model.model.")
         .replace("lora_magnitude_vector.default.weight", "lora_magnitude_change")
         .replace(".default", ""): parameter
-        for name, parameter in trainable(twin).items()
+        for name, parameter in trainable(reference).items()
     }
     assert theirs.keys() == trainable(model).keys()
     for name, parameter in trainable(model).items():
@@ -52,7 +52,7 @@ def peft_twin(model, config: LoraConfig, **changes):
         if "magnitude" in name:  # theirs is the whole length
             value = value + model.get_parameter(name.replace("lora_magnitude_change", "weight")).norm(dim=1)
         theirs[name].data.copy_(value)
-    return twin, theirs
+    return reference, theirs
 
 
 def test_a_model_is_adapted_once():
@@ -86,9 +86,9 @@ EVERYWHERE = ("all-linear", "lm_head", "embed_tokens")
 def test_logits_and_gradients_equal_peft(config, changes):
     config = LoraConfig(**{"rank": 4, "alpha": 16, "dropout": 0.0} | config)
     model = adapted(config, **changes)
-    twin, theirs = peft_twin(model, config, **changes)
+    reference, theirs = peft_reference(model, config, **changes)
     tokens = torch.randint(0, 512, (2, 40))
-    ours, expected = model(tokens), twin(tokens).logits
+    ours, expected = model(tokens), reference(tokens).logits
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
     labels = torch.randint(0, 512, (2, 40)).masked_fill(torch.rand(2, 40) < 0.3, -100)
     model(tokens, labels=labels).backward()
@@ -104,13 +104,13 @@ def test_dora_with_dropout_equals_peft():
     """The same draws on both sides: nothing but the adapted layers draws, in the same order."""
     config = LoraConfig(rank=4, dropout=0.4, targets=("q_proj",), dora=True)
     model = adapted(config).train()
-    twin, theirs = peft_twin(model, config)
-    twin.train()
+    reference, theirs = peft_reference(model, config)
+    reference.train()
     tokens = torch.randint(0, 512, (2, 40))
     torch.manual_seed(3)
     ours = model(tokens)
     torch.manual_seed(3)
-    expected = twin(tokens).logits
+    expected = reference(tokens).logits
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
     ours.logsumexp(-1).sum().backward()
     expected.logsumexp(-1).sum().backward()

@@ -15,7 +15,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from test_lora import adapted
 from test_meta import meta_folder
-from test_model import hf_twin
+from test_model import hf_reference
 
 import minillama.adapters.merge
 import minillama.formats.hf_export
@@ -67,9 +67,9 @@ def test_merged_is_base_and_adapter(tmp_path, small_pieces, lora, changes):
     with torch.no_grad():
         expected = model(tokens)
         assert_close(from_pretrained(tmp_path / "merged")(tokens), expected)
-        twin = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
-        assert twin.config.tie_word_embeddings == (changes == TIED and "lm_head" not in config.targets)
-        assert_close(twin(tokens).logits, expected)
+        reference = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+        assert reference.config.tie_word_embeddings == (changes == TIED and "lm_head" not in config.targets)
+        assert_close(reference(tokens).logits, expected)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -78,16 +78,17 @@ def test_an_adapter_of_pefts_own_into_a_meta_folder(tmp_path, dora):
     base = meta_folder(tmp_path / "meta", source)
     shutil.copy(source / "tokenizer.model", base)
     torch.manual_seed(2)
-    twin = get_peft_model(
-        hf_twin(random_model()), PeftConfig(r=4, target_modules="all-linear", use_dora=dora, init_lora_weights=False)
+    reference = get_peft_model(
+        hf_reference(random_model()),
+        PeftConfig(r=4, target_modules="all-linear", use_dora=dora, init_lora_weights=False),
     )
-    twin.save_pretrained(tmp_path / "adapter")
+    reference.save_pretrained(tmp_path / "adapter")
     merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
     tokens = torch.randint(0, 512, (2, 30))
     with torch.no_grad():
-        assert_close(from_pretrained(tmp_path / "merged")(tokens), twin(tokens).logits)
+        assert_close(from_pretrained(tmp_path / "merged")(tokens), reference(tokens).logits)
         assert_close(
-            from_pretrained(tmp_path / "merged")(tokens), twin.merge_and_unload()(tokens).logits
+            from_pretrained(tmp_path / "merged")(tokens), reference.merge_and_unload()(tokens).logits
         )  # peft's own merge
     config = json.loads((tmp_path / "merged/config.json").read_text())
     assert config["eos_token_id"] == 257 and config["bos_token_id"] == 256
@@ -203,9 +204,9 @@ def test_a_full_checkpoint_is_the_model_that_the_run_left(train, tmp_path, small
         strict=True,
     ):
         assert torch.equal(ours, theirs) and ours.dtype == torch.bfloat16, name
-    twin = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    reference = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     with torch.no_grad():
-        assert_close(from_pretrained(tmp_path / "hf").float()(tokens), twin(tokens).logits)
+        assert_close(from_pretrained(tmp_path / "hf").float()(tokens), reference(tokens).logits)
 
     assert tool("convert_checkpoint", out, tmp_path / "x") == 1
     assert "is the output of a run: give the model/ in it" in capsys.readouterr().err

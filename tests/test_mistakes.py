@@ -172,6 +172,7 @@ a bench of nothing | bench --steps 0 | --steps 0 | at least 1
 rows of none to copy | data_speed --tokenizer model --rows none.json --folder target | none.json does not exist | .jsonl
 a run to be measured in | checkpoint_cost --folder run --device cpu | run exists already | another target
 a run to be killed in | kill_and_resume --folder run --model model | run exists already | another target
+a fault in no file | mutants --output target --only nothing | nothing | model/llama
 a run to be filled | data_speed --folder run --rows train.json --tokenizer model | run exists already | another target
 a model to be measured in | conversion_cost --folder model | model exists already | another target
 a model to be written over | loading_memory --folder model | model exists already | another target
@@ -227,6 +228,7 @@ an adapter asked | generate --model adapter --prompt a | adapter is an adapter |
 a checkpoint asked | generate --model STEP --prompt a | a checkpoint | tools/convert_checkpoint.py
 a GGUF file measured | evaluate --model damaged.gguf EVAL | damaged.gguf is a GGUF file | tools/convert_checkpoint.py
 weights asked | generate --model model/model.safetensors --prompt a | model.safetensors is a file | the folder that it is in
+nothing held out | inspect_data --model model --data.path half.jsonl --data.val-fraction 0.4 | leaves none | line 2: field
 nothing to measure on | evaluate --data.path train.json --data.val-fraction 0.01 | leaves none there | --data.val-fraction
 no folder of tasks | evaluate --tasks x --include-path nowhere | --include-path nowhere | YAML files
 a hub without a name | lora --data.path hub: | hub: names no data set | hub:ORG/NAME
@@ -375,6 +377,7 @@ def world(tmp_path_factory):
         "cut.jsonl": f'{json.dumps(ROWS[0])}\n{{"dialogue": ',
         "listed.jsonl": json.dumps(ROWS),
         "number.jsonl": '{"dialogue": "a", "summary": 5}',
+        "half.jsonl": json.dumps(ROWS[0]) + '\n{"dialogue": "a"}',
         "role.jsonl": '{"conversations": [{"from": ["human"], "value": "Hi"}]}',
         "mute.jsonl": '{"messages": [{"role": "user", "content": "Hi"}]}',
         "rows.csv": "dialogue,summary\na,b,c\n",

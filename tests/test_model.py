@@ -41,11 +41,11 @@ VARIANTS = {
 }
 
 
-def hf_twin(model: Llama, **changes) -> LlamaForCausalLM:
-    twin = LlamaForCausalLM(HFConfig(**(TINY | changes), attn_implementation="eager")).eval()
-    missing, unexpected = twin.load_state_dict(model.state_dict(), strict=True)
+def hf_reference(model: Llama, **changes) -> LlamaForCausalLM:
+    reference = LlamaForCausalLM(HFConfig(**(TINY | changes), attn_implementation="eager")).eval()
+    missing, unexpected = reference.load_state_dict(model.state_dict(), strict=True)
     assert not missing and not unexpected
-    return twin
+    return reference
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -53,19 +53,19 @@ def test_logits_equal_transformers(changes):
     model = random_model(**changes)
     tokens = torch.randint(0, 512, (2, 200))
     with torch.no_grad():
-        ours, theirs = model(tokens), hf_twin(model, **changes)(tokens).logits
+        ours, theirs = model(tokens), hf_reference(model, **changes)(tokens).logits
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
         torch.testing.assert_close(model(tokens, keep=tokens > 400), ours[tokens > 400], rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_equal_transformers():
     model = random_model()
-    twin = hf_twin(model)
+    reference = hf_reference(model)
     tokens = torch.randint(0, 512, (2, 50))
-    twin(tokens, labels=tokens).loss.backward()
+    reference(tokens, labels=tokens).loss.backward()
     labels = torch.cat((tokens[:, 1:], torch.full((2, 1), -100)), dim=1)
     (model(tokens, labels=labels) / (labels != -100).sum()).backward()
-    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 

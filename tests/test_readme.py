@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from conftest import random_model, run_ranks
-from test_layering import ROOMS
+from test_layering import PACKAGES
 
 import minillama
 from minillama import shard, train_step
@@ -88,12 +88,12 @@ def test_the_tree_lists_every_file_and_no_other():
             if file.is_dir() or "__pycache__" in path or file.name in ("__init__.py", "py.typed"):
                 continue
             assert path in files or any(path.startswith(folder) for folder in closed), f"{path} is not in the tree"
-    rooms = [
+    packages = [
         path.split("/")[1].removesuffix(".py")
         for path in listed
         if re.fullmatch(r"minillama/(\w+/|files\.py|progress\.py)", path)
     ]
-    assert rooms == [*ROOMS, "bundled"]  # in the order in which they may import each other
+    assert packages == [*PACKAGES, "bundled"]  # in the order in which they may import each other
 
 
 # Pages and links

@@ -12,7 +12,7 @@ from conftest import random_model, run_ranks, run_script
 from peft import PeftModel
 from test_distributed import whole
 from test_dpo import pairs
-from test_model import hf_twin
+from test_model import hf_reference
 from transformers import AutoModelForCausalLM
 
 from minillama.adapters.lora import LoraConfig, apply_lora, lora_off
@@ -160,8 +160,8 @@ def test_lora_on_two_ranks_is_one_rank_with_the_reference_precomputed(run, tiny_
         assert set(m) == {"step", *(f"eval_{name}" for name in TOLD)} and m["eval_pairs"] == 5
     assert before["eval_loss"] == pytest.approx(np.log(2)) and before["eval_accuracy"] == 0.5
     assert metrics(one)[1][0] == pytest.approx(before, rel=1e-5, abs=1e-5)
-    twin = PeftModel.from_pretrained(hf_twin(random_model()), two / "adapter").eval()
-    found = margins(twin, hf_twin(random_model()), load_tokenizer(tiny_folder))
+    reference = PeftModel.from_pretrained(hf_reference(random_model()), two / "adapter").eval()
+    found = margins(reference, hf_reference(random_model()), load_tokenizer(tiny_folder))
     assert after["eval_reward_margin"] == pytest.approx(found.mean(), abs=1e-4)
     assert after["eval_accuracy"] == (found > 0).mean() > 0.5
     assert after["eval_loss"] == pytest.approx(np.log1p(np.exp(-found)).mean(), abs=1e-4) and after["eval_kl"] > 0
@@ -212,7 +212,7 @@ def test_a_resumed_run_goes_on_against_the_same_reference(run, method, tiny_fold
         [command] = re.findall("next: python recipes/evaluate.py (.*)", text_of_whole)
         assert command.endswith(f" --reference {tiny_folder}")
         twin = AutoModelForCausalLM.from_pretrained(whole_run / "model", dtype=torch.float32).eval()
-        found = margins(twin, hf_twin(random_model()), load_tokenizer(tiny_folder))
+        found = margins(twin, hf_reference(random_model()), load_tokenizer(tiny_folder))
         measured = evaluated(command.split(), tmp_path)
         assert measured["eval_reward_margin"] == pytest.approx(found.mean(), abs=1e-4) and measured["eval_pairs"] == 5
         assert measured["eval_accuracy"] == (found > 0).mean()

@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, random_model, run_script, save_folder
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_model import hf_twin
+from test_model import hf_reference
 from transformers import AutoModelForCausalLM
 
 from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
@@ -93,11 +93,11 @@ def test_a_run_on_two_ranks_leaves_what_it_should(run, tiny_folder, data):
         and saved["flags"]["data"]["dataset"] == "samsum"
     )
     tokenizer = load_tokenizer(tiny_folder)
-    assert evaluated[0]["eval_loss"] == pytest.approx(loss_of(hf_twin(random_model()), tokenizer), abs=1e-4)
+    assert evaluated[0]["eval_loss"] == pytest.approx(loss_of(hf_reference(random_model()), tokenizer), abs=1e-4)
     assert text.count("validation loss") == 3 and text.count("parameters,") == 1  # rank 0 alone speaks
 
-    twin = PeftModel.from_pretrained(hf_twin(random_model()), out / "adapter").eval()
-    assert evaluated[-1]["eval_loss"] == pytest.approx(loss_of(twin, tokenizer), abs=1e-4)
+    reference = PeftModel.from_pretrained(hf_reference(random_model()), out / "adapter").eval()
+    assert evaluated[-1]["eval_loss"] == pytest.approx(loss_of(reference, tokenizer), abs=1e-4)
 
 
 def documents(tokenizer, rows=ROWS[:5]):
@@ -126,7 +126,7 @@ def mean_loss(model, documents):
 def test_a_tied_model_too(run, tmp_path):
     folder = save_folder(random_model(tie_word_embeddings=True), tmp_path / "tied", tie_word_embeddings=True)
     _, _, out = run(*FAST, "--train.max-steps", 2, model=folder, world_size=2)
-    base = hf_twin(random_model(tie_word_embeddings=True), tie_word_embeddings=True)
+    base = hf_reference(random_model(tie_word_embeddings=True), tie_word_embeddings=True)
     evaluated = metrics(out)[1]
     assert evaluated[0]["eval_loss"] == pytest.approx(loss_of(base, load_tokenizer(folder)), abs=1e-4)
     tuned = PeftModel.from_pretrained(base, out / "adapter").eval()
@@ -162,11 +162,11 @@ def test_full_fine_tuning_leaves_a_model_that_transformers_loads(run, tmp_path, 
     assert sorted(p.name for p in out.iterdir()) == ["checkpoints", "loss.png", "metrics.jsonl", "model", "run.json"]
     evaluated = metrics(out)[1]
     assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"] - 0.1
-    twin = AutoModelForCausalLM.from_pretrained(out / "model").eval()
+    reference = AutoModelForCausalLM.from_pretrained(out / "model").eval()
     tokenizer = load_tokenizer(out / "model")
-    assert evaluated[-1]["eval_loss"] == pytest.approx(loss_of(twin, tokenizer), abs=1e-4)
+    assert evaluated[-1]["eval_loss"] == pytest.approx(loss_of(reference, tokenizer), abs=1e-4)
     prompt = torch.tensor([tokenizer.encode("Summarize this dialog:\nA: hi", bos=True)])
-    expected = twin.generate(prompt, max_new_tokens=32, do_sample=False, eos_token_id=None)
+    expected = reference.generate(prompt, max_new_tokens=32, do_sample=False, eos_token_id=None)
     found = generate(from_pretrained(out / "model"), prompt[0].tolist(), max_new_tokens=32)
     assert found == expected[0, prompt.shape[1] :].tolist()
 
@@ -189,8 +189,8 @@ def test_llama_adapter_leaves_what_peft_loads(run, tiny_folder):
     assert codes == [0, 0], text
     evaluated = metrics(out)[1]
     assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"] - 0.05
-    twin = PeftModel.from_pretrained(hf_twin(random_model()), out / "adapter").eval()
-    assert evaluated[-1]["eval_loss"] == pytest.approx(loss_of(twin, load_tokenizer(tiny_folder)), abs=1e-4)
+    reference = PeftModel.from_pretrained(hf_reference(random_model()), out / "adapter").eval()
+    assert evaluated[-1]["eval_loss"] == pytest.approx(loss_of(reference, load_tokenizer(tiny_folder)), abs=1e-4)
     config = json.loads((out / "adapter/adapter_config.json").read_text())
     assert config["adapter_layers"] == 3 and config["adapter_len"] == 10  # 30 asked for, 3 there
 
@@ -206,7 +206,7 @@ def test_every_precision_trains(run, tiny_folder, recipe, precision):
     assert f"recompute selective\nprecision   {precision}\n" in text
     trained, evaluated = metrics(out)
     tokenizer = load_tokenizer(tiny_folder)
-    base = loss_of(hf_twin(random_model()), tokenizer)
+    base = loss_of(hf_reference(random_model()), tokenizer)
     assert evaluated[0]["eval_loss"] == pytest.approx(base, rel=2e-3)
 
     model = from_pretrained(tiny_folder).requires_grad_(recipe == "full")
@@ -267,6 +267,14 @@ def test_logging_every_other_step_averages(run):
     assert list((other / "tensorboard").iterdir())
 
 
+def test_lora_plus_moves_b_by_a_multiple_of_the_learning_rate(run):
+    flags = (*FAST, "--train.max-steps", 1, "--eval.no-enabled")
+    _, _, out = run(*flags, "--lora.plus-ratio", 4, world_size=1)
+    moved = [t for name, t in load_file(out / "adapter/adapter_model.safetensors").items() if "lora_B" in name]
+    largest = max(t.abs().max().item() for t in moved)  # AdamW's first step is lr * g / (|g| + eps), from B = 0
+    assert largest == pytest.approx(4 * metrics(out)[0][0]["lr"], rel=1e-3)
+
+
 def test_a_log_line_does_not_count_the_evaluations_time(run):
     flags = (*FAST, "--train.batch-size", 1, "--train.max-steps", 8, "--log.every", 4)
     _, _, out = run(*flags, "--eval.every", 3)
@@ -319,7 +327,7 @@ def test_every_bundled_set_trains(run, dataset, tiny_folder):
     held_out = [document for pack in packs for document in pack]
     before = metrics(out)[1][0]
     assert before["eval_tokens"] == sum(int((labels != -100).sum()) for _, labels in held_out)
-    assert before["eval_loss"] == pytest.approx(mean_loss(hf_twin(random_model()), held_out), abs=1e-4)
+    assert before["eval_loss"] == pytest.approx(mean_loss(hf_reference(random_model()), held_out), abs=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from conftest import random_model, run_ranks
 from peft import IA3Config, get_peft_model
 from test_distributed import whole
-from test_model import hf_twin
+from test_model import hf_reference
 from test_packing import documents_of
 from torch import nn
 
@@ -117,10 +117,10 @@ def two_steps(mesh, folder, scales):
 def test_an_adapter_an_attention_and_a_loss_of_ones_own_train_sharded(tiny_folder):
     """Beside transformers with a mask, peft's (IA)^3 and PyTorch's AdamW in one process."""
     config = IA3Config(target_modules=["k_proj", "v_proj", "up_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
-    twin = get_peft_model(hf_twin(random_model()), config)
+    reference = get_peft_model(hf_reference(random_model()), config)
     theirs = {
         name.removeprefix("base_model.model.").replace("ia3_l.default", "scale"): parameter
-        for name, parameter in twin.named_parameters()
+        for name, parameter in reference.named_parameters()
         if parameter.requires_grad
     }
     torch.manual_seed(1)
@@ -132,7 +132,7 @@ def test_an_adapter_an_attention_and_a_loss_of_ones_own_train_sharded(tiny_folde
     tokens, trained = (torch.from_numpy(part).view(8, 20) for part in (DOCUMENTS.tokens, DOCUMENTS.trained))
     expected = []
     for rows in (slice(0, 4), slice(4, 8)):
-        logits = twin(tokens[rows].long(), attention_mask=mask.expand(4, -1, -1, -1)).logits[:, :-1]
+        logits = reference(tokens[rows].long(), attention_mask=mask.expand(4, -1, -1, -1)).logits[:, :-1]
         labels = tokens[rows, 1:].long().where(trained[rows, 1:], -100)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
         optimizer.zero_grad()

@@ -72,7 +72,7 @@ def described(packed: Packed) -> Iterator[str]:
     pairs = "" if documents.per_row == 1 else f"{len(packed.sizes) // documents.per_row:,} pairs, "
     yield f"{pairs}{len(packed.sizes):,} documents, {packed.tokens:,} tokens, {trained / packed.tokens:.1%} of them trained"
     if packed.batching == "packing":
-        yield f"{len(packed):,} packs of {packed.context_length}, {packed.efficiency():.2%} full"
+        yield f"{len(packed):,} pack{'s' * (len(packed) != 1)} of {packed.context_length}, {packed.efficiency():.2%} full"
     else:
         yield f"batches of 4 are {packed.efficiency(4):.2%} full"
     if count := documents.had_ends:

@@ -206,9 +206,12 @@ def _choose(documents: Path, sources: list[Source], config: DataConfig, seed: in
         chosen.append(rows)
     if not sum(map(len, chosen)):
         share = f"{config.val_fraction:g}" if config.val_fraction else "a twentieth"
+        bad = _lines(documents / "refused.txt")
+        skipped = f"; {len(bad)} bad rows are skipped, the first: {bad[0]}" if bad else ""
         raise UserError(
             f"{', '.join(source.name for source in sources)}: of {sum(counts)} rows {share}, to evaluate on, leaves "
             f"none {'there' if held == 'out' else 'to train on'}: give --data.val-path or another --data.val-fraction"
+            f"{skipped}"
         )
     return chosen
 
@@ -393,7 +396,7 @@ def _join(folder: Path, chunks: list[tuple[int, Chunk]]) -> str:
 
 def _hash(*settings: Any) -> str:
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
-    for room, names in CODE.items():
+    for package, names in CODE.items():
         for name in names:
-            digest.update((Path(__file__).parents[1] / room / f"{name}.py").read_bytes())
+            digest.update((Path(__file__).parents[1] / package / f"{name}.py").read_bytes())
     return digest.hexdigest()

@@ -196,7 +196,7 @@ def described(packed: Packed, config: LlamaConfig, batch_size: int, world_size: 
     if packed.batching == "padding":
         text += f"batches of {batch_size} padded to the longest"
     else:
-        text += f"{len(packed):,} packs of {packed.context_length}"
+        text += f"{len(packed):,} pack{'s' * (len(packed) != 1)} of {packed.context_length}"
     text += f" ({packed.efficiency(batch_size, world_size, accumulate):.1%} full)"
     for what in ("dropped", "truncated", "split"):
         if packed.long[what]:
