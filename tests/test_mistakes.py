@@ -172,6 +172,7 @@ a bench of nothing | bench --steps 0 | --steps 0 | at least 1
 rows of none to copy | data_speed --tokenizer model --rows none.json --folder target | none.json does not exist | .jsonl
 a run to be measured in | checkpoint_cost --folder run --device cpu | run exists already | another target
 a run to be killed in | kill_and_resume --folder run --model model | run exists already | another target
+a step to be estimated | estimate_check --model nowhere | nowhere | does not exist
 a fault in no file | mutants --output target --only nothing | nothing | model/llama
 a run to be filled | data_speed --folder run --rows train.json --tokenizer model | run exists already | another target
 a model to be measured in | conversion_cost --folder model | model exists already | another target
