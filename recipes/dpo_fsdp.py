@@ -102,7 +102,7 @@ class Config(RunConfig):
 
 
 def main(config: Config) -> None:
-    with process_group(config.device, config.fsdp.timeout_minutes) as device:
+    with process_group(config.device, config.fsdp.timeout_minutes, config.fsdp.lost_seconds) as device:
         config, checkpoint, precision = resolve(config, device)
         if checkpoint and bool(config.lora.from_) != bool(checkpoint.content["flags"].get("lora", {}).get("from_")):
             raise UserError(

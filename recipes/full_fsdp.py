@@ -69,7 +69,7 @@ def build(config: Config) -> tuple[Llama, Weights | None]:
 def main(config: Config) -> None:
     if config.estimate:
         return say(estimate_run(config, build))
-    with process_group(config.device, config.fsdp.timeout_minutes) as device:
+    with process_group(config.device, config.fsdp.timeout_minutes, config.fsdp.lost_seconds) as device:
         config, checkpoint, precision = resolve(config, device)
         model, weights = build(config)
         run = prepare_run(config, model, weights, device, checkpoint, precision)

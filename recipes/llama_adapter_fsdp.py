@@ -76,7 +76,7 @@ def main(config: Config) -> None:
         config = replace(config, adapter=continue_adapter(config.adapter, start_from))
     if config.estimate:
         return say(estimate_run(config, build))
-    with process_group(config.device, config.fsdp.timeout_minutes) as device:
+    with process_group(config.device, config.fsdp.timeout_minutes, config.fsdp.lost_seconds) as device:
         config, checkpoint, precision = resolve(config, device)
         model, weights = build(config)
         if start_from:

@@ -1,17 +1,17 @@
 """Faults that are no user's mistake: disks, signals and other processes. One message, and nothing lost."""
 
 import ast
-import itertools
 import os
 import platform
 import re
 import shutil
+import signal
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import _processes, random_model, run_script, save_folder
+from conftest import _processes, random_model, run_script, save_folder, start_script
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from minillama.adapters.lora import LoraConfig, apply_lora
@@ -20,7 +20,6 @@ from minillama.data.cache import open_packed, prepare
 from minillama.data.datasets import DataConfig
 from minillama.errors import UserError
 from minillama.files import PARTIAL, lock, new_folder, write_json, write_whole
-from minillama.parallel import failures
 from minillama.tokenizer.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -131,11 +130,13 @@ LOST = """
 import os, signal, sys, time
 import torch.distributed as dist
 from minillama.parallel.failures import user_errors
+from minillama.parallel.heartbeat import stand
 from minillama.parallel.processes import on_rank_zero, process_group
 from minillama.errors import UserError
 what, fails = sys.argv[1], int(sys.argv[2])
 os.environ["TORCHELASTIC_ERROR_FILE"] = f"{sys.argv[0]}.{os.environ['RANK']}"
-with user_errors(), process_group("cpu"):
+minutes = 0.05 if what == "late" else 30
+with user_errors(), process_group("cpu", minutes, lost_seconds={"frozen": 2, "late": 12}.get(what, 60)):
     if dist.get_rank() == fails and what == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if dist.get_rank() == fails and what == "fault":
@@ -144,6 +145,18 @@ with user_errors(), process_group("cpu"):
         raise RuntimeError("Connection refused by a server that is none of ours")
     if dist.get_rank() == fails and what == "mistake":
         raise UserError("a mistake: make none")
+    if what == "frozen" and dist.get_rank() == fails:
+        stand("step 7")
+        dist.barrier()
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if what == "frozen":
+        stand("step 7")
+        dist.barrier()
+        stand("step 8")
+    if what == "late" and dist.get_rank() == fails:
+        stand("the evaluation after step 8")
+        time.sleep(6)
     if what == "on zero":
         on_rank_zero(lambda: [][1])
     dist.barrier()
@@ -224,14 +237,23 @@ def test_torchrun_s_report_ends_with_the_message(tmp_path):
     assert torchrun_says(tmp_path / "script.py", codes) == "error: a mistake: make none"
 
 
-def test_a_process_of_another_machine_is_gone(monkeypatch, capsys):
-    monkeypatch.setattr(failures, "processes", [(platform.node(), os.getpid()), ("elsewhere", 1)])
-    monkeypatch.setattr("time.monotonic", itertools.count(step=0.5).__next__)  # it waits a second
-    with pytest.raises(SystemExit), failures.user_errors():
-        raise RuntimeError("Connection closed by peer [10.0.0.2]:5\nand more")
-    assert capsys.readouterr().err == (
-        "\nerror: a process of another machine is gone, see what it printed (Connection closed by peer [10.0.0.2]:5)\n"
-    )
+def test_a_frozen_rank_is_named_and_ends_when_it_wakes(tmp_path):
+    """A late one is none: only --fsdp.timeout-minutes ends that wait, with where each stands."""
+    lost = start_script(script(tmp_path, LOST), "frozen", 1, world_size=3, log=tmp_path / "log")
+    (tmp_path / "late").mkdir()
+    codes, text = run_script(script(tmp_path / "late", LOST), "late", 1, world_size=2, log=tmp_path / "late/log")
+    assert codes == [1, 1], text
+    standing = r"though all are alive: rank 0 in start-up for \d+ s, rank 1 in the evaluation after step 8 for \d+ s"
+    assert re.search(standing, text), text
+    processes, wait = lost
+    for process in processes[::2]:
+        process.join(60)
+    text = (tmp_path / "log").read_text()
+    said = f"error: no sign of life of rank 1 on {platform.node()}: its machine is lost, frozen or cut off. Last seen: "
+    assert text.count(said) == text.count("error: ") == 1 and "rank 1 in step 7 for" in text, text
+    assert "; of the others: ranks 0, 2 in step 8" in text
+    os.kill(processes[1].pid, signal.SIGCONT)
+    assert wait()[0] in ([None, 1, None], [None] * 3)  # it finds the others gone
 
 
 def test_ctrl_c(tmp_path):

@@ -23,6 +23,7 @@ from minillama.formats.quantized import Quantize, QuantizedFill, quantize_base
 from minillama.model.config import LLAMA3_ROPE, LlamaConfig
 from minillama.model.llama import Llama
 from minillama.model.quant import shapes
+from minillama.parallel.heartbeat import stand
 from minillama.parallel.initialise import materialise
 from minillama.parallel.processes import say
 from minillama.parallel.sharding import local, row_offset
@@ -293,6 +294,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> set[str]:
     of the model's is about READERS * READ_BYTES. Returns the names of the parameters and buffers filled. Every rank must
     call it. Raises UserError as check_weights does.
     """
+    stand("loading the weights")
     weights, parameters = check_weights(model, folder), base_parameters(model)
     quantized = QuantizedFill(model, weights)
     has_tied_head = "lm_head.weight" not in parameters and "lm_head.weight" in weights.names

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import platform
 import re
 import signal
 import sys
@@ -19,6 +18,7 @@ import torch.distributed as dist
 
 from minillama.errors import REMEDIES, UserError, disk_text
 from minillama.parallel.cut_files import tell_of_cut_files
+from minillama.parallel.heartbeat import Heartbeat
 
 
 def rank() -> int:
@@ -68,6 +68,8 @@ def user_errors() -> Iterator[None]:
             _end(f"{problem}: share it among more processes, or use what has more memory")
         if "onnection" in str(error) or isinstance(error, dist.DistError):
             _end_if_lost(error)
+        if heart and "imed out" in str(error):
+            _end_if_stuck(error)
         _end_of_fault()
     except Exception:
         _end_of_fault()
@@ -103,10 +105,11 @@ def _tell(message: str) -> None:
     _close_bars()
     if _speaks_first():
         line = "" if rank() == 0 else "\n"  # rank 0's progress bar may be open
-        _print_error(f"{line}error: {message}")
+        print_error(f"{line}error: {message}")
 
 
-def _print_error(text: str) -> None:
+def print_error(text: str) -> None:
+    """On whichever rank, and in torchrun's report."""
     print(text, file=sys.stderr, flush=True)
     _tell_torchrun(text.strip())
 
@@ -125,11 +128,11 @@ def _tell_torchrun(message: str) -> None:
 
 def _speaks_first() -> bool:
     """Whether no other rank has printed the error: usually all have the same one, but sometimes only one has it."""
-    if not dist.is_initialized():
+    if not heart:
         return rank() == 0
     try:
         with _quiet():
-            return dist.distributed_c10d._get_default_store().add("minillama/errors", 1) == 1
+            return heart[0].speaks_first()
     except dist.DistError:  # without torchrun rank 0 keeps the store: it has ended, and printed the error
         return False
 
@@ -137,7 +140,7 @@ def _speaks_first() -> bool:
 def _end_of_fault() -> NoReturn:
     """Ends the process with code 1 because of a fault that is not the user's: prints its traceback and the rank."""
     _close_bars()
-    if not _someone_erred() and (_speaks_first() or not dist.is_initialized()):
+    if not _someone_erred() and (_speaks_first() or not heart):
         print(f"rank {rank()} has failed; this is a fault of the program, please report it:", file=sys.stderr)
         traceback.print_exc()
         sys.stderr.flush()
@@ -146,8 +149,10 @@ def _end_of_fault() -> NoReturn:
     sys.exit(1)
 
 
-processes: list[tuple[str, int]] = []
-"""(machine, process) of each rank"""
+neighbours: dict[int, int] = {}
+"""The process of each rank of this machine"""
+heart: list[Heartbeat] = []
+"""Of this process, if there are others"""
 
 
 def _end_if_lost(error: Exception) -> None:
@@ -155,25 +160,36 @@ def _end_if_lost(error: Exception) -> None:
 
     Returns if all are on this machine and alive: then the connection did not fail because of a dead process.
     """
-    here, deadline = platform.node(), time.monotonic() + 1
-    mine = [number for number, (machine, _) in enumerate(processes) if machine == here]
+    deadline = time.monotonic() + 1
     gone: dict[int, str | None] = {}
     while not gone and time.monotonic() < deadline:  # connections close a moment before the process ends
-        gone = {number: how for number in mine if (how := _end_of_process(processes[number][1])) is not None}
+        gone = {number: how for number, pid in neighbours.items() if (how := _end_of_process(pid)) is not None}
         time.sleep(0.05)
-    if not gone and len(mine) == len(processes):
+    if not gone and (not heart or len(neighbours) == heart[0].world_size):
         return
-    left = [number for number in mine if number not in gone]
+    left = [number for number in neighbours if number not in gone]
     _close_bars()
     if gone and all(how == "" for how in gone.values()):  # it has said why
         sys.exit(1)
     if gone and rank() == left[0]:
         names = ", ".join(f"rank {number}{how and f' ({how})'}" for number, how in gone.items())
         why = "out of memory perhaps, or killed by someone, unless it said why; see `dmesg`"
-        _print_error(f"\nerror: {names} is gone: {why}")
-    elif not gone and rank() == mine[0]:
-        reason = str(error).partition("\n")[0]
-        _print_error(f"\nerror: a process of another machine is gone, see what it printed ({reason})")
+        print_error(f"\nerror: {names} is gone: {why}")
+    elif not gone and _speaks_first():
+        reason = str(error).partition("\n")[0].partition(". This is")[0]
+        lost, text = heart[0].missing()  # while torchrun waits for this process
+        text = text if lost else "a process of another machine is gone, see what it printed"
+        print_error(f"\nerror: {text} ({reason})")
+    sys.exit(1)
+
+
+def _end_if_stuck(error: Exception) -> NoReturn:
+    """Ends the process with code 1: it has waited for others that are alive, until the time for it was over."""
+    if _speaks_first():
+        _close_bars()
+        where = heart[0].standing()
+        reason = str(error).partition("\n")[0].partition(". This is")[0]
+        print_error(f"\nerror: waited in vain for other processes, though all are alive: {where} ({reason})")
     sys.exit(1)
 
 
@@ -202,10 +218,10 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 def _someone_erred() -> bool:
-    if not dist.is_initialized():
+    if not heart:
         return False
     try:
         with _quiet():
-            return dist.distributed_c10d._get_default_store().check(["minillama/errors"])
+            return heart[0].someone_erred()
     except dist.DistError:
         return False

@@ -4,7 +4,6 @@ import atexit
 import ctypes
 import gc
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -15,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from minillama.errors import UserError, disk_text
-from minillama.parallel.failures import processes, rank, user_errors
+from minillama.parallel.failures import heart, neighbours, print_error, rank, user_errors
+from minillama.parallel.heartbeat import Heartbeat
 from minillama.parallel.rendezvous import fresh_store
 
 T = TypeVar("T")
@@ -45,10 +45,11 @@ def quiet_but_on_rank_zero() -> Iterator[None]:
 
 
 @contextmanager
-def process_group(device: Device = "auto", timeout_minutes: float = 30.0) -> Iterator[str]:
+def process_group(device: Device = "auto", timeout_minutes: float = 30.0, lost_seconds: float = 60.0) -> Iterator[str]:
     """Joins the processes that torchrun (or another launcher) started, or this one alone; yields "cuda" or "cpu".
 
-    A UserError of one ends them all, as user_errors does.
+    A UserError of one ends them all, as user_errors does. One that gives no sign of life for lost_seconds ends them all
+    too; one that is alive has timeout_minutes to come to where the others wait for it.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,17 +73,18 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0) -> Ite
     if "RANK" in os.environ:
         timeout = timedelta(minutes=timeout_minutes)
         store, own_rank, world_size = fresh_store(timeout)
+        _meet(store, own_rank, world_size, lost_seconds)
         dist.init_process_group(backend, store=store, rank=own_rank, world_size=world_size, timeout=timeout)
     else:  # no launcher, so no address either
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     finished = False
-    processes[:] = [("", 0)] * dist.get_world_size()
-    dist.all_gather_object(processes, (platform.node(), os.getpid()))
     try:
         with user_errors():
             yield device
         finished = True
     finally:
+        while heart:
+            heart.pop().stop()
         # NCCL would wait for the other ranks, which may be waiting for this one. torchrun ends them when this one exits.
         if finished or device == "cpu":
             dist.destroy_process_group()
@@ -90,6 +92,17 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0) -> Ite
         # tensor while the interpreter is being torn down aborts the process: end the threads before that.
         atexit.unregister(gc.collect)  # once, however many groups there were
         atexit.register(gc.collect)
+
+
+def _meet(store: dist.Store, own_rank: int, world_size: int, lost_seconds: float) -> None:
+    """Learns the processes of this machine, and begins to give signs of life."""
+    first = own_rank - int(os.environ["LOCAL_RANK"])
+    store.set(f"minillama/process/{own_rank}", str(os.getpid()))
+    keys = {r: f"minillama/process/{r}" for r in range(first, first + local_world_size(world_size))}
+    neighbours.clear()
+    neighbours.update(zip(keys, map(int, store.multi_get([*keys.values()])), strict=True))
+    if world_size > 1:
+        heart.append(Heartbeat(store, own_rank, world_size, lost_seconds, print_error))
 
 
 def keep_freed_memory() -> None:
@@ -175,8 +188,17 @@ def all_reduce(
     return numbers.tolist()
 
 
-def local_world_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or process_count())
+def number_of_each(number: int) -> list[int]:
+    """The numbers of all ranks, of 64 bits each. Every rank must call it."""
+    numbers = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    numbers[dist.get_rank()] = number
+    dist.all_reduce(numbers)
+    return numbers.tolist()
+
+
+def local_world_size(world_size: int = 0) -> int:
+    """Processes of this machine. world_size: of all, before there is a process group"""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size or process_count())
 
 
 def is_rank_zero() -> bool:

@@ -53,7 +53,10 @@ class FsdpConfig:
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory, and run the optimizer there."""
     timeout_minutes: float = 30.0
-    """How long a process waits for the others before it gives up."""
+    """How long a process waits for the others before it gives up, as long as they are alive."""
+    lost_seconds: float = 60.0
+    """A process that gives no sign of life for so long, because its machine is lost, frozen or cut off, ends the others,
+    with a message that names it. A slow process is alive: it gives signs while it computes, or waits for its disk."""
 
     def __post_init__(self) -> None:
         if self.shard_size < 0:
@@ -64,6 +67,8 @@ class FsdpConfig:
             )
         if not 0 < self.timeout_minutes < math.inf:
             raise UserError(f"--fsdp.timeout-minutes {self.timeout_minutes}: must be above 0")
+        if not 1 <= self.lost_seconds < math.inf:
+            raise UserError(f"--fsdp.lost-seconds {self.lost_seconds}: must be at least 1")
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import uuid
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,7 @@ from minillama.files import described, size_text
 from minillama.formats.hf_export import MAX_FILE_BYTES, split_by_size, write_tensors
 from minillama.model.attention import BACKENDS
 from minillama.model.llama import Llama
+from minillama.parallel.heartbeat import stand
 from minillama.parallel.processes import all_reduce, on_rank_zero, rank, say
 from minillama.parallel.sharding import reshard
 from minillama.training.checkpoint_index import INDEX, IndexReader, IndexWriter
@@ -110,7 +112,8 @@ class Checkpoints:
         self.best: tuple[float, int] | None = None  # lowest evaluation loss, and the step it was found at
         self.signal = 0  # the signal that this process got
         self.stopped_by = 0  # the signal that any process got, the same on all ranks
-        on_rank_zero(lambda: _remove_leftovers(self.folder))
+        # of this start alone: rank 0 of a machine that was frozen may wake up in the middle of writing
+        self.partial = on_rank_zero(lambda: _remove_leftovers(self.folder))
         if resume_from is not None:
             self._load(resume_from)
         self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
@@ -226,6 +229,7 @@ class Checkpoints:
 
     def save(self, progress: Progress) -> None:
         """Writes a checkpoint, or with async_save starts to. Waits for the one before first."""
+        stand(f"saving step {progress.step}")
         self.finish()
         state = self._state(self.config.save_optimizer)
         content = {
@@ -282,7 +286,7 @@ class Checkpoints:
     def _write(self, state: dict[str, dict[str, Tensor]], content: dict[str, Any]) -> None:
         """Writes under another name, and renames when all is on the disk. May run beside the steps, with its own group."""
         final = self.folder / f"step-{content['progress']['step']:08}"
-        path = final.with_name(final.name + ".partial")
+        path = final.with_name(f"{final.name}.{self.partial}.partial")
         size = sum(tensor.numel() * tensor.element_size() for part in state.values() for tensor in part.values())
         failed = f"{final}, of {size_text(size)}, cannot be written"
 
@@ -311,6 +315,8 @@ class Checkpoints:
             json.dump(content | {"sha256": hash_of(json.loads(json.dumps(content)))}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
+        if not path.exists():
+            raise UserError("another process has removed it: the run goes on elsewhere")
         _remove(final)  # left by a run that was resumed from an earlier step
         path.rename(final)
         _sync_folder(self.folder)
@@ -417,10 +423,11 @@ def _remove(checkpoint: Path) -> None:
         shutil.rmtree(dying)
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Removes what a killed run was writing or removing."""
+def _remove_leftovers(folder: Path) -> str:
+    """Removes what a killed run was writing or removing; returns a name that it did not use."""
     for path in [*folder.glob("step-*.partial"), *folder.glob("step-*.deleted")]:
         shutil.rmtree(path)
+    return uuid.uuid4().hex[:8]
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minillama.data.batch import Batch, collate
 from minillama.model.llama import Llama
+from minillama.parallel.heartbeat import stand
 from minillama.parallel.processes import rank
 from minillama.training.checkpoint import Checkpoints
 from minillama.training.config import RunConfig
@@ -59,6 +60,7 @@ class Loop:
             for group in self.optimizer.param_groups:
                 lr = learning_rate(step.number, step.epoch, self.total, config.optim)
                 group["lr"] = lr * group["lr_factor"]
+            stand(f"step {step.number + 1}")
             with self.metrics.waiting():
                 ready = batches.result()
             yield step, ready
@@ -76,6 +78,7 @@ class Loop:
 
     def _evaluate(self, done: int) -> None:
         run = self.run
+        stand(f"the evaluation after step {done}")
         if run.validation:
             batches = eval_batches(
                 run.validation, self.config.eval, run.tokenizer.pad_id, run.device, rank(), run.mesh.size()

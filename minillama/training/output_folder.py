@@ -1,5 +1,6 @@
 """The output folder: whose it is, and run.json."""
 
+import hashlib
 import json
 import os
 import platform
@@ -8,7 +9,8 @@ import subprocess
 import sys
 import time
 import uuid
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,11 @@ from minillama.errors import UserError, disk_text
 from minillama.files import lock, read_json, write_whole
 from minillama.formats.hf import weights_fingerprint
 from minillama.formats.hub import model_name
-from minillama.parallel.processes import all_reduce, on_rank_zero, say
+from minillama.parallel.processes import local_world_size, number_of_each, on_rank_zero, say
 from minillama.training.config import RunConfig
 from minillama.training.flag_changes import compare_flags
 from minillama.training.plan import Progress, count_steps
-from minillama.training.resume import Checkpoint, find_checkpoint, has_checkpoint, saved_steps
+from minillama.training.resume import WAITS, Checkpoint, find_checkpoint, has_checkpoint, saved_steps
 
 
 def find_start(config: RunConfig) -> Checkpoint | None:
@@ -33,17 +35,35 @@ def find_start(config: RunConfig) -> Checkpoint | None:
 
     Raises UserError for --resume DIR without a sound one.
     """
-    resume = config.resume
-    if _restarted(config.output_dir) and on_rank_zero(lambda: has_checkpoint(config.output_dir)):
+    resume, agents = config.resume, _agents()
+    if on_rank_zero(lambda: _before(config.output_dir, agents) is not None and has_checkpoint(config.output_dir)):
         resume = "auto"
     return None if resume == "none" else find_checkpoint(resume, config.output_dir)
 
 
-def _restarted(output_dir: Path) -> bool:
-    """Whether torchrun --max-restarts restarted this process: then the run goes on, whatever --resume says."""
-    # Only the node whose worker died increments it.
-    [restarts] = all_reduce([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))], "max")
-    return restarts > 0 and on_rank_zero(lambda: _is_of_this_launch(output_dir))
+def _agents() -> list[int]:
+    """For each machine's torchrun, or for another launch of these processes, a number that no other has.
+
+    Every rank must call it.
+    """
+    launch: list[Any] = [uuid.uuid4()]
+    if run_id := os.environ.get("TORCHELASTIC_RUN_ID"):
+        launch = [socket.gethostname(), os.getppid(), run_id]
+        with suppress(OSError):  # since when it runs: in a container its process may always have the same number
+            launch += Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19:20]
+    digest = hashlib.blake2b(str(launch).encode(), digest_size=8).digest()
+    return sorted({*number_of_each(int.from_bytes(digest, signed=True))})
+
+
+def _before(output_dir: Path, agents: list[int]) -> dict[str, Any] | None:
+    """run.json of the same run, if torchrun has restarted it: then it goes on, whatever --resume says.
+
+    torchrun restarts all ranks when one has failed, or when a machine comes back or is lost: one of its agents was there
+    before, though rank 0 may have moved to another machine.
+    """
+    file = output_dir / "run.json"
+    run = read_json(file, {"agents": [int], "packs_per_step": int}) if file.exists() else {}
+    return run if {*agents} & {*run.get("agents", ())} else None
 
 
 def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -> tuple[Progress, dict[str, str]]:
@@ -54,8 +74,8 @@ def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -
     Raises UserError if the folder cannot be written or holds a run that is not to be resumed, and for a checkpoint of a
     run that this one could not continue.
     """
-    output_dir, resume = config.output_dir, config.resume
-    restarted = _restarted(output_dir)
+    output_dir, resume, agents = config.output_dir, config.resume, _agents()
+    before = on_rank_zero(lambda: _before(output_dir, agents))
     fingerprints = {
         "model": on_rank_zero(lambda: weights_fingerprint(config.model)),
         "data": train.fingerprint,
@@ -63,6 +83,8 @@ def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -
     lines = []
     if checkpoint is None:
         progress = config.train.begin(dist.get_world_size())
+        if before:  # on as many machines as there were
+            progress = replace(progress, packs_per_step=before["packs_per_step"])
     else:
         progress = checkpoint.progress
         lines = compare_flags(config, checkpoint, fingerprints)
@@ -79,10 +101,11 @@ def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -
 
     def write() -> None:
         run, file = _about(config, train, checkpoint), output_dir / "run.json"
+        run |= {"packs_per_step": progress.packs_per_step, "agents": agents}
         try:
             if there := output_dir.is_dir():
-                _claim(output_dir.resolve())
-            continues = restarted or _continues(output_dir, resume, checkpoint)
+                _claim(output_dir.resolve(), restarted=before is not None)
+            continues = before is not None or _continues(output_dir, resume, checkpoint)
             if not there:
                 output_dir.mkdir(parents=True, exist_ok=True)
                 _claim(output_dir.resolve())
@@ -93,9 +116,29 @@ def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -
             raise UserError(disk_text(error, f"--output-dir {output_dir}", "cannot be written")) from None
 
     on_rank_zero(write)
+    _check_shared(output_dir, agents)
     for line in lines:
         say(line)
     return progress, fingerprints
+
+
+def _check_shared(output_dir: Path, agents: list[int]) -> None:
+    """Raises UserError, on every rank, unless each machine sees the run.json that rank 0 has just written."""
+    if local_world_size() == dist.get_world_size():
+        return
+    for wait in (*WAITS, None):
+        seen = os.environ.get("LOCAL_RANK") != "0"
+        with suppress(OSError, UserError):
+            seen = seen or read_json(output_dir / "run.json").get("agents") == agents
+        unseen = [number for number in number_of_each(-1 if seen else dist.get_rank()) if number >= 0]
+        if not unseen:
+            return
+        if wait:
+            time.sleep(wait)
+    raise UserError(
+        f"--output-dir {output_dir} is not the same folder on the machine of rank {unseen[0]} as on that of rank 0: name "
+        "one on a disk that all machines share"
+    )
 
 
 def _about(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -> dict[str, Any]:
@@ -103,7 +146,6 @@ def _about(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -> d
     efficiency = train.efficiency(config.train.batch_size, dist.get_world_size(), config.train.accumulate)
     return {
         "id": uuid.uuid4().hex,
-        "launch": _launch(),
         "command": sys.argv,
         "flags": asdict(config) | {"model": model_name(config.model)},
         "model_folder": config.model.resolve(),
@@ -124,23 +166,18 @@ _locks: dict[Path, int | None] = {}
 """Of the folders that this process writes to"""
 
 
-def _claim(folder: Path) -> None:
-    """Locks the folder until this process ends. Raises UserError if another process has locked it."""
+def _claim(folder: Path, restarted: bool = False) -> None:
+    """Locks the folder until this process ends. Raises UserError if another process has locked it.
+
+    restarted: the other process is one of this run, on a machine that is lost, frozen or cut off, and may never end.
+    """
     try:
         if folder not in _locks:
             _locks[folder] = lock(folder)
     except BlockingIOError:
+        if restarted:
+            return
         raise UserError(f"another run is writing to {folder}: wait for its end, or give another --output-dir") from None
-
-
-def _launch() -> str:
-    """Identifies one call of torchrun."""
-    return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID')}"
-
-
-def _is_of_this_launch(output_dir: Path) -> bool:
-    file = output_dir / "run.json"
-    return file.exists() and read_json(file).get("launch") == _launch()
 
 
 def _continues(output_dir: Path, resume: str, checkpoint: Checkpoint | None) -> bool:

@@ -18,6 +18,7 @@ from minillama.hardware.precision import choose_precision, compact_base
 from minillama.model.config import LlamaConfig
 from minillama.model.llama import Llama
 from minillama.model.quant import quantized_layers
+from minillama.parallel.heartbeat import stand
 from minillama.parallel.processes import on_rank_zero, rank, say, warn
 from minillama.parallel.sharding import FsdpConfig, choose_strategy, make_mesh, set_dtypes
 from minillama.tokenizer.tokenizer import load_tokenizer
@@ -92,6 +93,7 @@ def prepare_run(
     saved = checkpoint.attention(device) if checkpoint else None
     attention = choose_kernels(model, config.kernels, fsdp.compute_dtype, device, config.data.cache_dir, saved)
     tokenizer = load_tokenizer(config.tokenizer or config.model, day=config.data.day)
+    stand("preparing the data")
     train, validation = load_data(
         config.data, tokenizer, model.config.vocab_size, config.seed, validation=config.eval.enabled
     )
