@@ -118,6 +118,7 @@ a negative seed | lora --seed -1 | --seed -1 | at least 0
 moments in fp16 | full --fsdp.precision fp16 --optim.kind anyprecision | --optim.kind anyprecision | adamw
 a shard of three | full --fsdp.strategy hybrid-shard --fsdp.shard-size 3 | --fsdp.shard-size 3 | number that are to hold
 a shard of full-shard | full --fsdp.shard-size 2 | --fsdp.shard-size 2 | hybrid-shard
+no time to be lost | lora --fsdp.lost-seconds 0 | --fsdp.lost-seconds 0 | at least 1
 no time | lora --fsdp.timeout-minutes 0 | --fsdp.timeout-minutes 0 | above 0
 a GPU that is not there | lora --device cuda | --device cuda | --device cpu
 a kernel of GPUs | full --kernels.attention varlen | --kernels.attention varlen | CPU
@@ -185,6 +186,7 @@ all weights quantised, estimated | estimate --model llama3-8b --method full --qu
 cards of no name | estimate --model llama3-8b --compare 24GB | --compare 24GB | as 8xh100-80
 no whole machines | estimate --model llama3-8b --gpus 12 | --gpus 12 | give 8 or 16
 a demo of no model | demo --model nowhere | nowhere: no such file or folder | a checkpoint's folder
+hosts without a model | cluster_check --model nowhere --folder hosts | nowhere: no such folder | a small model
 a check without a GPU | gpu_check --device cuda | no CUDA device | --device cpu
 weights of integers | lora --model int8 | int8 holds weights of int8 | give the plain checkpoint
 weights of fp8 | full --model fp8 | fp8 holds weights of float8_e4m3fn | give the plain checkpoint

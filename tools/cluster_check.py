@@ -307,10 +307,18 @@ def main() -> int:
         help="of the recipe",
     )
     args = parser.parse_args()
-    enter()
     args.folder, args.model = args.folder.resolve(), args.model.resolve()
-    if args.folder.exists() and any(args.folder.iterdir()):
-        parser.error(f"--folder {args.folder} is not empty")
+    problem = None
+    if not args.model.is_dir():
+        problem = f"--model {args.model}: no such folder; give that of a small model"
+    elif args.hosts < 2:
+        problem = f"--hosts {args.hosts}: must be at least 2"
+    elif args.folder.exists() and any(args.folder.iterdir()):
+        problem = f"--folder {args.folder} holds other files: give a new one"
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
+    enter()
     args.folder.mkdir(parents=True, exist_ok=True)
     if not namespaces():
         print(f"no namespaces here ({os.environ[INSIDE]}): hosts are addresses of the loopback, and none can be cut")

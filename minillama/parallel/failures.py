@@ -175,11 +175,18 @@ def _end_if_lost(error: Exception) -> None:
         names = ", ".join(f"rank {number}{how and f' ({how})'}" for number, how in gone.items())
         why = "out of memory perhaps, or killed by someone, unless it said why; see `dmesg`"
         print_error(f"\nerror: {names} is gone: {why}")
-    elif not gone and _speaks_first():
+    elif not gone:
         reason = str(error).partition("\n")[0].partition(". This is")[0]
-        lost, text = heart[0].missing()  # while torchrun waits for this process
-        text = text if lost else "a process of another machine is gone, see what it printed"
-        print_error(f"\nerror: {text} ({reason})")
+        text = "a process of another machine is gone, see what it printed"
+        try:
+            with _quiet():
+                speaks = heart[0].speaks_first()
+                lost, named = heart[0].missing() if speaks else ([], "")  # while torchrun waits for this process
+            text = named if lost else text
+        except dist.DistError:  # the machine of rank 0 is gone, and with it the store: nobody knows who speaks
+            speaks, text = rank() == min(neighbours), heart[0].store_is_gone()
+        if speaks:
+            print_error(f"\nerror: {text} ({reason})")
     sys.exit(1)
 
 

@@ -76,6 +76,14 @@ class Heartbeat:
             f"{_standing(after, gone)}; of the others: {_standing(after, left)}"
         )
 
+    def store_is_gone(self) -> str:
+        """What to say of rank 0's machine when the store, which is there, is gone or does not answer."""
+        last = f", last seen {_standing([self.first], [0])}" if self.first else ""
+        return (
+            f"no answer from {os.environ.get('MASTER_ADDR')}, where rank 0 is{last}: that machine, or the network to it, is "
+            f"lost or frozen; {platform.node()} stood in {_doing[0]}"
+        )
+
     def standing(self) -> str:
         """Where each rank stands, and for how long."""
         return _standing(self._table(), range(self.world_size))
@@ -116,13 +124,8 @@ class Heartbeat:
             self.silent += 1
             if self.silent < LOOKS:
                 continue
-            last = f", last seen {_standing([self.first], [0])}" if self.first else ""
-            self._end(
-                f"no answer from {os.environ.get('MASTER_ADDR')}, where rank 0 is{last}, for {self.lost_seconds:g} s: that "
-                f"machine, or the network to it, is lost or frozen; {platform.node()} stood in {_doing[0]}"
-                if os.environ.get("LOCAL_RANK", "0") == "0"
-                else ""
-            )
+            first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+            self._end(f"{self.store_is_gone()} (waited for {self.lost_seconds:g} s)" if first_here else "")
 
     def _end(self, text: str) -> None:
         """Ends the process at once: its main thread waits for what will never come."""
