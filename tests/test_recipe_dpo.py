@@ -118,8 +118,8 @@ TOLD = ("loss", *DpoLoss.names)
 
 
 def margins(model, reference, tokenizer, beta=0.1):
-    """Of each of the validation pairs, by transformers' models."""
-    found = []
+    """Of each validation pair, by transformers' models; and the estimated KL divergence, a mean over answers."""
+    found, kl = [], []
     for row in ROWS[:5]:
         ratios = []
         for answer in (row["chosen"], row["rejected"]):
@@ -127,10 +127,11 @@ def margins(model, reference, tokenizer, beta=0.1):
             ids, mask = (torch.tensor(part) for part in tokenizer.encode_chat(turns))
             with torch.no_grad():
                 logps = [of(ids[None]).logits[0, :-1].log_softmax(-1) for of in (model, reference)]
-            ours, theirs = (logp.gather(-1, ids[1:, None])[:, 0][mask[1:]].sum() for logp in logps)
-            ratios.append(ours - theirs)
+            ours, theirs = (logp.gather(-1, ids[1:, None])[:, 0][mask[1:]] for logp in logps)
+            ratios.append((ours - theirs).sum())
+            kl.append(((ours - theirs).exp() - 1 - (ours - theirs)).sum().item())
         found.append(beta * (ratios[0] - ratios[1]).item())
-    return np.array(found)
+    return np.array(found), np.mean(kl)
 
 
 def evaluated(flags, tmp_path):
@@ -161,10 +162,11 @@ def test_lora_on_two_ranks_is_one_rank_with_the_reference_precomputed(run, tiny_
     assert before["eval_loss"] == pytest.approx(np.log(2)) and before["eval_accuracy"] == 0.5
     assert metrics(one)[1][0] == pytest.approx(before, rel=1e-5, abs=1e-5)
     reference = PeftModel.from_pretrained(hf_reference(random_model()), two / "adapter").eval()
-    found = margins(reference, hf_reference(random_model()), load_tokenizer(tiny_folder))
+    found, kl = margins(reference, hf_reference(random_model()), load_tokenizer(tiny_folder))
     assert after["eval_reward_margin"] == pytest.approx(found.mean(), abs=1e-4)
     assert after["eval_accuracy"] == (found > 0).mean() > 0.5
-    assert after["eval_loss"] == pytest.approx(np.log1p(np.exp(-found)).mean(), abs=1e-4) and after["eval_kl"] > 0
+    assert after["eval_loss"] == pytest.approx(np.log1p(np.exp(-found)).mean(), abs=1e-4)
+    assert after["eval_kl"] == pytest.approx(kl, rel=1e-3)
     [command] = re.findall("next: python recipes/(evaluate.py .*)", text_of_two)
     assert command == f"evaluate.py --model {tiny_folder} --adapter {two}/adapter --data.dataset preference " + (
         f"--data.path {data}/val.jsonl"
@@ -211,11 +213,11 @@ def test_a_resumed_run_goes_on_against_the_same_reference(run, method, tiny_fold
     if method == "full":  # against the base as --reference
         [command] = re.findall("next: python recipes/evaluate.py (.*)", text_of_whole)
         assert command.endswith(f" --reference {tiny_folder}")
-        twin = AutoModelForCausalLM.from_pretrained(whole_run / "model", dtype=torch.float32).eval()
-        found = margins(twin, hf_reference(random_model()), load_tokenizer(tiny_folder))
+        tuned = AutoModelForCausalLM.from_pretrained(whole_run / "model", dtype=torch.float32).eval()
+        found, kl = margins(tuned, hf_reference(random_model()), load_tokenizer(tiny_folder))
         measured = evaluated(command.split(), tmp_path)
         assert measured["eval_reward_margin"] == pytest.approx(found.mean(), abs=1e-4) and measured["eval_pairs"] == 5
-        assert measured["eval_accuracy"] == (found > 0).mean()
+        assert measured["eval_accuracy"] == (found > 0).mean() and measured["eval_kl"] == pytest.approx(kl, rel=1e-3)
 
 
 def test_simpo_of_all_weights(run):
