@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,11 +129,14 @@ def _signal_tree(pid: int, number: int) -> None:
     listed = Path(f"/proc/{pid}/task/{pid}/children")
     try:
         children = listed.read_text().split()
-        os.kill(pid, number)
+        if number != signal.SIGCONT:
+            os.kill(pid, number)
+        for child in children:
+            _signal_tree(int(child), number)
+        if number == signal.SIGCONT:  # nsenter stops again if what it started has stopped
+            os.kill(pid, number)
     except (FileNotFoundError, ProcessLookupError):
         return
-    for child in children:
-        _signal_tree(int(child), number)
 
 
 @dataclass
@@ -184,8 +186,7 @@ class Cluster:
         )
         assert host.holder.stdout and host.holder.stdout.readline() == "ready\n", f"{host.name} does not start"
         port = f"port{host.number}"
-        while subprocess.run(["ip", "link", "show", port], capture_output=True).returncode == 0:
-            time.sleep(0.05)  # of its last life: it goes with the network of that
+        subprocess.run(["ip", "link", "del", port], capture_output=True)  # of its last life, if that is not gone yet
         _ip(f"link add {port} type veth peer name eth0 netns {host.holder.pid}")
         _ip(f"link set {port} master bridge0 up")
         inside = ["nsenter", "-t", str(host.holder.pid), "-n", "ip"]
