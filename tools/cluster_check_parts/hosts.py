@@ -163,7 +163,7 @@ class Cluster:
         numbers = range(1, self.count + 1)
         if namespaces():
             _ip("link set lo up")
-            _ip("link add bridge0 type bridge")
+            _ip("link add bridge0 address 02:00:00:00:00:fe type bridge")  # or it changes with the ports
             _ip(f"addr add {self.address}/24 dev bridge0")
             _ip("link set bridge0 up")
             lines = [f"{NETWORK}.{n} host{n}\n" for n in numbers]
@@ -187,7 +187,8 @@ class Cluster:
         assert host.holder.stdout and host.holder.stdout.readline() == "ready\n", f"{host.name} does not start"
         port = f"port{host.number}"
         subprocess.run(["ip", "link", "del", port], capture_output=True)  # of its last life, if that is not gone yet
-        _ip(f"link add {port} type veth peer name eth0 netns {host.holder.pid}")
+        card = f"eth0 address 02:00:00:00:00:{host.number:02x}"  # the same in each life, as a machine's
+        _ip(f"link add {port} type veth peer name {card} netns {host.holder.pid}")
         _ip(f"link set {port} master bridge0 up")
         inside = ["nsenter", "-t", str(host.holder.pid), "-n", "ip"]
         subprocess.run([*inside, *f"addr add {host.address}/24 dev eth0".split()], check=True)
