@@ -431,7 +431,7 @@ def fail(mesh, folder, out, how, checkpoint):
         if how == "rank dies" and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "read-only" and dist.get_rank() == 0:
-            (out / "checkpoints/step-00000002.partial").write_text("in the way")
+            (out / f"checkpoints/step-00000002.{checkpoints.partial}.partial").write_text("in the way")
         try:
             checkpoints.save(Progress(packs_per_step=2, step=2))
             checkpoints.finish()
@@ -452,7 +452,7 @@ def test_a_save_that_fails_leaves_the_earlier_ones(tiny_folder, tmp_path, how, a
         assert re.search(rf"{tmp_path}/checkpoints/step-00000002, of 0\.\d+ MB, cannot be written: ", text), text
         assert how != "full disk" or "make room on its disk, and go on with --resume auto" in text
         assert {"full disk": "(rank 1)", "rank dies": "process", "read-only": "(rank 0)"}[how] in text
-    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    left = sorted(re.sub(r"\.\w{8}\.", ".", path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["step-00000001"] + (["step-00000002.partial"] if how == "read-only" else [])
     [step] = run_ranks(sound_step, 1, tmp_path)
     assert step == 1

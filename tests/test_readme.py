@@ -187,7 +187,7 @@ def test_the_numbers_in_the_table_are_defaults_and_llama_recipes():
         group, _, name = flag.replace("-", "_").rpartition(".")
         default = getattr(groups[group], name) if group else groups[name]
         assert default == value, flag
-    assert len(found) == 20
+    assert len(found) == 21
     assert "--lora.targets " + " ".join(LoraConfig().targets) in table
 
 
