@@ -53,6 +53,14 @@ class Heartbeat:
         for thread in self.threads:  # one in a request while the interpreter ends would abort the process
             thread.join(1)
 
+    def wait_for_readers(self) -> None:
+        """On rank 0, if the store ends with it: waits a little until the others have ended, so that they know why."""
+        deadline = time.monotonic() + 1
+        keeps = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        with suppress(dist.DistError):
+            while keeps and time.monotonic() < deadline and any(sign != ENDED for sign in self._table()[1:]):
+                time.sleep(0.02)
+
     def speaks_first(self) -> bool:
         """Whether no process has said what is wrong. If one has, this one has nothing to add."""
         return self.store.add("minillama/errors", 1) == 1

@@ -83,11 +83,14 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0, lost_s
             yield device
         finished = True
     finally:
-        while heart:
-            heart.pop().stop()
+        if heart:
+            heart[0].stop()
         # NCCL would wait for the other ranks, which may be waiting for this one. torchrun ends them when this one exits.
         if finished or device == "cpu":
             dist.destroy_process_group()
+        if heart and not finished:
+            heart[0].wait_for_readers()
+        heart.clear()
         # A sharded model holds its group, and gloo's threads with it, in reference cycles. A thread that drops its last
         # tensor while the interpreter is being torn down aborts the process: end the threads before that.
         atexit.unregister(gc.collect)  # once, however many groups there were
