@@ -78,7 +78,7 @@ with Cluster(folder, 2, [Path(sys.prefix), Path(sys.base_prefix), folder]) as cl
 def test_hosts_are_killed_cut_off_and_frozen_like_machines(tmp_path):
     file = tmp_path / "program.py"
     file.write_text(PROGRAM)
-    done = subprocess.run([sys.executable, file, TOOLS, tmp_path], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, file, TOOLS, tmp_path], capture_output=True, text=True, timeout=150)
     if "no namespaces: " in done.stderr:
         pytest.skip(f"{done.stderr.strip()}; the rest of it is tried by tests/test_faults.py, on one host")
     assert done.returncode == 0, done.stderr

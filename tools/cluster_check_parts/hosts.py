@@ -107,6 +107,10 @@ class Host:
         """Ends all its processes at once, and with them its network."""
         if self.holder:
             os.kill(self._first(), signal.SIGKILL)
+            for (
+                process
+            ) in self.commands:  # an nsenter that is stopped takes no note of its end, and the host would stay
+                process.kill()
             self.holder.wait()
         for process in self.commands:
             if not self.holder:
