@@ -6,8 +6,8 @@
 
 DIR is a folder in Hugging Face's format or Meta's, or ORG/NAME of the Hugging Face hub, best of a model that was tuned to
 chat; rows have a prompt, a chosen answer and a rejected one. The reference is the model as it was before: with LoRA the
-base, or with --lora.from that adapter. Leaves OUTPUT_DIR/adapter in PEFT's format, or with --method full OUTPUT_DIR/model
-in Hugging Face's, a line a step in metrics.jsonl, and loss.png. All flags: --help.
+base, or with --lora.from that adapter; --dpo.loss simpo has none. Leaves OUTPUT_DIR/adapter in PEFT's format, or with
+--method full OUTPUT_DIR/model in Hugging Face's, a line a step in metrics.jsonl, and loss.png. All flags: --help.
 """
 
 import signal
@@ -15,6 +15,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports below: no traceback
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,9 +23,16 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from minillama.adapters.lora import LoraConfig, apply_lora, lora_off
+from minillama.adapters.lora import LoraConfig, apply_lora, lora_off, lora_plus
 from minillama.adapters.merge import merge_adapter
-from minillama.adapters.peft import check_adapter, continue_adapter, load_adapter_weights, save_adapter
+from minillama.adapters.peft import (
+    check_adapter,
+    continue_adapter,
+    load_adapter_weights,
+    peft_config,
+    save_adapter,
+    vllm_refusals,
+)
 from minillama.data.datasets import PreferenceConfig
 from minillama.errors import UserError
 from minillama.formats.hf import check_weights, load_weights, read_config
@@ -54,12 +62,20 @@ class LoraFlags(LoraConfig):
     quantize: Quantize = "none"
     """Hold the linear layers of the blocks in 4 bits a weight (nf4, QLoRA's) or 8 (int8); embedding, norms and head stay
     as they are. none: as the model's folder has them."""
+    plus_ratio: float = 1.0
+    """The learning rate of B over that of A (LoRA+, https://arxiv.org/abs/2402.12354), which is --optim.lr. The paper
+    recommends 16."""
     merge: bool = False
     """At the end, also write base and LoRA as one Hugging Face folder, OUTPUT_DIR/model."""
     dropout: float = 0.0
     """Dropout on the input of the added branch only; it would blur the comparison with the reference."""
     ranks: tyro.conf.Suppress[dict[str, int]] = field(default_factory=dict)
     alphas: tyro.conf.Suppress[dict[str, float]] = field(default_factory=dict)  # both: of --lora.from only
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.plus_ratio < math.inf:
+            raise UserError(f"--lora.plus-ratio {self.plus_ratio}: must be a finite number above 0")
 
 
 @dataclass(frozen=True)
@@ -114,15 +130,16 @@ def main(config: Config) -> None:
         loaded = load_weights(model, config.model)
         if start_from:
             loaded |= load_adapter_weights(model, start_from)
-            say(f"adapter     starts from {start_from}, the reference")
+            say(f"adapter     starts from {start_from}{', the reference' if config.dpo.has_reference else ''}")
         initialise(model, config.seed, loaded=loaded)
         if config.dpo.precompute:
             run = precompute(run, model, config.eval.batch_size, adapter=start_from)
         as_reference = lora_off
-        if (config.method == "full" or start_from) and not config.dpo.precompute:
+        changes = config.method == "full" or start_from  # what the reference has
+        if changes and config.dpo.has_reference and not config.dpo.precompute:
             as_reference = FrozenWeights(model)
         dpo_loss = DpoLoss(config.dpo, as_reference, device)
-        optimizer = make_optimizer(model.parameters(), config.optim)
+        optimizer = make_optimizer(model.parameters(), config.optim, lora_plus(model, config.lora.plus_ratio))
 
         clip_norm = config.train.clip_norm
         with training_loop(config, run, model, optimizer, dpo_loss) as loop:
@@ -137,6 +154,8 @@ def main(config: Config) -> None:
             adapter = config.output_dir / "adapter"
             save_adapter(model, adapter, config.lora, model_name(config.model.resolve()))
             say(f"adapter: {adapter}, in PEFT's format")
+            for refusal in vllm_refusals(peft_config(config.lora, "", 0)):
+                say(f"vLLM: {refusal}")
             if config.lora.merge:
                 merge_adapter(config.model, adapter, config.output_dir / "model", config.tokenizer)
                 say(f"model: {config.output_dir / 'model'}, base and LoRA in one, in Hugging Face's format")

@@ -1,4 +1,5 @@
 """Measure a model: its loss on rows, and tasks of lm-evaluation-harness; the base, with an adapter, or both side by side.
+Of pairs of answers: loss, margin of the rewards and accuracy, as recipes/dpo_fsdp.py tells them.
 
 python recipes/evaluate.py --model Llama-3.2-1B --data.dataset alpaca --data.path test.json
 python recipes/evaluate.py --model Llama-3.1-8B --adapter out/alpaca/adapter --compare --tasks arc_easy hellaswag
@@ -22,7 +23,9 @@ from typing import Any
 import torch.distributed as dist
 import tyro
 
-from minillama.data.datasets import DataConfig
+from minillama.adapters.lora import LoraConfig, lora_off
+from minillama.adapters.peft import read_adapter_config
+from minillama.data.datasets import AnyDataConfig
 from minillama.data.load import load_evaluation_data
 from minillama.data.packing import Packed
 from minillama.errors import UserError, disk_text
@@ -37,6 +40,8 @@ from minillama.parallel.processes import Device, on_rank_zero, process_group, qu
 from minillama.progress import progress
 from minillama.tokenizer.tokenizer import load_tokenizer
 from minillama.training.config import check_seed
+from minillama.training.dpo import DpoLoss, PairLossConfig, reference_values
+from minillama.training.metrics import means_told
 from minillama.training.plan import EvalConfig, eval_batches
 from minillama.training.run import described
 from minillama.training.step import evaluate
@@ -55,9 +60,13 @@ class Config:
     """Measure the model without its adapter too."""
     tokenizer: Path | None = None
     """Folder or file of the tokenizer; None: the model's folder."""
-    data: DataConfig = DataConfig()
+    data: AnyDataConfig = AnyDataConfig()
     """Rows to measure the loss on, each once, as a training run's evaluation does it: those of --data.val-path if it is
     given; else the part that --data.val-fraction holds out of --data.path or --data.mixture; else all of those."""
+    dpo: PairLossConfig = PairLossConfig()
+    reference: Path | None = None
+    """With --data.dataset preference: folder of the model that training started from, to which this one is compared, or
+    ORG/NAME of the hub. None: the model without its LoRA --adapter; --dpo.loss simpo has no reference."""
     tasks: tuple[str, ...] = ()
     """Names of tasks of lm-evaluation-harness, such as arc_easy hellaswag, or of your own; their data come from the
     Hugging Face hub unless a task says otherwise."""
@@ -90,6 +99,16 @@ class Config:
             raise UserError("give what to measure: rows with --data.path or --data.val-path, or --tasks")
         if self.compare and not self.adapter:
             raise UserError("--compare needs the --adapter to compare with the model")
+        given = self.dpo != PairLossConfig() or self.reference
+        if given and not self.data.pairs:
+            raise UserError("--reference and --dpo are for --data.dataset preference, pairs of answers: leave them out")
+        if self.reference and not self.dpo.has_reference:
+            raise UserError(f"--dpo.loss {self.dpo.loss} has no --reference: leave one of them out")
+        if self.data.pairs and self.dpo.has_reference and not (self.reference or self.adapter):
+            raise UserError(
+                "pairs of answers are measured against a reference: give the --reference that the model was trained from, "
+                "its --adapter, or --dpo.loss simpo, which needs none"
+            )
         for name, least in (("batch_size", 1), ("limit", 0), ("max_steps", 0), ("num_fewshot", 0)):
             if (getattr(self, name) or 0) < least:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
@@ -126,6 +145,21 @@ def find_tasks(config: Config) -> Any:
     return load_tasks(config.tasks, config.include_path)
 
 
+def with_reference(config: Config, reference: Path, rows: Packed, tokenizer: Any, device: str) -> Packed:
+    """The rows with the log-probabilities of their labels by the reference."""
+    sizes = [read_config(folder).vocab_size for folder in (config.model, reference)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"--reference {reference} has a vocabulary of {sizes[1]} and the model of {sizes[0]}: give its own"
+        )
+    settings: dict[str, Any] = {"dtype": config.dtype, "quantize": config.quantize, "cache_dir": config.data.cache_dir}
+    model = load_model(reference, device, **settings)
+    values = reference_values(rows, model, config.batch_size, tokenizer.pad_id, device)
+    del model
+    gc.collect()  # a sharded model is in reference cycles
+    return replace(rows, reference=values)
+
+
 def measure(
     config: Config, adapter: Path | None, tokenizer: Any, rows: Packed | None, tasks: Any, device: str
 ) -> dict[str, Any]:
@@ -137,9 +171,11 @@ def measure(
         ranks = dist.get_world_size()
         limits = EvalConfig(max_steps=config.max_steps, batch_size=config.batch_size)
         batches = eval_batches(rows, limits, tokenizer.pad_id, device, rank(), ranks)
+        of_pairs = DpoLoss(config.dpo, lora_off, device) if config.data.pairs else None
         total = -(-len(rows) // (config.batch_size * ranks))
         total = min(total, config.max_steps or total)
-        result = evaluate(model, progress(batches, desc="rows", total=total, leave=False))
+        shown = progress(batches, desc="rows", total=total, leave=False)
+        result = evaluate(model, shown, loss_function=of_pairs)
         assert result
         loss, tokens = result
         if not math.isfinite(loss):
@@ -147,7 +183,11 @@ def measure(
                 f"the loss is {loss}: numbers overflow in --dtype {config.dtype}, give fp32; or the model is bad"
             )
         perplexity = math.exp(loss) if loss < 700 else None  # JSON has no infinity
-        found |= {"eval_loss": loss, "eval_perplexity": perplexity, "eval_tokens": tokens}
+        found |= {"eval_loss": loss}
+        if of_pairs:
+            found |= {f"eval_{name}": value for name, value in means_told(of_pairs).items()}
+        else:
+            found |= {"eval_perplexity": perplexity, "eval_tokens": tokens}
     if tasks:
         from minillama.inference.lm_eval import HarnessLM, run_tasks
 
@@ -185,11 +225,19 @@ def main(config: Config) -> None:
         config = replace(config, model=find_model(config.model))
         model = read_config(config.model)
         tokenizer = load_tokenizer(config.tokenizer or config.model, day=config.data.day)
+        if config.data.pairs and config.dpo.has_reference and not config.reference:
+            assert config.adapter
+            if not isinstance(read_adapter_config(config.adapter), LoraConfig):
+                raise UserError(
+                    f"{config.adapter} is no LoRA, which can be switched off: give the base as --reference too"
+                )
         tasks = find_tasks(config) if config.tasks else None
         rows = None
         if config.has_rows:
             rows = load_evaluation_data(config.data, tokenizer, model.vocab_size, config.seed)
             say(f"rows        {described(rows, model, config.batch_size, dist.get_world_size())}")
+            if config.reference:
+                rows = with_reference(config, find_model(config.reference), rows, tokenizer, device)
         # the adapted model first: an adapter that does not fit is found before anything is measured
         adapters = {"adapted": config.adapter} if config.adapter else {}
         adapters |= {"base": None} if config.compare or not config.adapter else {}

@@ -19,8 +19,7 @@ import torch
 import tyro
 
 from minillama.errors import UserError
-from minillama.formats.bitsandbytes import BitsandbytesWeights
-from minillama.formats.hf import check_weights, load_weights, read_config
+from minillama.formats.hf import check_weights, load_weights, quantization, read_config
 from minillama.formats.hf_export import save_pretrained
 from minillama.formats.meta import Weights
 from minillama.hardware.kernels import compile_blocks
@@ -58,6 +57,11 @@ def build(config: Config) -> tuple[Llama, Weights | None]:
     """The model on the meta device, with what is frozen frozen; and its weights, if it is to run."""
     with torch.device("meta"):
         model = Llama(read_config(config.model))
+    if quantization(config.model):
+        raise UserError(
+            f"{config.model} is quantised, and its weights cannot be trained: give the plain model, or train an adapter "
+            "on it with recipes/lora_fsdp.py"
+        )
     freeze_first(model, config.train.freeze_layers)
     return model, None if config.estimate else check_weights(model, config.model)
 
@@ -68,11 +72,6 @@ def main(config: Config) -> None:
     with process_group(config.device, config.fsdp.timeout_minutes, config.fsdp.lost_seconds) as device:
         config, checkpoint, precision = resolve(config, device)
         model, weights = build(config)
-        if isinstance(weights, BitsandbytesWeights):
-            raise UserError(
-                f"{config.model} is quantised, and its weights cannot be trained: give the plain model, or train an adapter "
-                "on it with recipes/lora_fsdp.py"
-            )
         run = prepare_run(config, model, weights, device, checkpoint, precision)
         if config.train.freeze_layers:
             head = " with the tied head" if model.config.tie_word_embeddings else ""

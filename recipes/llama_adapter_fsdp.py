@@ -23,7 +23,7 @@ import tyro
 from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.adapters.peft import check_adapter, continue_adapter, load_adapter_weights, save_adapter
 from minillama.errors import UserError
-from minillama.formats.hf import check_weights, load_weights, read_config
+from minillama.formats.hf import check_weights, load_weights, quantization, read_config
 from minillama.formats.hub import model_name
 from minillama.formats.meta import Weights
 from minillama.formats.quantized import Quantize, quantize_base
@@ -65,7 +65,7 @@ def build(config: Config) -> tuple[Llama, Weights | None]:
         model = Llama(read_config(config.model))
     model.requires_grad_(False)
     weights = None if config.estimate else check_weights(model, config.model)
-    quantize_base(model, weights, config.adapter.quantize)
+    quantize_base(model, weights or quantization(config.model), config.adapter.quantize)
     return apply_llama_adapter(model, config.adapter), weights
 
 

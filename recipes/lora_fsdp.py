@@ -32,7 +32,7 @@ from minillama.adapters.peft import (
     vllm_refusals,
 )
 from minillama.errors import UserError
-from minillama.formats.hf import check_weights, load_weights, read_config
+from minillama.formats.hf import check_weights, load_weights, quantization, read_config
 from minillama.formats.hub import model_name
 from minillama.formats.meta import Weights
 from minillama.formats.quantized import Quantize, quantize_base
@@ -85,7 +85,7 @@ def build(config: Config) -> tuple[Llama, Weights | None]:
         model = Llama(read_config(config.model))
     model.requires_grad_(False)
     weights = None if config.estimate else check_weights(model, config.model)
-    quantize_base(model, weights, config.lora.quantize)
+    quantize_base(model, weights or quantization(config.model), config.lora.quantize)
     return apply_lora(model, config.lora), weights
 
 

@@ -108,9 +108,11 @@ def _start(target: Callable[..., Any], world_size: int, *args: Any) -> tuple[lis
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # where the server finds preload.py
         forkserver.ensure_running()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Bound, but not listening, until the processes have ended: no other socket is given this port meanwhile.
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as PyTorch's store sets it, which listens there
+    reserved.bind(("127.0.0.1", 0))
+    port = reserved.getsockname()[1]
     pipes, processes = [], []
     for rank in range(world_size):
         here, there = _context.Pipe(duplex=False)
@@ -135,6 +137,7 @@ def _start(target: Callable[..., Any], world_size: int, *args: Any) -> tuple[lis
             for process in processes:
                 process.join(10)
                 process.kill()
+            reserved.close()
         return results
 
     return processes, wait

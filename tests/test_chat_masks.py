@@ -410,3 +410,12 @@ def test_what_tools_answer_is_never_taken_for_the_assistants(tmp_path):
     with pytest.raises(UserError, match=r"cannot tell which part of the text .* is message 1"):
         ours.encode_chat(messages)
     compare(*pair(tmp_path / "other", CHATML, "bytes"), messages, None)
+
+
+def test_a_call_after_which_no_token_ends_the_turn_is_refused(tmp_path):
+    plain = "{%- for m in messages -%}{{- m.role ~ ': ' ~ m.content ~ (m.tool_calls or '.') -}}{%- endfor -%}"
+    messages = [{"role": "user", "content": "a"}]
+    messages += [{"role": "assistant", "content": "b", "tool_calls": [{"name": "add"}]}]
+    ours, _ = pair(tmp_path / "t", plain, "bytes")
+    with pytest.raises(UserError, match=r"cannot tell which part of the text .* is message 1"):
+        ours.encode_chat(messages)

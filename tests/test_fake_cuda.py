@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, random_model
 from fake_cuda import FakeCudaProcess, answering
 from test_packing import documents_of
 
@@ -384,6 +384,21 @@ def spread(mode, strategy, offload):
 )
 def test_sharding(fake, strategy, offload, pins):
     assert fake(spread, strategy, offload) == ("cuda", pins)
+
+
+def test_weights_are_exchanged_when_the_device_has_copied_them():
+    """Those of a reference, on the host as with --fsdp.cpu-offload: copies to the device may be under way."""
+    model = random_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    reference = FrozenWeights(model)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    with answering(available=False) as told:
+        with reference(model):
+            assert told.synchronised == 1
+            assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+        assert told.synchronised == 2
+    assert not model.lm_head.weight.any()
 
 
 def checkpointed(mode, folder, layout, asynchronous):

@@ -9,6 +9,7 @@ from test_model import hf_reference
 
 from minillama.adapters.lora import LoraConfig, LoraLinear, apply_lora, merge_lora
 from minillama.errors import UserError
+from minillama.model.quant import apply_quantization
 
 
 def adapted(config: LoraConfig, **changes):
@@ -290,3 +291,12 @@ def test_only_what_matches_is_replaced():
     assert found == [
         f"model.layers.{i}.self_attn.{n}" for i, n in [(0, "o_proj"), (1, "q_proj"), (1, "o_proj"), (2, "o_proj")]
     ]
+
+
+def test_more_to_train_than_there_is_to_adapt(capsys):
+    """Of a quantised layer the weights count, not its bytes: here 64 x 64 of them, in 34 bytes a row."""
+    wide = {"hidden_size": 64, "num_key_value_heads": 4}
+    for rank, warned in ((32, 0), (33, 1)):
+        for quantize in (lambda model: model, lambda model: apply_quantization(model, "nf4")):
+            apply_lora(quantize(random_model(**wide)).requires_grad_(False), LoraConfig(rank, targets=("q_proj",)))
+            assert capsys.readouterr().err.count("and its layers themselves have 12,288: give less") == warned

@@ -173,16 +173,18 @@ a bench of nothing | bench --steps 0 | --steps 0 | at least 1
 rows of none to copy | data_speed --tokenizer model --rows none.json --folder target | none.json does not exist | .jsonl
 a run to be measured in | checkpoint_cost --folder run --device cpu | run exists already | another target
 a run to be killed in | kill_and_resume --folder run --model model | run exists already | another target
+a step to be estimated | estimate_check --model nowhere | nowhere | does not exist
 a fault in no file | mutants --output target --only nothing | nothing | model/llama
 a run to be filled | data_speed --folder run --rows train.json --tokenizer model | run exists already | another target
 a model to be measured in | conversion_cost --folder model | model exists already | another target
 a model to be written over | loading_memory --folder model | model exists already | another target
 advice with a strategy | estimate --model llama3-8b --advise --fsdp.strategy full-shard | --advise chooses | leave those
-a quantised folder, estimated | estimate --model in_int8 | in_int8 is quantised | the plain model
-the same by a recipe | lora --model in_int8 --estimate 2 | in_int8 is quantised | the plain model
+quantised twice, estimated | lora --model in_int8 --lora.quantize nf4 --estimate 2 | quantised already | leave that flag out
+all of a quantised folder, estimated | estimate --model in_int8 --method full | in_int8 is quantised | --method lora
 estimated on fewer than no GPU | estimate --model llama3-8b --gpus -1 | --gpus -1 | at least 0
 all weights quantised, estimated | estimate --model llama3-8b --method full --quantize nf4 | --quantize nf4 | --method lora
-cards of no number | quantised_fit --cards 24GB | --cards 24GB | as 8x80
+cards of no name | estimate --model llama3-8b --compare 24GB | --compare 24GB | as 8xh100-80
+no whole machines | estimate --model llama3-8b --gpus 12 | --gpus 12 | give 8 or 16
 a demo of no model | demo --model nowhere | nowhere: no such file or folder | a checkpoint's folder
 hosts without a model | cluster_check --model nowhere --folder hosts | nowhere: no such folder | a small model
 a check without a GPU | gpu_check --device cuda | no CUDA device | --device cpu

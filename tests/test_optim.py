@@ -177,6 +177,7 @@ def test_what_is_not_finite_stays_so():
     largest = torch.tensor([2**31 - 1, -1, 0x7F800000], dtype=torch.int32).view(fp32)
     for step in range(1, 50):
         assert not optim._dither(largest.clone(), step).isfinite().any()
+        assert optim._dither(torch.tensor([-math.inf, math.inf]), step).tolist() == [-math.inf, math.inf]
 
 
 def test_dither_gives_the_two_neighbours_in_the_right_shares():

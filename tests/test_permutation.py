@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from minillama.data.permutation import permuted
+from minillama.data.permutation import _hashed, permuted
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 63, 64, 65, 255, 256, 257, 1000, 4097, 70_000])
@@ -37,3 +37,16 @@ def test_neighbours_do_not_stay_neighbours():
     assert abs(np.abs(np.diff(found)).mean() / (n / 3) - 1) < 0.01  # as of independent numbers
     again = permuted(np.arange(n), n, 0, 1)
     assert abs(np.corrcoef(found, again)[0, 1]) < 0.02
+
+
+def test_the_hash_is_splitmix64():
+    """Of the states of a generator that began with 1234567: its published output."""
+    states = np.uint64(1234567) + np.arange(1, 6, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert _hashed(states).tolist() == expected

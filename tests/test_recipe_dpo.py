@@ -1,6 +1,7 @@
 """Preference tuning on several ranks, and recipes/dpo_fsdp.py as users run it."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from peft import PeftModel
 from test_distributed import whole
 from test_dpo import pairs
 from test_model import hf_reference
+from transformers import AutoModelForCausalLM
 
 from minillama.adapters.lora import LoraConfig, apply_lora, lora_off
 from minillama.data.batch import collate
@@ -116,8 +118,8 @@ TOLD = ("loss", *DpoLoss.names)
 
 
 def margins(model, reference, tokenizer, beta=0.1):
-    """Of each of the validation pairs, by transformers' models."""
-    found = []
+    """Of each validation pair, by transformers' models; and the estimated KL divergence, a mean over answers."""
+    found, kl = [], []
     for row in ROWS[:5]:
         ratios = []
         for answer in (row["chosen"], row["rejected"]):
@@ -125,16 +127,26 @@ def margins(model, reference, tokenizer, beta=0.1):
             ids, mask = (torch.tensor(part) for part in tokenizer.encode_chat(turns))
             with torch.no_grad():
                 logps = [of(ids[None]).logits[0, :-1].log_softmax(-1) for of in (model, reference)]
-            ours, theirs = (logp.gather(-1, ids[1:, None])[:, 0][mask[1:]].sum() for logp in logps)
-            ratios.append(ours - theirs)
+            ours, theirs = (logp.gather(-1, ids[1:, None])[:, 0][mask[1:]] for logp in logps)
+            ratios.append((ours - theirs).sum())
+            kl.append(((ours - theirs).exp() - 1 - (ours - theirs)).sum().item())
         found.append(beta * (ratios[0] - ratios[1]).item())
-    return np.array(found)
+    return np.array(found), np.mean(kl)
 
 
-def test_lora_on_two_ranks_is_one_rank_with_the_reference_precomputed(run, tiny_folder):
+def evaluated(flags, tmp_path):
+    """What recipes/evaluate.py finds, of the last column."""
+    flags = [*flags, "--dtype", "fp32", "--device", "cpu", "--output", tmp_path / "found.json"]
+    codes, text = run_script(RECIPE.with_name("evaluate.py"), *flags, log=tmp_path / "log")
+    assert codes == [0], text
+    return json.loads((tmp_path / "found.json").read_text())["results"].popitem()[1]
+
+
+def test_lora_on_two_ranks_is_one_rank_with_the_reference_precomputed(run, tiny_folder, data, tmp_path):
     flags = ("--optim.lr", 0.01, "--train.epochs", 2, "--log.every", 2)
     codes, text, two = run(*flags, out="two", world_size=2)
     assert codes == [0, 0], text
+    text_of_two = text
     assert "12 pairs" in text and sorted(p.name for p in two.iterdir()) == [
         "adapter",
         "checkpoints",
@@ -150,14 +162,28 @@ def test_lora_on_two_ranks_is_one_rank_with_the_reference_precomputed(run, tiny_
     assert before["eval_loss"] == pytest.approx(np.log(2)) and before["eval_accuracy"] == 0.5
     assert metrics(one)[1][0] == pytest.approx(before, rel=1e-5, abs=1e-5)
     reference = PeftModel.from_pretrained(hf_reference(random_model()), two / "adapter").eval()
-    found = margins(reference, hf_reference(random_model()), load_tokenizer(tiny_folder))
+    found, kl = margins(reference, hf_reference(random_model()), load_tokenizer(tiny_folder))
     assert after["eval_reward_margin"] == pytest.approx(found.mean(), abs=1e-4)
     assert after["eval_accuracy"] == (found > 0).mean() > 0.5
-    assert after["eval_loss"] == pytest.approx(np.log1p(np.exp(-found)).mean(), abs=1e-4) and after["eval_kl"] > 0
+    assert after["eval_loss"] == pytest.approx(np.log1p(np.exp(-found)).mean(), abs=1e-4)
+    assert after["eval_kl"] == pytest.approx(kl, rel=1e-3)
+    [command] = re.findall("next: python recipes/(evaluate.py .*)", text_of_two)
+    assert command == f"evaluate.py --model {tiny_folder} --adapter {two}/adapter --data.dataset preference " + (
+        f"--data.path {data}/val.jsonl"
+    )
+    measured = evaluated(command.split()[1:], tmp_path)
+    assert measured.keys() == after.keys() - {"step"}
+    assert measured == pytest.approx({name: after[name] for name in measured}, rel=1e-5, abs=1e-5)
+    flags = ["--model", tiny_folder, "--data.dataset", "preference", "--data.path", data / "val.jsonl", "--samples", 2]
+    codes, text = run_script(RECIPE.parents[1] / "tools/inspect_data.py", *flags, log=tmp_path / "log")
+    assert codes == [0] and "5 pairs, 10 documents" in text and text.count("chosen: ") == text.count("rejected: ") == 2
+    shown = re.findall(r"Say (\d)<\|eot_id\|>.*⟦\s*(.*)<\|eot_id\|>⟧", text)
+    expected = {(str(i), ROWS[i][answer]) for i in range(5) for answer in ("chosen", "rejected")}
+    assert len(shown) == 4 and set(shown) <= expected, text
 
 
 @pytest.mark.parametrize("method", ["full", "lora from"])
-def test_a_resumed_run_goes_on_against_the_same_reference(run, method):
+def test_a_resumed_run_goes_on_against_the_same_reference(run, method, tiny_folder, data, tmp_path):
     flags = ["--method", "full", "--optim.lr", 0.001]
     if method == "lora from":
         _, _, first = run("--train.max-steps", 2, "--optim.lr", 0.01, "--eval.no-enabled", out="first")
@@ -174,6 +200,7 @@ def test_a_resumed_run_goes_on_against_the_same_reference(run, method):
         "--eval.no-enabled",
     ]
     _, text, whole_run = run(*flags, out="whole")
+    text_of_whole = text
     assert (whole_run / ("model" if method == "full" else "adapter")).is_dir(), text
     start = whole_run / "checkpoints" / "step-00000002"
     codes, text, rest = run(*flags, "--resume", start, out="rest")
@@ -183,6 +210,28 @@ def test_a_resumed_run_goes_on_against_the_same_reference(run, method):
     assert [[m[name] for name in TOLD] for m in found] == [[m[name] for name in TOLD] for m in expected]
     codes, text, _ = run(*flags, "--resume", start, "--dpo.beta", 0.2, out="other")
     assert codes == [1] and "--dpo.beta 0.2 (was 0.1)" in text
+    if method == "full":  # against the base as --reference
+        [command] = re.findall("next: python recipes/evaluate.py (.*)", text_of_whole)
+        assert command.endswith(f" --reference {tiny_folder}")
+        tuned = AutoModelForCausalLM.from_pretrained(whole_run / "model", dtype=torch.float32).eval()
+        found, kl = margins(tuned, hf_reference(random_model()), load_tokenizer(tiny_folder))
+        measured = evaluated(command.split(), tmp_path)
+        assert measured["eval_reward_margin"] == pytest.approx(found.mean(), abs=1e-4) and measured["eval_pairs"] == 5
+        assert measured["eval_accuracy"] == (found > 0).mean() and measured["eval_kl"] == pytest.approx(kl, rel=1e-3)
+
+
+def test_simpo_of_all_weights(run):
+    """Without a reference: the margin is that of the log-probabilities a token, and rises; evaluate.py needs none either."""
+    flags = ("--method", "full", "--dpo.loss", "simpo", "--dpo.beta", 2, "--dpo.gamma", 1, "--optim.lr", 0.001)
+    codes, text, out = run(*flags, "--train.epochs", 4)
+    assert codes == [0], text
+    _, (*_, before, after) = metrics(out)
+    assert set(after) == {"step", *(f"eval_{name}" for name in TOLD if name != "kl")}
+    assert after["eval_reward_margin"] > before["eval_reward_margin"] and after["eval_loss"] < before["eval_loss"]
+    [command] = re.findall("next: python recipes/evaluate.py (.*)", text)
+    assert command.endswith(" --dpo.beta 2.0 --dpo.loss simpo --dpo.gamma 1.0")
+    measured = evaluated(command.split(), out.parent)
+    assert measured == pytest.approx({name: after[name] for name in measured}, rel=1e-5, abs=1e-5)
 
 
 MISTAKES = {
@@ -190,6 +239,7 @@ MISTAKES = {
     "all trained": (["--data.train-on", "all"], "--data.train-on all: of a pair only the answers count"),
     "split": (["--data.too-long", "split"], "--data.too-long split: a pair cannot be split"),
     "lora and full": (["--method", "full", "--lora.rank", 4], "--method full trains all weights"),
+    "LoRA+ of nothing": (["--lora.plus-ratio", 0], "--lora.plus-ratio 0.0: must be a finite number above 0"),
     "bad row": ([], "bad.jsonl, line 3: chosen and rejected are the same"),
 }
 

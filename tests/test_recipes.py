@@ -267,6 +267,14 @@ def test_logging_every_other_step_averages(run):
     assert list((other / "tensorboard").iterdir())
 
 
+def test_lora_plus_moves_b_by_a_multiple_of_the_learning_rate(run):
+    flags = (*FAST, "--train.max-steps", 1, "--eval.no-enabled")
+    _, _, out = run(*flags, "--lora.plus-ratio", 2, world_size=1)
+    moved = [t for name, t in load_file(out / "adapter/adapter_model.safetensors").items() if "lora_B" in name]
+    largest = max(t.abs().max().item() for t in moved)  # AdamW's first step is lr * g / (|g| + eps), from B = 0
+    assert largest == pytest.approx(2 * metrics(out)[0][0]["lr"], rel=1e-3)
+
+
 def test_a_log_line_does_not_count_the_evaluations_time(run):
     flags = (*FAST, "--train.batch-size", 1, "--train.max-steps", 8, "--log.every", 4)
     _, _, out = run(*flags, "--eval.every", 3)

@@ -19,10 +19,12 @@ from test_packing import of_packs
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from minillama.adapters.lora import LoraConfig
+from minillama.adapters.peft import load_adapter
 from minillama.data.datasets import DataConfig
 from minillama.data.load import load_data
 from minillama.errors import UserError
-from minillama.formats.hf import read_config
+from minillama.formats.hf import from_pretrained, read_config
+from minillama.inference.generate import generate
 from minillama.model.llama import Llama
 from minillama.parallel.sharding import FsdpConfig
 from minillama.tokenizer.tokenizer import load_tokenizer
@@ -357,9 +359,13 @@ def when_lines(out, count, running, kind='"loss"'):
         time.sleep(0.01)
 
 
-def test_a_signal_saves_and_a_killed_worker_is_replaced(run, common, tmp_path):
+def test_a_signal_saves_and_a_killed_worker_is_replaced(run, common, data, tmp_path):
+    """On a quantised base; then the adapter evaluates and generates on it as if nothing had happened."""
+    wide = {"hidden_size": 64}  # NF4's blocks have 64 weights
+    model = save_folder(random_model(**wide), tmp_path / "wide", **wide)
     flags = ("--train.epochs", 6, "--checkpoint.every", 7, "--checkpoint.keep", 1, "--eval.every", 20)
     flags = (*flags, "--fsdp.precision", "fp32")  # many steps: bf16 is slow on some machines
+    flags = (*flags, "--model", model, "--lora.quantize", "nf4")
     codes, text = run("lora", tmp_path / "whole", *flags)
     assert codes == [0, 0], text
     out, log = tmp_path / "out", tmp_path / "log"
@@ -385,6 +391,19 @@ def test_a_signal_saves_and_a_killed_worker_is_replaced(run, common, tmp_path):
     assert process.wait(100) == 0, log.read_text()
     assert log.read_text().count("resumed     ") == 2
     assert_same_end(out, tmp_path / "whole")
+
+    flags = ["--model", model, "--adapter", out / "adapter", "--quantize", "nf4", "--dtype", "fp32", "--device", "cpu"]
+    rows = ["--data.path", data / "val.json", "--data.context-length", 130, "--output", tmp_path / "found.json"]
+    codes, text = run_script(RECIPES / "evaluate.py", *flags, *rows, log=log)
+    assert codes == [0], text
+    found = json.loads((tmp_path / "found.json").read_text())["results"]["adapted"]["eval_loss"]
+    losses = [line["eval_loss"] for line in numbers(out) if "eval_loss" in line]
+    assert found == pytest.approx(losses[-1], abs=1e-5) and losses[-1] < losses[0]
+    prompt = ["--prompt", "A: hi", "--template", "none", "--max-new-tokens", 5]
+    codes, text = run_script(RECIPES / "generate.py", *flags, *prompt, log=log)
+    adapted, tokenizer = load_adapter(from_pretrained(model, quantize="nf4"), out / "adapter"), load_tokenizer(model)
+    new = generate(adapted, tokenizer.encode("A: hi", bos=True), max_new_tokens=5, stop_ids=[tokenizer.eos_id])
+    assert codes == [0] and tokenizer.decode(new) in text, text
 
 
 def test_a_signal_ends_an_evaluation_which_is_made_up_for(common, data, tmp_path):

@@ -161,7 +161,7 @@ def test_two_nodes_stop_at_a_signal_and_go_on(sbatch, tiny_folder, tmp_path):
     shell = sbatch("many_nodes", *flags, recipe=recipe)
     until(lambda: len(steps()) > 3, shell, sbatch.log)
     shell.send_signal(signal.SIGUSR1)
-    assert shell.wait(60) != 0
+    assert shell.wait(60) == 1
     log = sbatch.log.read_text()
     job = re.search(r"job (\d+) goes back into the queue", log)[1]
     asked = ["scontrol show hostnames node[1-2]", f"scancel --signal=TERM {job}", f"scontrol requeue {job}"]
@@ -201,7 +201,7 @@ def test_agents_wait_for_their_workers_and_restart_none(sbatch, tmp_path, number
     shell = sbatch("many_nodes", "2", recipe=tmp_path / "slow.py", job_state=job_state)
     until(lambda: sbatch.log.read_text().count("training") == 2, shell, sbatch.log)
     shell.send_signal(getattr(signal, number))
-    assert shell.wait(30) != 0
+    assert shell.wait(30) == 1
     log = sbatch.log.read_text()
     assert log.count("training") == log.count("saving") == log.count("saved") == 2, log
     requeued = any(line.startswith("scontrol requeue") for line in sbatch.asked())
@@ -212,7 +212,7 @@ def test_agents_wait_for_their_workers_and_restart_none(sbatch, tmp_path, number
 def test_a_run_that_fails_is_tried_again_but_not_requeued(sbatch, tmp_path):
     (tmp_path / "failing.py").write_text("import sys; print('training', flush=True); sys.exit(3)")
     shell = sbatch("one_node", recipe=tmp_path / "failing.py")
-    assert shell.wait(60) != 0
+    assert shell.wait(60) == 1
     assert sbatch.log.read_text().count("training") == 3
     assert sbatch.asked() == []
     assert not sbatch.left_over()

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from minillama.data.cache import open_packed, prepare, refused_rows
-from minillama.data.datasets import DataConfig, training_sources
+from minillama.data.datasets import AnyDataConfig, training_sources
 from minillama.data.encoders import FIELDS
 from minillama.data.packing import Packed
 from minillama.data.permutation import permuted
@@ -43,9 +43,9 @@ class Config:
 
     model: Path
     """Folder of the model, or its tokenizer's file, or ORG/NAME of the hub."""
-    data: DataConfig = DataConfig()
+    data: AnyDataConfig = AnyDataConfig()
     samples: int = 3
-    """Documents to show."""
+    """Documents to show; of preference data pairs of them."""
     refused: int = 10
     """Refused rows to show."""
     seed: int = 42
@@ -69,7 +69,8 @@ def described(packed: Packed) -> Iterator[str]:
         int(documents.trained[start + 1 : start + size].sum())
         for start, size in zip(packed.starts.tolist(), packed.sizes.tolist(), strict=True)
     )
-    yield f"{len(packed.sizes):,} documents, {packed.tokens:,} tokens, {trained / packed.tokens:.1%} of them trained"
+    pairs = "" if documents.per_row == 1 else f"{len(packed.sizes) // documents.per_row:,} pairs, "
+    yield f"{pairs}{len(packed.sizes):,} documents, {packed.tokens:,} tokens, {trained / packed.tokens:.1%} of them trained"
     if packed.batching == "packing":
         yield f"{len(packed):,} pack{'s' * (len(packed) != 1)} of {packed.context_length}, {packed.efficiency():.2%} full"
     else:
@@ -126,10 +127,14 @@ def main(config: Config) -> None:
             say(f"    {line}")
     train = open_packed(folders[0])
     marks = not sys.stdout.isatty()
-    pieces = permuted(np.arange(min(config.samples, len(train.sizes))), len(train.sizes), config.seed, 1)
-    for number, piece in enumerate(pieces.tolist(), 1):
-        say(f"\nsample {number}: {train.sizes[piece]} tokens, {'between ⟦ and ⟧' if marks else 'green'} is trained")
-        say(sample(train, piece, tokenizer, marks))
+    names = [""] if train.documents.per_row == 1 else [", chosen", ", rejected"]
+    count = len(train.sizes) // len(names)
+    rows = permuted(np.arange(min(config.samples, count)), count, config.seed, 1)
+    for number, row in enumerate(rows.tolist(), 1):
+        for piece, name in enumerate(names, row * len(names)):
+            told = f"{train.sizes[piece]} tokens, {'between ⟦ and ⟧' if marks else 'green'} is trained"
+            say(f"\nsample {number}{name}: {told}")
+            say(sample(train, piece, tokenizer, marks))
 
 
 if __name__ == "__main__":

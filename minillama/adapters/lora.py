@@ -288,7 +288,9 @@ def apply_lora(model: Llama, config: LoraConfig) -> Llama:
     replace_modules(model, lambda name, _: any(matches(name, target) for target in config.targets), adapted)
     made = [module for module in model.modules() if isinstance(module, LoraLinear | LoraEmbedding)]
     added = sum(p.numel() for module in made for name, p in module.named_parameters() if name.startswith("lora_"))
-    if added > (whole := sum(module.weight.numel() for module in made)):
+    # a quantised weight's own size is in bytes
+    sizes = (m.in_features * m.out_features if isinstance(m, LoraLinear) else m.weight.numel() for m in made)
+    if added > (whole := sum(sizes)):
         warn(
             f"LoRA of rank {config.rank} trains {added:,} numbers, and its layers themselves have {whole:,}: give less"
         )

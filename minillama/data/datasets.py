@@ -13,7 +13,7 @@ from functools import cache, partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from minillama.data.encoders import ENCODERS, FIELDS
 from minillama.data.rows import Progress, Rows, content_hash, data_files, itself, read_rows, shown, without_absent
@@ -64,12 +64,19 @@ class DataConfig:
     """Processes that tokenize, for each training process. Only large sets take more than one."""
     cache_dir: Path | None = None
     """Where tokenized and packed data is kept for the next run. None: minillama in $XDG_CACHE_HOME or ~/.cache."""
-    pairs: ClassVar[bool] = False
-    """Whether rows are of preference data"""
+
+    @property
+    def pairs(self) -> bool:
+        """Whether rows are of preference data"""
+        return False
 
     def __post_init__(self) -> None:
         if not self.mixture:
             _check_pairs(self, self.dataset)
+        if self.pairs and self.train_on != "answers":
+            raise UserError(f"--data.train-on {self.train_on}: of a pair only the answers count: leave it out")
+        if self.pairs and self.too_long == "split":
+            raise UserError("--data.too-long split: a pair cannot be split: give drop or truncate")
         if self.context_length < 2:
             raise UserError(f"--data.context-length {self.context_length}: must be at least 2")
         if not 0 <= self.val_fraction < 1:
@@ -101,14 +108,22 @@ class PreferenceConfig(DataConfig):
     """preference: rows with prompt, chosen and rejected; or FILE.py:FUNCTION, your own, which returns such rows."""
     path: Path | None = None
     """Training rows: a .json, .jsonl, .csv, .parquet or .txt file, a folder of them, or hub:ORG/NAME[/CONFIG][:SPLIT]."""
-    pairs: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.train_on != "answers":
-            raise UserError(f"--data.train-on {self.train_on}: of a pair only the answers count: leave it out")
-        if self.too_long == "split":
-            raise UserError("--data.too-long split: a pair cannot be split: give drop or truncate")
+    @property
+    def pairs(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class AnyDataConfig(DataConfig):
+    """Which rows to look at."""
+
+    dataset: str = "samsum"
+    """The format of the rows: samsum, alpaca, grammar, chat, text or preference; or FILE.py:FUNCTION, your own."""
+
+    @property
+    def pairs(self) -> bool:
+        return self.dataset == "preference"
 
 
 def _check_pairs(config: DataConfig, dataset: str) -> None:

@@ -5,6 +5,7 @@ Besides X.weight, the codes, there are X.weight.absmax, .quant_map, .nested_absm
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +47,12 @@ def settings_problem(settings: Any) -> str | None:
         return f"{json.dumps(settings, default=str):.60}"
     wanted = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"} if settings.get("load_in_4bit") else {}
     return next((problem for key, one in wanted.items() if (problem := misfit(settings.get(key, one), one, key))), None)
+
+
+def planned_layers(names: Iterable[str], settings: dict[str, Any]) -> list[str]:
+    """Those of these linear layers that a folder with this quantization_config holds quantised, as transformers chooses."""
+    skipped = settings.get("llm_int8_skip_modules") or ()
+    return [name for name in names if not any(f".{part}." in f".{name}." for part in skipped)]
 
 
 class BitsandbytesWeights:

@@ -76,7 +76,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
         config = LlamaConfig.from_dict(read_json(folder / "config.json"))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    _quantization(folder)
+    quantization(folder)
     _check_layers(config, folder)
     return config
 
@@ -188,13 +188,17 @@ def open_weights(folder: str | Path) -> Weights:
     folder = Path(folder)
     if is_meta_folder(folder):
         return MetaWeights(folder)
-    weights, settings = SafetensorsWeights(find_tensors(folder)), _quantization(folder)
+    weights, settings = SafetensorsWeights(find_tensors(folder)), quantization(folder)
     return BitsandbytesWeights(weights, settings, folder) if settings else weights
 
 
-def _quantization(folder: Path) -> dict[str, Any]:
-    """What config.json says of how the folder is quantised. Raises UserError for what we do not read."""
-    settings = read_json(folder / "config.json").get("quantization_config") if (folder / "config.json").exists() else {}
+def quantization(folder: Path) -> dict[str, Any]:
+    """What a folder's config.json, or such a file, says of how it is quantised: {} of a plain one.
+
+    Raises UserError for what we do not read.
+    """
+    file = folder if folder.suffix == ".json" else folder / "config.json"
+    settings = read_json(file).get("quantization_config") if file.is_file() else {}
     if settings and (problem := settings_problem(settings)):
         raise UserError(
             f'{folder}: "quantization_config": {problem}: only NF4 and int8 in bitsandbytes\' format are read: give '

@@ -1,14 +1,14 @@
 """Quantises a base while it is read: each rank its own rows, or a few rows at a time for writing."""
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from minillama.errors import UserError
-from minillama.formats.bitsandbytes import ROWS, BitsandbytesWeights, dequantized
+from minillama.formats.bitsandbytes import ROWS, BitsandbytesWeights, dequantized, planned_layers
 from minillama.formats.meta import Weights
 from minillama.model.llama import Llama
 from minillama.model.quant import (
@@ -22,6 +22,7 @@ from minillama.model.quant import (
     quantize_rows,
     quantize_scales,
     quantized_layers,
+    shapes,
 )
 from minillama.parallel.processes import all_reduce
 from minillama.parallel.sharding import local, row_offset
@@ -30,21 +31,29 @@ Quantize = Literal["none", "nf4", "int8"]
 IN_BLOCK = re.compile(r"model\.layers\.\d+\..*_proj\.weight$")
 
 
-def quantize_base(model: Llama, weights: Weights | None, quantize: Quantize = "none") -> Llama:
+def quantize_base(model: Llama, weights: Weights | dict[str, Any], quantize: Quantize = "none") -> Llama:
     """Quantises the base of a model on the meta device as its folder is quantised, or as `quantize` says. Before adapters.
 
-    weights: of the folder; None for an estimate, which has none. Raises UserError if both are quantised, and as
-    apply_quantization does.
+    weights: of the folder; or for an estimate, which has none, its quantization_config, {} if there is none.
+    Raises UserError if both are quantised, and as apply_quantization does.
     """
+    kind: Kind
     if isinstance(weights, BitsandbytesWeights):
-        if quantize != "none":
-            raise UserError(
-                f"{weights.folder} is quantised already, as {weights.kind}, and {quantize} is asked for: leave that flag "
-                "out, or give the plain model"
-            )
+        kind, double, folder = weights.kind, weights.double, str(weights.folder)
         layers = [name.removesuffix(".weight") for name in weights.layers]
-        return apply_quantization(model, weights.kind, layers, double=weights.double)
-    return model if quantize == "none" else apply_quantization(model, quantize)
+    elif isinstance(weights, dict) and weights:
+        kind, folder = "nf4" if weights.get("load_in_4bit") else "int8", "the model's folder"
+        double = bool(weights.get("bnb_4bit_use_double_quant"))
+        layers = planned_layers((name for name in shapes(model) if IN_BLOCK.match(name)), weights)
+        layers = [name.removesuffix(".weight") for name in layers]
+    else:
+        return model if quantize == "none" else apply_quantization(model, quantize)
+    if quantize != "none":
+        raise UserError(
+            f"{folder} is quantised already, as {kind}, and {quantize} is asked for: leave that flag out, or give the "
+            "plain model"
+        )
+    return apply_quantization(model, kind, layers, double=double)
 
 
 class QuantizedFill:

@@ -176,8 +176,7 @@ def pair_table(levels: Tensor) -> Tensor:
     return torch.cartesian_prod(levels, levels)
 
 
-@library.custom_op("minillama::quantized_linear", mutates_args=())
-def quantized_linear(
+def product(
     x: Tensor,
     packed: Tensor,
     pairs: Tensor | None,
@@ -192,8 +191,7 @@ def quantized_linear(
     return F.linear(x, dequantize(packed, x.shape[-1], Tables(pairs, scale_levels, outer, mean), x.dtype))
 
 
-@library.custom_op("minillama::quantized_linear_backward", mutates_args=())
-def quantized_linear_backward(
+def product_backward(
     grad: Tensor,
     packed: Tensor,
     width: int,
@@ -204,6 +202,10 @@ def quantized_linear_backward(
 ) -> Tensor:
     """The gradient of x: (..., out) -> (..., in). Dequantises again instead of saving W."""
     return grad @ dequantize(packed, width, Tables(pairs, scale_levels, outer, mean), grad.dtype)
+
+
+quantized_linear = library.custom_op("minillama::quantized_linear", product, mutates_args=())
+quantized_linear_backward = library.custom_op("minillama::quantized_linear_backward", product_backward, mutates_args=())
 
 
 @quantized_linear.register_fake

@@ -1,8 +1,8 @@
 """Which settings fit a number of GPUs, the fastest first; and the fewest GPUs that any fit."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minillama.model.llama import Llama
@@ -10,10 +10,10 @@ from minillama.parallel.sharding import FsdpConfig
 from minillama.training.alive import Peak, Work
 from minillama.training.estimate import CARDS, GIB, Estimate, estimate
 
-DEPTHS, BATCHES = (2, 3), (1, 2)
+DEPTHS, BATCHES = (3, 4), (1, 2)
 """Layers and rows of the steps that are taken; those of deeper models and larger micro-batches follow from them, as all
-blocks are alike: every number grows along a line."""
-LARGEST_BATCH, SHOWN = 64, 6
+blocks are alike: every number grows along a line. With two layers a peak can be elsewhere in the step than with more."""
+LARGEST_BATCH, SHOWN, MOST = 64, 6, 4096
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,10 @@ class Choice:
     tokens_per_s: float
     """Of all GPUs, at the mean of the two least times: with communication hidden, and with none hidden"""
 
-    @property
-    def flags(self) -> str:
-        fsdp = self.fsdp
-        text = f"--fsdp.strategy {fsdp.strategy} --fsdp.recompute {fsdp.recompute} --train.batch-size {self.batch_size}"
-        return text + " --fsdp.cpu-offload" * fsdp.cpu_offload
-
 
 @dataclass(frozen=True)
 class Adviser:
-    """Asks for estimates of a model of any depth on a card."""
+    """Asks for estimates of a model of any depth on a card. None is made twice, whatever the card."""
 
     build: Callable[[int], Llama]
     """From a number of layers"""
@@ -44,14 +38,16 @@ class Adviser:
     network: float
     settings: dict[str, Any]
     """Of every estimate: optim, context_length, machine"""
+    known: dict[Any, Estimate] = field(default_factory=dict)
 
     def choices(self, world_size: int, precision: FsdpConfig) -> list[Choice]:
-        """The SHOWN fastest that fit, the fastest first; with offloading only where nothing else fits.
+        """Of the strategies and recomputations that fit, each with its largest micro-batch, the SHOWN fastest, the fastest
+        first; with offloading only where nothing else fits.
 
         precision: an FsdpConfig with the precision to compute in.
         """
         strategies = ["full-shard", "shard-grad-op", "no-shard"] if world_size > 1 else ["full-shard", "no-shard"]
-        if world_size > self.settings["machine"] and world_size % self.settings["machine"] == 0:
+        if world_size > self.settings["machine"]:
             strategies.append("hybrid-shard")
         for offload in (False, True):
             found: list[Choice] = []
@@ -62,9 +58,11 @@ class Adviser:
             fitting: list[Choice] = []
             for choice in sorted(found, key=lambda choice: -choice.tokens_per_s):
                 # what grows with the rows is a line for large numbers of them, and less steep for small ones
-                corners = self._corners(choice.fsdp, world_size, (choice.batch_size,))
-                if self.fits(exact := between(corners, self.layers, choice.batch_size)):
-                    fitting.append(self._choice(exact, choice.batch_size))
+                rows = choice.batch_size
+                while rows and not self.fits(exact := self.whole(choice.fsdp, world_size, rows)):
+                    rows //= 2
+                if rows:
+                    fitting.append(self._choice(exact, rows))
                 if len(fitting) == SHOWN:
                     break
             if fitting:
@@ -72,38 +70,63 @@ class Adviser:
             strategies = ["full-shard"]
         return []
 
-    def fewest(self, precision: FsdpConfig, most: int = 4096) -> int:
-        """GPUs, of 1, 2, 4, 8 and so on, on which a step with the least memory fits without offloading; 0: none of them."""
-        fsdp = replace(precision, strategy="full-shard", recompute="full")
-        world_size = 1
-        while world_size <= most:
-            if self.fits(between(self._corners(fsdp, world_size, (1,)), self.layers, 1)):
-                return world_size
-            world_size *= 2
-        return 0
+    def fewest(self, precision: FsdpConfig) -> int:
+        """GPUs on which a step with the least memory fits without offloading: a power of two in one machine, or whole
+        machines; 0: not even MOST of them."""
+        machine = self.settings["machine"]
+        if not self.fits(self.whole(least_memory(precision), MOST // machine * machine)):
+            return 0
+        for count in [2**n for n in range(machine.bit_length()) if 2**n < machine]:
+            if self.fits(self.whole(least_memory(precision), count)):
+                return count
+        machines = 1
+        while not self.fits(self.whole(least_memory(precision), machines * machine)):
+            machines = min(2 * machines, MOST // machine)
+        low, high = machines // 2, machines  # the more, the less each holds
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = self.fits(self.whole(least_memory(precision), middle * machine))
+            low, high = (low, middle) if fits else (middle, high)
+        return high * machine
+
+    def whole(self, fsdp: FsdpConfig, world_size: int, batch_size: int = 1) -> Estimate:
+        """Of the whole depth, on a line."""
+        return between(self._corners(fsdp, world_size, (batch_size,)), self.layers, batch_size)
 
     def estimate(self, layers: int, batch_size: int, world_size: int, fsdp: FsdpConfig) -> Estimate:
-        memory = CARDS[self.card].memory * GIB
-        return estimate(
-            lambda: self.build(layers), world_size, fsdp=fsdp, batch_size=batch_size, memory=memory, **self.settings
-        )
-
-    def _choice(self, found: Estimate, batch_size: int) -> Choice:
-        seconds = sum(found.seconds(CARDS[self.card], self.network)) / 2
-        return Choice(replace(found.fsdp, shard_size=0), batch_size, found, found.tokens / seconds)
+        key = layers, batch_size, world_size, fsdp
+        if key not in self.known:
+            self.known[key] = estimate(
+                lambda: self.build(layers), world_size, fsdp=fsdp, batch_size=batch_size, **self.settings
+            )
+        return self.known[key]
 
     def fits(self, found: Estimate) -> bool:
         return found.allowed_for() <= CARDS[self.card].memory * GIB
 
-    def _corners(self, fsdp: FsdpConfig, world_size: int, rows: Sequence[int]) -> dict[tuple[int, int], Estimate]:
-        return {(depth, n): self.estimate(depth, n, world_size, fsdp) for depth in DEPTHS for n in rows}
+    def tokens_per_s(self, found: Estimate) -> float:
+        return found.tokens / (sum(found.seconds(CARDS[self.card], self.network)) / 2)
 
-    def _fitting(self, fsdp: FsdpConfig, world_size: int) -> Iterator[Choice]:
+    def _choice(self, found: Estimate, batch_size: int) -> Choice:
+        return Choice(replace(found.fsdp, shard_size=0), batch_size, found, self.tokens_per_s(found))
+
+    def _corners(self, fsdp: FsdpConfig, world_size: int, rows: Sequence[int]) -> dict[tuple[int, int], Estimate]:
+        depths = DEPTHS if self.layers > max(DEPTHS) else (self.layers,)
+        return {(depth, n): self.estimate(depth, n, world_size, fsdp) for depth in depths for n in rows}
+
+    def _fitting(self, fsdp: FsdpConfig, world_size: int) -> list[Choice]:
         corners = self._corners(fsdp, world_size, BATCHES)
+        fitting: list[Choice] = []
         batch_size = 1
         while batch_size <= LARGEST_BATCH and self.fits(found := between(corners, self.layers, batch_size)):
-            yield self._choice(found, batch_size)
+            fitting = [self._choice(found, batch_size)]
             batch_size *= 2
+        return fitting
+
+
+def least_memory(precision: FsdpConfig) -> FsdpConfig:
+    """How a step takes the least memory without offloading."""
+    return replace(precision, strategy="full-shard", recompute="full")
 
 
 def between(corners: dict[tuple[int, int], Estimate], layers: int, batch_size: int) -> Estimate:

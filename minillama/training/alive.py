@@ -7,11 +7,10 @@ import math
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -22,11 +21,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minillama.model.llama import Llama
+from minillama.model.quant import product, product_backward
 from minillama.parallel.sharding import local
 
 aten = torch.ops.aten
 COLLECTIVES = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce"}
 FAKE_MODE = torch._C._TorchDispatchModeKey.FAKE
+QUANTIZED: dict[Any, Callable[..., Any]] = {
+    torch.ops.minillama.quantized_linear.default: product,
+    torch.ops.minillama.quantized_linear_backward.default: product_backward,
+}
+"""What these operations do inside, where a mode does not look: they make a whole weight for a while."""
+COMPOSITE = (aten.linear.default, aten.matmul.default)
+"""Operations that only there are not yet taken apart by autograd."""
 
 
 @dataclass(eq=False)
@@ -91,14 +98,22 @@ class Alive(TorchDispatchMode):
                 self._note(storage)
             return result
 
-        self._resizing = patch.object(torch.UntypedStorage, "resize_", resize_)  # FSDP2 frees so; it is no operation
-        self._resizing.start()
-        super().__enter__()
-        return self
+        self._resizing = replaced(torch.UntypedStorage, "resize_", resize_)  # FSDP2 frees so; it is no operation
+        self._resizing.__enter__()
+        return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._resizing.stop()
+        self._resizing.__exit__(None, None, None)
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Sees operations inside of one, too."""
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
 
     def hold(self, tensors: Iterable[Tensor], kind: str) -> None:
         """These tensors are of this kind, from when they were made."""
@@ -119,6 +134,15 @@ class Alive(TorchDispatchMode):
         model.register_forward_pre_hook(lambda *_: in_phase("forward"))
         model.register_forward_hook(lambda *_: in_phase("backward"))
         optimizer.register_step_pre_hook(lambda *_: in_phase("optimizer"))
+
+        def gradient_of_middle(*outputs: Any) -> None:
+            if outputs[-1].requires_grad:
+                outputs[-1].register_hook(lambda _: in_phase("end of backward"))
+
+        # A backward's peak is near its start, where most is kept, or near its end, where most gradients are. Each grows
+        # along a line with the layers; the larger of the two does not.
+        layers = model.model.layers
+        layers[len(layers) // 2].register_forward_hook(gradient_of_middle)
         model.lm_head.register_forward_pre_hook(lambda *_: in_head(True))
         model.lm_head.register_forward_hook(lambda *_: in_head(False))
 
@@ -144,6 +168,9 @@ class Alive(TorchDispatchMode):
             return NotImplemented  # it comes back with its local tensors
         if torch._C._get_dispatch_mode(FAKE_MODE) is not None or func.namespace == "prim":
             return func(*args, **kwargs)  # DTensor asks for the shape of a whole result
+        if inside := QUANTIZED.get(func) or (func.decompose if func in COMPOSITE else None):
+            with self._looking():
+                return inside(*args, **kwargs)
         faked = self.fake is not None and func.namespace != "c10d"
         if func.namespace == "c10d" and (sent := self._collective(func, args)) is not None:
             return sent
@@ -155,7 +182,7 @@ class Alive(TorchDispatchMode):
             return None
         with self.fake or nullcontext():
             result = func(*args, **kwargs)
-        if func is aten.detach.default and self.phase == "backward" and self._kind(args[0]) == "workspace":
+        if func is aten.detach.default and "backward" in self.phase and self._kind(args[0]) == "workspace":
             self.hold(args, "activations")  # what checkpoint keeps of what it makes again
         made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
         for tensor in made:
@@ -169,16 +196,7 @@ class Alive(TorchDispatchMode):
                 self.hold([*args[0], kwargs["out"]], "unreduced gradients")
         if not func.is_view:
             self._count(func._schema.name, [*tree_leaves((args, kwargs)), *made])
-        if func.namespace == "minillama" and "quantized" in func.__name__:
-            self._dequantized(args[0], made[0])
         return result
-
-    def _dequantized(self, taken: Tensor, made: Tensor) -> None:
-        """The weight that a quantised layer makes for a while, inside one operation: a third of it are indices."""
-        weights = taken.shape[-1] * made.shape[-1]
-        self.work.flops += 2 * taken.numel() * made.shape[-1]
-        held = Held(6 * weights, "workspace")
-        self._events += [(self.phase, held, held.size), (self.phase, held, -held.size)]
 
     def _count(self, name: str, values: list[Any]) -> None:
         tensors = [value for value in values if isinstance(value, Tensor)]
@@ -188,11 +206,11 @@ class Alive(TorchDispatchMode):
         elif "attn" in name or "attention" in name:
             queries, keys = tensors[1:3] if "backward" in name else tensors[:2]
             # in documents half a square of scores; else, as of llama-adapter's prompt, all keys
-            seen = (
-                2 * queries.numel() * keys.shape[-2]
-                if queries.ndim == 4
-                else math.prod(queries.shape[-2:]) * self.squares
-            )
+            if queries.ndim == 4:
+                causal = any(value is True for value in values)
+                seen = 2 * queries.numel() * keys.shape[-2] / (2 if causal else 1)
+            else:
+                seen = math.prod(queries.shape[-2:]) * self.squares
             self.work.flops += (5 if "backward" in name else 2) * seen
         else:
             self.work.moved += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -246,18 +264,32 @@ class Alive(TorchDispatchMode):
 
 
 @contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is `value` meanwhile, for all of this process; nothing happens if the owner has no such name."""
+    before = getattr(owner, name, None)
+    if before is not None:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is not None:
+            setattr(owner, name, before)
+
+
+@contextmanager
 def fake_processes(world_size: int) -> Iterator[None]:
     """This process is rank 0 of so many, of which there are no others: what it exchanges with them goes nowhere."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     def first_of(tensor: Tensor, count: int, dim: int) -> list[Tensor]:
         return [tensor.narrow(dim, 0, -(-tensor.shape[dim] // count))]
 
-    # FSDP2 makes a tensor of each rank's part of each parameter, and keeps its own: rank 0's is the largest.
-    pieces = "torch.distributed.fsdp._fully_shard._fsdp_param._chunk_with_empty"
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
-        with patch(pieces, first_of), warnings.catch_warnings():
+        # FSDP2 makes a tensor of each rank's part of each parameter, 16,384 of them, and keeps its own. There is no other
+        # way in; without it this only takes longer.
+        with replaced(_fsdp_param, "_chunk_with_empty", first_of), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Set timeout")  # which nobody here waits for
             yield
     finally:

@@ -88,35 +88,6 @@ def saved_flags(config_class: type[Config]) -> Config | None:
     if file is None:
         return None
 
-    def flag(where: str, name: str) -> str:
-        return (where + name).replace("_", "-")
-
-    def build(kind: Any, values: dict[str, Any], where: str) -> Any:
-        hints = get_type_hints(kind)
-        if unknown := values.keys() - hints.keys():
-            raise UserError(f"--config {file}: this recipe has no flag --{flag(where, sorted(unknown)[0])}")
-        read = {}
-        for name, value in values.items():
-            hint = hints[name]
-            allowed = get_args(hint) or (hint,)
-            if is_dataclass(hint) and isinstance(value, dict):
-                read[name] = build(hint, value, f"{name}.")
-            elif value is None and type(None) in allowed:
-                read[name] = None
-            elif Path in allowed and isinstance(value, str):
-                read[name] = Path(value)
-            elif get_origin(hint) is tuple and isinstance(value, list) and all(isinstance(v, str) for v in value):
-                read[name] = tuple(value)
-            elif get_origin(hint) is dict and misfit(value, {...: allowed[1]}) is None:
-                read[name] = dict(value)
-            elif get_origin(hint) not in (dict, tuple) and (
-                value in allowed or type(value) in allowed or (float in allowed and type(value) is int)
-            ):
-                read[name] = value
-            else:
-                raise UserError(f"--config {file}: {json.dumps(value)} is not a value of --{flag(where, name)}")
-        return kind(**read)
-
     try:
         content = read_json(file)
     except UserError as error:
@@ -126,4 +97,39 @@ def saved_flags(config_class: type[Config]) -> Config | None:
     hints, shared = get_type_hints(config_class).keys(), get_type_hints(RunConfig).keys()
     if others := (hints - shared) ^ (content["flags"].keys() - shared):
         raise UserError(f"--config {file} is of another recipe: only one of the two has the flags of {min(others)}")
-    return build(config_class, content["flags"], "")
+    return from_flags(config_class, content["flags"], f"--config {file}")
+
+
+def from_flags(kind: type[Config], values: dict[str, Any], source: str, where: str = "") -> Config:
+    """A group of flags from what run.json holds of it. source: names the file in messages; where: the group's prefix.
+
+    Raises UserError for a flag that there is not, and for a value that is none of its.
+    """
+
+    def flag(name: str) -> str:
+        return (where + name).replace("_", "-")
+
+    hints = get_type_hints(kind)
+    if unknown := values.keys() - hints.keys():
+        raise UserError(f"{source}: this recipe has no flag --{flag(sorted(unknown)[0])}")
+    read: dict[str, Any] = {}
+    for name, value in values.items():
+        hint = hints[name]
+        allowed = get_args(hint) or (hint,)
+        if is_dataclass(hint) and isinstance(value, dict):
+            read[name] = from_flags(hint, value, source, f"{name}.")  # type: ignore[arg-type]
+        elif value is None and type(None) in allowed:
+            read[name] = None
+        elif Path in allowed and isinstance(value, str):
+            read[name] = Path(value)
+        elif get_origin(hint) is tuple and isinstance(value, list) and all(isinstance(v, str) for v in value):
+            read[name] = tuple(value)
+        elif get_origin(hint) is dict and misfit(value, {...: allowed[1]}) is None:
+            read[name] = dict(value)
+        elif get_origin(hint) not in (dict, tuple) and (
+            value in allowed or type(value) in allowed or (float in allowed and type(value) is int)
+        ):
+            read[name] = value
+        else:
+            raise UserError(f"{source}: {json.dumps(value)} is not a value of --{flag(name)}")
+    return kind(**read)

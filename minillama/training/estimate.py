@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minillama.data.batch import Batch
 from minillama.errors import UserError
-from minillama.files import read_json
 from minillama.formats.hub import find_model
 from minillama.hardware.precision import choose_precision
 from minillama.model.attention import BACKENDS
@@ -79,7 +77,7 @@ class Estimate:
     fsdp: FsdpConfig
     """Its strategy and precision resolved"""
     peaks: dict[str, Peak]
-    """Device memory of the phases load, forward, backward, optimizer, save"""
+    """Device memory of the phases load, forward, backward, end of backward, optimizer, save"""
     state: dict[str, int]
     """parameters, gradients and optimizer of this rank, wherever they are"""
     host: int
@@ -139,8 +137,9 @@ class Estimate:
             f"host        {gib(self.host)} GiB a process while it saves; a checkpoint {gib(self.checkpoint)} GiB",
             f"sent        {sent + '; GiB a process and step' if sent else 'less than 1 MiB'}",
             f"computed    {self.work.flops / 1e12:.4g} TFLOP a process and step, {self.needed / 1e12:.4g} needed",
-            f"not in it   CUDA's context, about {CONTEXT} GiB; NCCL's buffers, about {NCCL}; what the allocator loses "
-            f"between pieces, about {FRAGMENTS:.0%}: allow for {gib(self.allowed_for())} GiB",
+            f"not in it   CUDA's context, about {CONTEXT} GiB; "
+            + f"NCCL's buffers, about {NCCL}; " * (self.world_size > 1)
+            + f"what the allocator loses between pieces, about {FRAGMENTS:.0%}: allow for {gib(self.allowed_for())} GiB",
         ]
         return "\n".join(lines)
 
@@ -229,16 +228,17 @@ def estimate_run(config: C, build: Callable[[C], tuple[Llama, Any]], card: str =
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--estimate needs one process, whatever their number in the run: start it without torchrun")
     config = replace(config, model=find_model(config.model, weights=False))
-    refuse_quantised(config.model)
     device = "cpu" if config.device == "cpu" else "cuda"
     fsdp = config.fsdp
     if fsdp.precision == "auto":
         fsdp = replace(fsdp, precision="mixed")
         if device == "cpu":
             fsdp, _ = choose_precision(config.fsdp, device, cache_dir=config.data.cache_dir)
-    attention = "varlen"
-    if device == "cpu":
-        attention = "math" if config.kernels.attention == "auto" else config.kernels.attention
+    attention: str = config.kernels.attention
+    if attention == "auto":
+        attention = "math" if device == "cpu" else "varlen"
+    if attention == "flex":  # compiled code, which keeps the same tensors
+        attention = "varlen"
     found = estimate(
         lambda: build(config)[0],
         config.estimate,
@@ -253,13 +253,6 @@ def estimate_run(config: C, build: Callable[[C], tuple[Llama, Any]], card: str =
         attention=attention,
     )
     return str(found) if device == "cpu" else f"{found}\n{described(found, card)}"
-
-
-def refuse_quantised(folder: Path) -> None:
-    """Raises UserError for a quantised folder: its layers would be counted as plain ones."""
-    file = folder / "config.json"
-    if file.exists() and read_json(file).get("quantization_config"):
-        raise UserError(f"{folder} is quantised: estimate the plain model, with the flag that quantises it so")
 
 
 def described(found: Estimate, card: str, network: float = NETWORK) -> str:

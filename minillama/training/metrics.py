@@ -49,7 +49,8 @@ class LogConfig:
                 raise UserError(f"--log.{name} needs a package: pip install {name}")
 
 
-LOSSES = {"loss", "eval_loss"}
+PLOTTED = {"loss": "loss", "reward_margin": "reward margin", "accuracy": "accuracy"}
+"""What loss.png shows, one below the other: the last two of pairs of answers"""
 
 
 class Metrics:
@@ -145,7 +146,7 @@ class Metrics:
             raise UserError(
                 f"step {number}: none of its {tokens:.0f} tokens is trained: correct your collator's labels"
             )
-        told = self._told(self.loss_function)
+        told = means_told(self.loss_function)
         mean_loss = loss_sum / max(1, *list(told.values())[:1] or [trained])
         self.tokens += int(tokens)
         memory, waited, seconds = all_reduce([peak_memory_gib(self.device), self.waited, seconds], "max")
@@ -192,13 +193,6 @@ class Metrics:
         self._check(number, loss_sum, self.norm.item())
         return self.tokens + int(counts[0]), [loss_sum, seconds, *counts]
 
-    def _told(self, loss_function: Loss) -> dict[str, float]:
-        """What a loss has added up, of all ranks: how many, and means over these; {} of the cross entropy."""
-        if not loss_function.names:
-            return {}
-        count, *sums = all_reduce(loss_function.sums.tolist())
-        return dict(zip(loss_function.names, [int(count), *(value / max(1, count) for value in sums)], strict=True))
-
     def evaluation(self, done: int, result: tuple[float, int] | None, loss_function: Loss | None = None) -> None:
         """Records the validation loss after `done` steps: (mean nats a trained token, number of tokens); None: nothing.
 
@@ -207,7 +201,7 @@ class Metrics:
         if result is None:
             return
         loss, tokens = result
-        if loss_function and (told := self._told(loss_function)):
+        if loss_function and (told := means_told(loss_function)):
             self.evaluated[done] = loss
             self._write({"step": done, "eval_loss": loss} | {f"eval_{name}": value for name, value in told.items()})
             text = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in told.items())
@@ -254,6 +248,14 @@ class Metrics:
             self.wandb.finish()
 
 
+def means_told(loss_function: Loss) -> dict[str, float]:
+    """What a loss has added up, of all ranks: how many, and means over these; {} of the cross entropy."""
+    if not loss_function.names:
+        return {}
+    count, *sums = all_reduce(loss_function.sums.tolist())
+    return dict(zip(loss_function.names, [int(count), *(value / max(1, count) for value in sums)], strict=True))
+
+
 def _unwritable(file: Path | str, error: OSError) -> str:
     return f"{disk_text(error, file, 'cannot be written')}, and go on with --resume auto"
 
@@ -280,12 +282,13 @@ def _reopen(file: Path, start: Progress) -> BinaryIO:
 def read_metrics(file: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """The lines of metrics.jsonl: (those of steps, those of evaluations). Raises UserError for one that is cut off."""
     lines: list[dict[str, Any]] = []
+    numbers = [*PLOTTED, *(f"eval_{name}" for name in PLOTTED)]
     for number, text in enumerate(read_bytes(file).decode(errors="replace").splitlines(), 1):
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
             line = None
-        shape = {"step": int} | {name: (None, float) for name in LOSSES if isinstance(line, dict) and name in line}
+        shape = {"step": int} | {name: (None, float) for name in numbers if isinstance(line, dict) and name in line}
         if misfit(line, shape):
             raise UserError(
                 f"{file}, line {number} is none of a run's: was the run that wrote it killed? drop the line"
@@ -295,22 +298,30 @@ def read_metrics(file: Path) -> tuple[list[dict[str, float]], list[dict[str, flo
 
 
 def plot_loss(metrics_file: Path, image: Path) -> bool:
-    """Draws training and validation loss over the steps. Returns False, drawing nothing, without matplotlib."""
+    """Draws what a run trained on and evaluated over the steps: the loss, and of pairs of answers reward margin and
+    accuracy. Returns False, drawing nothing, without matplotlib."""
     if find_spec("matplotlib") is None:
         return False
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     trained, evaluated = read_metrics(metrics_file)
-    figure = Figure(figsize=(7, 4))
-    axes = figure.subplots()
-    axes.plot([m["step"] for m in trained], [m["loss"] for m in trained], lw=1, label="training")
-    if evaluated:
-        axes.plot([m["step"] for m in evaluated], [m["eval_loss"] for m in evaluated], "o-", label="validation")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats a trained token)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend()
+    names = [name for name in PLOTTED if any(name in m for m in trained)] or ["loss"]
+    figure = Figure(figsize=(7, 4 + 3 * (len(names) - 1)))
+    for name, axes in zip(names, figure.subplots(len(names), squeeze=False)[:, 0], strict=True):
+        for lines, key, style, label in (
+            (trained, name, "-", "training"),
+            (evaluated, f"eval_{name}", "o-", "validation"),
+        ):
+            there = [m for m in lines if key in m]
+            if there or lines is trained:
+                width = 1 if lines is trained else None
+                axes.plot([m["step"] for m in there], [m[key] for m in there], style, lw=width, label=label)
+        unit = " (nats a trained token)" if len(names) == 1 else " (mean over pairs)"
+        axes.set(xlabel="optimizer step", ylabel=PLOTTED[name] + unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
     drawn = io.BytesIO()
     try:
         figure.savefig(drawn, dpi=120)

@@ -1,6 +1,6 @@
 """What a run decides before its model gets memory, and what it says at its start and end."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import date
 from shlex import quote
 from typing import Any, TypeVar
@@ -156,17 +156,38 @@ def next_commands(config: RunConfig) -> list[str]:
     """The commands after a run: to ask the model, to measure it and, with LoRA, to merge it."""
     output, base, data = config.output_dir, quote(model_name(config.model)), config.data
     adapter = quote(str(output / "adapter"))
-    trained = f"--model {base} --adapter {adapter}"
-    if not (output / "adapter").is_dir():
-        trained = f"--model {quote(str(output / 'model'))}"
+    trained = f"--model {quote(str(output / 'model'))}"
+    if (output / "adapter").is_dir():
+        flags: Any = getattr(config, "lora", None) or getattr(config, "adapter", None)
+        trained = f"--model {base} --adapter {adapter}"
+        trained += f" --quantize {flags.quantize}" if flags.quantize != "none" else ""
     template = "" if data.pairs or data.dataset == "chat" else " --template none"
     commands = [f"python recipes/generate.py {trained}{template} --prompt TEXT"]
-    if not data.pairs:  # which evaluate.py does not read
-        rows = f"--data.dataset {quote(data.dataset)} --data.path {quote(str(data.val_path or 'FILE'))}"
-        commands.append(f"python recipes/evaluate.py {trained} {rows}")
+    rows = f"--data.dataset {quote(data.dataset)} --data.path {quote(str(data.val_path or 'FILE'))}"
+    measured = [trained]
+    if "--quantize" in trained and (output / "model").is_dir():  # merged into the plain base
+        measured.append(f"--model {quote(str(output / 'model'))}")
+    if not data.pairs:
+        commands += [f"python recipes/evaluate.py {of} {rows}" for of in measured]
+    elif (flags := _flags_of_pairs(config, base)) is not None:
+        commands.append(f"python recipes/evaluate.py {trained} {rows}{flags}")
     if hasattr(config, "lora") and not (output / "model").is_dir():
         commands.append(f"python tools/merge_lora.py {base} {adapter} {quote(str(output / 'model'))}")
     return commands
+
+
+def _flags_of_pairs(config: Any, base: str) -> str | None:
+    """The flags by which evaluate.py does what a DPO run's evaluation did; None: it cannot, the rows being read by the
+    user's own function or the reference being another adapter."""
+    dpo, start_from = config.dpo, config.lora.from_
+    if config.data.dataset != "preference" or (start_from and dpo.has_reference):
+        return None
+    flags = f" --reference {base}" if config.method == "full" and dpo.has_reference else ""
+    for field in fields(dpo):
+        value = getattr(dpo, field.name)
+        if field.name != "precompute" and value != field.default:
+            flags += f" --dpo.{field.name.replace('_', '-')}" + f" {value}" * (value is not True)
+    return flags
 
 
 def described(packed: Packed, config: LlamaConfig, batch_size: int, world_size: int, accumulate: int = 1) -> str:
