@@ -184,7 +184,11 @@ def check_training(args: argparse.Namespace, cluster: Cluster, check: Check) -> 
             len([*(args.folder / host.name / "tmp/home/cache/minillama").glob("????????*/about.json")])
             for host in hosts
         ]
-        check.add("data is tokenized once a host", set(built) == {1}, f"{built} folders in the hosts' own caches")
+        check.add(
+            "data is tokenized once a host",
+            set(built) == {2},
+            f"{built} data sets, of training and validation, in the hosts' own caches",
+        )
         alone = Run(args, cluster, "not_shared", 1, *steps, "--output-dir", "/tmp/out")
         alone.all(hosts)
         until(lambda: all(agent.poll() is not None for agent in alone.agents.values()), "the end of not_shared", 300)
@@ -303,7 +307,7 @@ def main() -> int:
     parser.add_argument(
         "--flags",
         default="--train.epochs 100000 --train.batch-size 1 --data.context-length 256 --fsdp.precision fp32 --optim.lr 1e-4 "
-        "--optim.schedule constant --eval.max-steps 2",
+        "--optim.schedule constant",
         help="of the recipe",
     )
     args = parser.parse_args()
