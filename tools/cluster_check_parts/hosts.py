@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,11 +108,10 @@ class Host:
         """Ends all its processes at once, and with them its network."""
         if self.holder:
             os.kill(self._first(), signal.SIGKILL)
-            for (
-                process
-            ) in self.commands:  # an nsenter that is stopped takes no note of its end, and the host would stay
-                process.kill()
-            self.holder.wait()
+            while self.holder.poll() is None:
+                for process in self.commands:  # an nsenter that has stopped with its command must see that one's end
+                    process.send_signal(signal.SIGCONT)
+                time.sleep(0.02)
         for process in self.commands:
             if not self.holder:
                 _signal_tree(process.pid, signal.SIGKILL)
