@@ -1,8 +1,11 @@
 """What a rank asks and sends does not grow with the number of ranks."""
 
+import json
 import threading
+from pathlib import Path
 
 import torch.distributed as dist
+from conftest import run_script
 
 from minillama.parallel.rendezvous import _agree
 
@@ -47,3 +50,36 @@ def test_live_processes_agree_on_a_name_by_requests_of_one_size():
     assert {size for _, size in found[1:]} <= {small, small + 1}  # a rank of two digits
     third = agreements(24, store)
     assert third[0][0] not in ("", found[0][0]) and len({name for name, _ in third}) == 1
+
+
+def test_a_run_exchanges_and_opens_no_more_where_there_are_more_ranks(tiny_folder, tmp_path):
+    """Of 8 and of 512 ranks, sharded within machines: rank 0's collectives, groups and files, which a tool counts."""
+    tool = Path(__file__).parents[1] / "tools/measure/scale_counts.py"
+    flags = [
+        "--model",
+        tiny_folder,
+        "--ranks",
+        8,
+        512,
+        "--strategy",
+        "hybrid-shard",
+        "--json",
+        tmp_path / "counts.json",
+    ]
+    codes, text = run_script(tool, *flags, log=tmp_path / "log")
+    assert codes == [0], text
+    few, many = json.loads((tmp_path / "counts.json").read_text()).values()
+
+    for start in ("first", "resumed"):
+        assert few[start].keys() == many[start].keys()
+        for phase, kinds in many[start].items():
+            for kind, (number, size) in kinds.items():
+                where, (before, smaller) = f"{start}, {phase}: {kind}", few[start][phase][kind]
+                # One more at the start: whether all machines have the same output folder.
+                assert before <= number <= before + (phase == "start-up"), where
+                # A number a launch at the start, a line a file of the checkpoint that it resumes from, and in its index.
+                grows = phase in ("start-up", "saving") and kind in ("all-reduce", "broadcast", "files read")
+                assert 0.4 * smaller <= size <= 1.1 * smaller + 512 * 256 * grows, where
+    assert many["first"].keys() == {"start-up", "evaluation", "step", "saving"}
+    assert many["first"]["step"]["all-gather"][0] > 0 and many["first"]["saving"]["files written"][0] > 0
+    assert all("objects of all ranks to all ranks" not in kinds for kinds in many["first"].values())

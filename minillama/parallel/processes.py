@@ -190,7 +190,7 @@ def texts_on_rank_zero(text: str, group: dist.ProcessGroup | None = None) -> lis
 
 
 _groups: dict[str, dist.ProcessGroup] = {}
-"""Of on_each_node, made by its first call: all processes, and those of this machine"""
+"""Of on_each_node, made by its first call in the group `world`: all processes without a timeout, those of this machine"""
 
 
 def on_each_node(task: Callable[[], T]) -> T:
@@ -207,9 +207,10 @@ def on_each_node(task: Callable[[], T]) -> T:
         except Exception as error:
             failure = error
     first, count = dist.get_rank() - local_rank, local_world_size()
-    if not _groups:
-        _groups["all"] = group_without_timeout()
-        machine = range(first, first + count)
+    world, machine = dist.group.WORLD, range(first, first + count)
+    assert world is not None
+    if _groups.get("world") is not world:
+        _groups.update(world=world, all=group_without_timeout())
         _groups["machine"] = dist.new_group(machine, backend="gloo", use_local_synchronization=True)
     _raise(failure, first_of_ranks(None if failure is None else _text(failure), _groups["all"]))
     answer: list[Any] = [result]

@@ -54,6 +54,7 @@ class IndexWriter(dcp.FileSystemWriter):
             json.dump(index, file)
             file.flush()
             os.fsync(file.fileno())
+        metadata.state_dict_metadata, metadata.storage_data = {}, None  # dcp.save sends it to all ranks, for no use
 
 
 def read_index(folder: Path, sizes: dict[str, int] | None = None) -> Metadata:
