@@ -12,7 +12,6 @@ Bytes of a collective are those of the larger of what a rank gives and gets; of 
 Heartbeats and the rendezvous, which are not collectives, are not counted here.
 """
 
-import argparse
 import importlib
 import json
 import os
@@ -24,10 +23,10 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -39,8 +38,11 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minillama.errors import UserError
+from minillama.files import write_json
 from minillama.help import filled
 from minillama.parallel import heartbeat
+from minillama.parallel.failures import user_errors
 from minillama.training import checkpoint
 from minillama.training.alive import fake_processes, replaced
 from minillama.training.checkpoint_index import IndexReader
@@ -57,6 +59,26 @@ KINDS = {
     "all_reduce": "all-reduce",
     "all_reduce_": "all-reduce",
 }
+
+
+@dataclass(frozen=True)
+class Args:
+    """Counts what a rank sends to others and which files it opens."""
+
+    model: Path
+    """Folder of a small model."""
+    ranks: tuple[int, ...] = (8, 512, 16384)
+    """How many there are, one or several numbers."""
+    machine: int = 8
+    """Ranks of one machine."""
+    strategy: Literal["full-shard", "hybrid-shard"] = "full-shard"
+    """As --fsdp.strategy of the recipe. Under hybrid-shard the ranks of a machine shard the model."""
+    flags: str = "--fsdp.precision fp32"
+    """More flags of recipes/full_fsdp.py."""
+    json: Path | None = None
+    """File for the counts."""
+
+
 Counts = dict[str, dict[str, list[int]]]
 """By phase and kind: how many, bytes"""
 
@@ -224,7 +246,7 @@ class Others:
             yield
 
 
-def count(args: argparse.Namespace, ranks: int, folder: Path) -> dict[str, Counts]:
+def count(args: Args, ranks: int, folder: Path) -> dict[str, Counts]:
     """Of a run's start, first step, evaluation and checkpoint, and of a start that resumes."""
     sys.path.insert(0, str(ROOT / "recipes"))
     recipe = importlib.import_module("full_fsdp")
@@ -263,18 +285,9 @@ def nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a small model")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 512, 16384])
-    parser.add_argument("--machine", type=int, default=8, help="ranks of one")
-    parser.add_argument("--strategy", choices=("full-shard", "hybrid-shard"), default="full-shard")
-    parser.add_argument("--flags", default="--fsdp.precision fp32", help="of recipes/full_fsdp.py")
-    parser.add_argument("--json", type=Path, help="a file for the counts")
-    args = parser.parse_args()
+def main(args: Args) -> None:
     if not args.model.is_dir():
-        print(f"error: --model {args.model}: no such folder; give that of a small model", file=sys.stderr)
-        return 1
+        raise UserError(f"--model {args.model}: no such folder; give that of a small model")
     found: dict[int, dict[str, Counts]] = {}
     for ranks in args.ranks:
         folder = Path(tempfile.mkdtemp())
@@ -299,9 +312,9 @@ def main() -> int:
             cells.append(f"{number}" + f", {size / 1024:,.1f} KiB" * bool(size))
         print(f"| {'resuming' if start == 'resumed' else where} | {kind} | " + " | ".join(cells) + " |")
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
-    return 0
+        write_json(args.json, {str(ranks): starts for ranks, starts in found.items()})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with user_errors():
+        main(tyro.cli(filled(Args)))
