@@ -348,9 +348,9 @@ def check_faults(args: argparse.Namespace, cluster: Cluster, check: Check) -> No
     total = run.last_step() + 2
     last = ["--train.max-steps", total]
     run.flags += map(str, [*last, "--resume", "auto"])
-    run.all(hosts).wait()
     undisturbed = Run(args, cluster, "undisturbed", 1, *flags, *last, "--train.accumulate", whole)
-    undisturbed.all(hosts[:1]).wait()
+    for other in (undisturbed.all(hosts[:1]), run.all(hosts)):
+        other.wait()
     differs = difference(undisturbed.lines(), run.lines())
     worst = {
         key: max(row[key] for row in check.faults) for key in ("detected_after_s", "next_step_after_s", "steps_lost")
