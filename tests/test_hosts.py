@@ -98,6 +98,8 @@ def test_hosts_are_killed_cut_off_and_frozen_like_machines(tmp_path):
 def test_a_run_goes_on_without_a_host_that_is_lost_and_takes_it_back(tiny_folder, tmp_path):
     command = [sys.executable, TOOLS / "cluster_check.py", "--model", tiny_folder, "--folder", tmp_path / "cluster"]
     command += ["--only", "faults", "--faults", "1", "--kinds", "killed", "--seed", "1", "--lost-seconds", "20"]
+    flags = "--train.epochs 100000 --train.batch-size 1 --data.context-length 512 --fsdp.precision fp32"
+    command += ["--flags", f"{flags} --optim.schedule constant"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as tool:
         try:
             said, _ = tool.communicate(timeout=280)

@@ -26,8 +26,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-
 sys.path.insert(0, str(Path(__file__).parent))
 from cluster_check_parts.hosts import INSIDE, Cluster, Host, enter, namespaces
 
@@ -247,6 +245,8 @@ def check_training(args: argparse.Namespace, cluster: Cluster, check: Check) -> 
 
 def own_weights(model: Path, hosts: list[Host], processes: int) -> None:
     """Gives each host a copy of the model at its own /tmp/model, with NaN for the rows that processes of others hold."""
+    from safetensors.torch import load_file, save_file  # seconds, which only this needs
+
     for place, host in enumerate(hosts):
         folder = host.folder / host.name / "tmp/model"
         folder.mkdir()
@@ -332,7 +332,9 @@ def check_faults(args: argparse.Namespace, cluster: Cluster, check: Check) -> No
     flags = ["--eval.every", 50, "--checkpoint.every", every]
     parts = ["--fsdp.strategy", args.strategy, "--fsdp.lost-seconds", args.lost_seconds]
     run = Run(args, cluster, "disturbed", args.processes, *flags, *parts).all(hosts, again=True)
-    until(lambda: run.last_step() > 0, "the first step")
+    until(lambda: (run.last_step() > 0 and run.about()["world_size"] == whole) or run.errors(), "the first step of all")
+    if said := run.errors():
+        return check.add(f"{len(hosts)} hosts x {args.processes}", False, said[0])
     begun = time.monotonic()
     chance, kinds = random.Random(args.seed), list[str]()
     print(
