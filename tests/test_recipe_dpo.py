@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from conftest import random_model, run_ranks, run_script
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from test_distributed import whole
 from test_dpo import pairs
 from test_model import hf_reference
@@ -210,6 +211,15 @@ def test_a_resumed_run_goes_on_against_the_same_reference(run, method, tiny_fold
     assert [[m[name] for name in TOLD] for m in found] == [[m[name] for name in TOLD] for m in expected]
     codes, text, _ = run(*flags, "--resume", start, "--dpo.beta", 0.2, out="other")
     assert codes == [1] and "--dpo.beta 0.2 (was 0.1)" in text
+    if method == "lora from":  # a reference of another content, in a folder of the same form
+        other = tmp_path / "other_adapter"
+        other.mkdir()
+        for file in (first / "adapter").iterdir():
+            (other / file.name).write_bytes(file.read_bytes())
+        tensors = load_file(other / "adapter_model.safetensors")
+        save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, other / "adapter_model.safetensors")
+        codes, text, out = run(*flags, "--resume", start, "--lora.from", other, out="other")
+        assert codes == [1] and "give the --lora.from that this run began with" in text and not out.exists(), text
     if method == "full":  # against the base as --reference
         [command] = re.findall("next: python recipes/evaluate.py (.*)", text_of_whole)
         assert command.endswith(f" --reference {tiny_folder}")
