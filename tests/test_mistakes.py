@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from minillama.adapters.llama_adapter import LlamaAdapterConfig
 from minillama.adapters.lora import LoraConfig
 from minillama.adapters.peft import adapt, save_adapter
+from minillama.data import datasets
 from minillama.files import lock
 from minillama.formats.hf import check_weights, read_config
 from minillama.formats.hf_export import write_model
@@ -492,6 +493,7 @@ def attempt(world, command):
         for descriptor in output_folder._locks.values():  # those of a process, which ends with its run
             os.close(descriptor)
         output_folder._locks.clear()
+        datasets._module.cache_clear()  # by its name in another folder
     return code, said.getvalue()
 
 
