@@ -323,7 +323,7 @@ def test_what_is_no_reason_to_fail(tiny_folder, tmp_path):
     made = f"--model {tiny_folder} --adapter {out}/adapter"
     for command in (
         f"recipes/generate.py {made} --template none --prompt TEXT",
-        f"recipes/evaluate.py {made} --data.dataset samsum --data.path FILE",
+        f"recipes/evaluate.py {made} --data.dataset samsum --data.path FILE --data.context-length 512",
         f"tools/merge_lora.py {tiny_folder} {out}/adapter {out}/model",
     ):
         assert text.count(f"\nnext: python {command}\n") == 1
