@@ -216,7 +216,7 @@ class DpoLoss:
         reference, counts = batch.reference, batch.labels_of_documents
         if reference is None and self.config.has_reference:
             # FSDP's order of the last forward includes this one's. So at the end of the backward it gathers the head once
-            # more, in vain: with untied weights of an 8B 2 % of the bytes gathered.
+            # more, in vain.
             with torch.no_grad(), self.as_reference(model):
                 reference = log_probabilities(model, batch)
         ours = log_probabilities(model, batch)
