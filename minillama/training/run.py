@@ -119,6 +119,8 @@ def summary(config: RunConfig, run: Run, model: Llama, precision: str, attention
         f"precision   {precision}",
         f"attention   {attention}{'; blocks compiled' if config.kernels.compile else ''}",
     ]
+    if (config.data.pairs or config.data.dataset == "chat") and (lent := run.tokenizer.lent_format):
+        lines.append(f"chat        {lent} format, as the tokenizer has no chat template")
     if layers := quantized_layers(model).values():
         size = sum(layer.nbytes for layer in layers) / sum(layer.in_features * layer.out_features for layer in layers)
         lines.insert(
