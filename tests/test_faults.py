@@ -306,6 +306,21 @@ def test_streams_that_are_closed(tiny_folder, tmp_path):
         assert said in text, text
 
 
+MACHINES = """
+import os, platform
+platform.node = lambda: f"machine{int(os.environ['RANK']) // 2}"
+from minillama.parallel.failures import neighbours
+from minillama.parallel.processes import process_group
+with process_group("cpu"):
+    print(os.environ["RANK"], sorted(neighbours), flush=True)
+"""
+
+
+def test_a_launcher_that_does_not_tell_the_size_of_a_machine(tmp_path):
+    codes, text = run_script(script(tmp_path, MACHINES), world_size=3, log=tmp_path / "log", env={"LOCAL_RANK": "0"})
+    assert codes == [0] * 3 and sorted(text.splitlines()) == ["0 [0, 1]", "1 [0, 1]", "2 [2]"], text
+
+
 def test_what_is_no_reason_to_fail(tiny_folder, tmp_path):
     """An adapter of another base, and a plot that cannot be drawn: a warning each, and the run goes on to its end."""
     stranger = save_folder(random_model(1), tmp_path / "stranger")
