@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from conftest import _processes, random_model, run_script, save_folder, start_script
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -20,6 +21,7 @@ from minillama.data.cache import open_packed, prepare
 from minillama.data.datasets import DataConfig
 from minillama.errors import UserError
 from minillama.files import PARTIAL, lock, new_folder, write_json, write_whole
+from minillama.parallel.heartbeat import Heartbeat
 from minillama.tokenizer.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -304,6 +306,19 @@ def test_streams_that_are_closed(tiny_folder, tmp_path):
     assert codes == [0] and "Traceback" not in text and "Exception ignored" not in text, text
     for said in ("head: 141", "no stdin: 0", "ascii: 0", "no stderr: 0"):
         assert said in text, text
+
+
+def test_who_looks_for_missing_ranks_is_not_missed():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    heart = Heartbeat(store, 0, 2, 0.6, print)
+    heart.over.set()  # no thread gives signs, as while one of them looks
+    for thread in heart.threads:
+        thread.join()
+    store.set("minillama/sign/1", "1\t0\tfar\tstep 3")
+    before = heart.count
+    ranks, text = heart.missing()
+    assert ranks == [1] and "no sign of life of rank 1 on far: its machine is lost" in text
+    assert heart.count - before >= 2.5, "signs of 2.5 looks"
 
 
 MACHINES = """

@@ -148,6 +148,7 @@ def test_lora_on_two_ranks_is_one_rank_with_the_reference_precomputed(run, tiny_
     codes, text, two = run(*flags, out="two", world_size=2)
     assert codes == [0, 0], text
     text_of_two = text
+    assert "chat        Llama 3's format, as the tokenizer has no chat template" in text
     assert "12 pairs" in text and sorted(p.name for p in two.iterdir()) == [
         "adapter",
         "checkpoints",

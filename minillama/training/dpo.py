@@ -146,7 +146,7 @@ def precompute(run: Run, model: Llama, batch_size: int) -> Run:
     there. batch_size: packs a rank at a time. Every rank must call it."""
     dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})
     kinds = sorted({layer.kind for layer in quantized_layers(model).values()})
-    of_reference = [run.fingerprints[name] for name in ("model", "reference")]
+    of_reference = [run.fingerprints["model"], run.fingerprints.get("reference", "")]
     named = json.dumps([of_reference, kinds, dtypes, str(run.fsdp.compute_dtype)])
     key = hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
     train, validation = (
