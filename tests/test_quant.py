@@ -423,6 +423,18 @@ def test_a_run_on_a_quantised_base(folder, tmp_path, capsys):
         said = f"evaluate.py --model {folder} --adapter {tmp_path}/away --quantize nf4 --data.dataset"
         text = capsys.readouterr().out
         assert (said in text and "no run.json beside" in text) == (name == "a") and "trained tokens" not in text
+    shutil.copytree(adapter, tmp_path / "dpo/adapter")
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    run["flags"]["data"] |= {"dataset": "preference", "path": "p.jsonl", "val_path": None, "val_fraction": 0.1}
+    (tmp_path / "dpo/run.json").write_text(json.dumps({"flags": run["flags"] | {"dpo": {"beta": 0.2}}}))
+    assert tool("merge_lora", folder, tmp_path / "dpo/adapter", tmp_path / "d") == 0
+    rows = r"--data.dataset preference --data.path p.jsonl --data.val-fraction 0.1 .*--dpo.beta 0.2"
+    commands = re.findall(r"evaluate.py (.*)", capsys.readouterr().out)
+    wanted = (
+        f"--model {folder} --adapter .* --quantize nf4 {rows}",
+        f"--model {tmp_path}/d {rows} --reference {folder}",
+    )
+    assert all(re.fullmatch(pattern, text) for pattern, text in zip(wanted, commands, strict=True)), commands
     tokens = torch.randint(0, 512, (2, 30))
     adapted = load_adapter(from_pretrained(folder, quantize="nf4"), adapter)(tokens)
     onto_plain = load_adapter(from_pretrained(folder), adapter)(tokens)

@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import gc
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -103,10 +104,13 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0, lost_s
 def _meet(store: dist.Store, own_rank: int, world_size: int, lost_seconds: float) -> None:
     """Learns the processes of this machine, and begins to give signs of life."""
     first = own_rank - int(os.environ["LOCAL_RANK"])
-    store.set(f"minillama/process/{own_rank}", str(os.getpid()))
-    keys = {r: f"minillama/process/{r}" for r in range(first, first + local_world_size(world_size))}
+    store.set(f"minillama/process/{own_rank}", f"{os.getpid()} {platform.node()}")
+    ranks = range(world_size)
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun sets it, other launchers may not
+        ranks = range(first, first + local_world_size())
+    found = [value.decode().partition(" ") for value in store.multi_get([f"minillama/process/{r}" for r in ranks])]
     neighbours.clear()
-    neighbours.update(zip(keys, map(int, store.multi_get([*keys.values()])), strict=True))
+    neighbours.update({r: int(pid) for r, (pid, _, node) in zip(ranks, found, strict=True) if node == platform.node()})
     if world_size > 1:
         heart.append(Heartbeat(store, own_rank, world_size, lost_seconds, print_error))
 
@@ -236,9 +240,9 @@ def number_of_each(number: int) -> list[int]:
     return numbers.tolist()
 
 
-def local_world_size(world_size: int = 0) -> int:
-    """Processes of this machine. world_size: of all, before there is a process group"""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size or process_count())
+def local_world_size() -> int:
+    """Processes of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or process_count())
 
 
 def is_rank_zero() -> bool:
