@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cluster_check import TOLERANCE, difference, until
+from cluster_check_parts.compare import TOLERANCE, difference, until
 from cluster_check_parts.hosts import NETWORK, Cluster, Host, enter, obstacle
 
 ROOT = Path(__file__).parents[1]

@@ -56,9 +56,7 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0, lost_s
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use; try --device cpu")
-    needed = ["LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
-    if os.environ.get("RANK") != os.environ.get("LOCAL_RANK"):  # on the second machine, or a later one
-        needed.append("LOCAL_WORLD_SIZE")
+    needed = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" in os.environ and (missing := [name for name in needed if name not in os.environ]):
         raise UserError(f"RANK is set but {', '.join(missing)} is not: start with torchrun, or unset RANK")
     if device == "cuda":
@@ -242,7 +240,7 @@ def number_of_each(number: int) -> list[int]:
 
 def local_world_size() -> int:
     """Processes of this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or process_count())
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or len(neighbours) or process_count())
 
 
 def is_rank_zero() -> bool:
