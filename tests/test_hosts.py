@@ -1,4 +1,5 @@
-"""The hosts of tools/cluster_check.py: network namespaces that are killed, cut off and frozen like machines."""
+"""tools/cluster_check.py: its hosts, network namespaces that are killed, cut off and frozen like machines, and a run that
+loses one of two and gets it back."""
 
 import json
 import subprocess
@@ -92,3 +93,20 @@ def test_hosts_are_killed_cut_off_and_frozen_like_machines(tmp_path):
         "killed": True,
         "again": True,
     }
+
+
+def test_a_run_goes_on_without_a_host_that_is_lost_and_takes_it_back(tiny_folder, tmp_path):
+    command = [sys.executable, TOOLS / "cluster_check.py", "--model", tiny_folder, "--folder", tmp_path / "cluster"]
+    command += ["--only", "faults", "--faults", "1", "--kinds", "killed", "--seed", "1", "--lost-seconds", "20"]
+    flags = "--train.epochs 100000 --train.batch-size 1 --data.context-length 512 --fsdp.precision fp32"
+    command += ["--flags", f"{flags} --optim.schedule constant"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as tool:
+        try:
+            said, _ = tool.communicate(timeout=280)
+        finally:
+            tool.terminate()
+    print(said)  # without namespaces the hosts are addresses of the loopback: it says so
+    assert tool.returncode == 0, said
+    found = json.loads((tmp_path / "cluster/cluster_check.json").read_text())
+    [fault], [check] = found["faults"], found["checks"]
+    assert check["passed"] and fault["left"] == 1 and fault["message"].startswith("error: "), found

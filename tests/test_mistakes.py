@@ -189,6 +189,8 @@ cards of no name | estimate --model llama3-8b --compare 24GB | --compare 24GB | 
 no whole machines | estimate --model llama3-8b --gpus 12 | --gpus 12 | give 8 or 16
 a demo of no model | demo --model nowhere | nowhere: no such file or folder | a checkpoint's folder
 hosts without a model | cluster_check --model nowhere --folder hosts | nowhere: no such folder | a small model
+jobs without a model | slurm_check --model nowhere --folder hosts | nowhere: no such folder | a small model
+ranks without a model | scale_counts --model nowhere | nowhere: no such folder | a small model
 a check without a GPU | gpu_check --device cuda | no CUDA device | --device cpu
 weights of integers | lora --model int8 | int8 holds weights of int8 | give the plain checkpoint
 weights of fp8 | full --model fp8 | fp8 holds weights of float8_e4m3fn | give the plain checkpoint

@@ -269,6 +269,31 @@ def resume_each(mesh, base, changes):
     return said
 
 
+def start_again(mesh, config):
+    """Where a run starts on one process; restarted twice, as if three had begun it; and by another command."""
+    with torch.device("meta"):
+        model = Llama(read_config(config.model))
+    tokenizer = load_tokenizer(config.model)
+    train, _ = load_data(config.data, tokenizer, model.config.vocab_size, config.seed, validation=False)
+    file, found = config.output_dir / "run.json", []
+    for run_id in ("job", "job", "job", "another"):
+        os.environ["TORCHELASTIC_RUN_ID"] = run_id
+        found.append(start_run(config, train, find_start(config))[0])
+        run = json.loads(file.read_text())
+        assert run["packs_per_step"] == found[-1].packs_per_step
+        if len(found) == 1:
+            file.write_text(json.dumps(run | {"packs_per_step": 6, "agents": [1, *run["agents"], 2]}))
+    return found
+
+
+def test_steps_keep_their_packs_if_machines_are_lost_before_the_first_checkpoint(data, tiny_folder, tmp_path):
+    of_data = DataConfig(path=data / "train.json", context_length=130, date="2024-07-26")
+    train = TrainConfig(batch_size=2)
+    config = Config(model=tiny_folder, output_dir=tmp_path / "out", resume="auto", data=of_data, train=train)
+    [found] = run_ranks(start_again, 1, config)
+    assert found == [Progress(packs_per_step=number) for number in (2, 6, 6, 2)]
+
+
 def test_what_a_run_cannot_go_on_with_is_refused_by_name(whole, data, tiny_folder, tmp_path):
     out = interrupted(whole("lora"), tmp_path / "out", 3)
     other_base = save_folder(random_model(seed=1), tmp_path / "other")

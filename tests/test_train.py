@@ -160,14 +160,17 @@ def test_when_an_evaluation_is_due():
 def test_an_evaluation_takes_each_pack_once_or_the_same_few():
     packed = pack(documents_of([20] * 13), 20, 0)
 
-    def taken(**config):
-        ranks = [list(eval_batches(packed, EvalConfig(batch_size=2, **config), 0, "cpu", r, 2)) for r in range(2)]
-        assert len(ranks[0]) == len(ranks[1])
-        return [row.tolist() for pair in zip(*ranks, strict=True) for batch in pair for row in batch.tokens]
+    def taken(now=2, **config):
+        evaluation = EvalConfig(batch_size=2, **config)
+        ranks = [list(eval_batches(packed, evaluation, 0, "cpu", rank, now, 2)) for rank in range(now)]
+        assert len({len(batches) for batches in ranks}) == 1
+        return [row.tolist() for batches in zip(*ranks, strict=True) for batch in batches for row in batch.tokens]
 
     rows = [row for row in taken() if row != [0]]  # where a rank has none left
     assert sorted(rows) == sorted(packed.documents.tokens.reshape(13, 20).tolist())
     assert taken(max_steps=2) == rows[:8]
+    for now in (1, 3, 4):  # after a machine is lost or comes back
+        assert [row for row in taken(now, max_steps=2) if row != [0]] == rows[:8]
 
 
 def test_the_evaluation_is_the_mean_over_trained_tokens():

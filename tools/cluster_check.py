@@ -4,10 +4,11 @@
     python tools/cluster_check.py --model DIR --folder /tmp/cluster --only train          no faults
     python tools/cluster_check.py --model DIR --folder /tmp/cluster --only faults --faults 5 --seed 3 --hosts 3
 
-A host is a network namespace behind a bridge, with its own hostname, processes, /tmp and cache; torchrun runs on each, gloo
-between them. Only the output folder is shared. DIR: a small model. A fault takes one host at a random moment of a step:
-killed (all its processes at once), cut (its link goes down, without a FIN), frozen (SIGSTOP to all its processes). torchrun
---nnodes goes on with the hosts that are left, and takes it back when it returns.
+A host is a network namespace behind a bridge, with its own hostname, processes, /tmp and cache; torchrun runs on each,
+gloo between them. Only the output folder is shared. Where namespaces are not allowed, a host is an address of the
+loopback. DIR: a small model. A fault takes one host at a random moment of a step: killed (all its processes at once), cut
+(its link goes down, without a FIN), frozen (SIGSTOP to all its processes). torchrun --nnodes goes on with the hosts that
+are left, and takes it back when it returns. A slow disk (strace delays each fsync of one host) is no fault.
 
 Prints one row a check and a fault, and writes them to FOLDER/cluster_check.json. Ends with code 1 if anything differs.
 """
@@ -17,22 +18,23 @@ import json
 import os
 import random
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from cluster_check_parts.compare import TOLERANCE, difference, until
 from cluster_check_parts.hosts import INSIDE, Cluster, Host, enter, namespaces
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = Path(sys.executable).parent / "torchrun"
 KINDS = ("killed", "cut", "frozen")
 PORT = 29400
-TOLERANCE = 1e-4
 STORE = """
 import sys, time
 from datetime import timedelta
@@ -57,12 +59,16 @@ class Run:
     def log(self, host: Host) -> Path:
         return self.args.folder / self.name / f"{host.name}.log"
 
-    def start(self, host: Host, hosts: int = 0, again: bool = True) -> None:
-        """Starts torchrun on a host. hosts: how many there are to be, by default all, or as many as are left."""
+    def start(self, host: Host, hosts: int = 0, again: bool = True, under: Sequence[str] = ()) -> None:
+        """Starts torchrun on a host, under another program if one is given.
+
+        hosts: how many there are to be, by default all, or as many as are left.
+        """
         count = len(self.cluster.hosts)
         conf = "is_host=0,keep_alive_interval=1,keep_alive_max_attempt=5,last_call_timeout=5"
         command = [
             *(
+                *under,
                 TORCHRUN,
                 "--nnodes",
                 hosts or f"1:{count}",
@@ -108,7 +114,12 @@ class Run:
 
     def wait(self, seconds: float = 900) -> None:
         """Until torchrun has ended on each host."""
-        until(lambda: any(agent.poll() == 0 for agent in self.agents.values()), "the end of " + self.name, seconds)
+
+        def ended() -> bool:
+            codes = {agent.poll() for agent in self.agents.values()}
+            return 0 in codes or None not in codes
+
+        until(ended, "the end of " + self.name, seconds)
         deadline = time.monotonic() + 15
         while any(agent.poll() is None for agent in self.agents.values()) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -118,27 +129,8 @@ class Run:
             self.start(host, 0 if again else len(hosts), again)
         return self
 
-
-def until(condition: Callable[[], Any], what: str, seconds: float = 300) -> float:
-    """Waits for it; returns the time.monotonic() at which it came."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds:g} s in vain for {what}")
-        time.sleep(0.05)
-    return time.monotonic()
-
-
-def difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
-    """The largest relative difference of losses, of steps and evaluations; infinite if steps are missing."""
-
-    def losses(lines: list[dict[str, Any]]) -> dict[tuple[int, str], float]:
-        return {(line["step"], key): line[key] for line in lines for key in ("loss", "eval_loss") if key in line}
-
-    a, b = losses(one), losses(other)
-    if a.keys() != b.keys() or len(one) != len(other):
-        return float("inf")
-    return max(abs(a[key] - b[key]) / abs(a[key]) for key in a)
+    def errors(self) -> list[str]:
+        return [line for line in self.said().splitlines() if line.startswith("error: ")]
 
 
 class Check:
@@ -167,14 +159,27 @@ def check_training(args: argparse.Namespace, cluster: Cluster, check: Check) -> 
     check.add("one host trains", len(losses) == args.steps, f"loss {losses[0]:.4f} -> {losses[-1]:.4f}")
     for strategy in ("hybrid-shard", "full-shard"):
         run = Run(args, cluster, strategy, 2, *steps, "--train.accumulate", 1, "--fsdp.strategy", strategy)
+        slices = namespaces() and strategy == "full-shard"
+        if slices:
+            own_weights(args.model, hosts, run.processes)
+            run.flags.append("--model=/tmp/model")
         run.all(hosts).wait()
         differs = difference(one.lines(), run.lines())
         about = run.about()
         check.add(
             f"{len(hosts)} hosts x 2 processes, {strategy}",
-            differs < TOLERANCE and about["world_size"] == whole and run.finished(),
+            differs < TOLERANCE and about.get("world_size") == whole and run.finished(),
             f"{len(run.lines())} losses, largest relative difference to one host {differs:.1e}",
         )
+        if slices:
+            check.add(
+                "each host reads only its own rows of the weights",
+                run.finished(),
+                "; ".join(run.errors()) or "the others' rows are NaN in its copy of the file",
+            )
+        elif strategy == "hybrid-shard":
+            copies = f"hybrid-shard of {run.processes}" in run.said()
+            check.add("hybrid-shard: a copy of the model on each host", copies, f"each of {run.processes} processes")
         writers = {file.name for file in (run.out / "checkpoints").glob("step-*/__*.distcp")}
         check.add(
             f"{strategy}: all processes write the checkpoint", len(writers) == whole, f"{len(writers)} files of it"
@@ -192,9 +197,55 @@ def check_training(args: argparse.Namespace, cluster: Cluster, check: Check) -> 
         alone = Run(args, cluster, "not_shared", 1, *steps, "--output-dir", "/tmp/out")
         alone.all(hosts)
         until(lambda: all(agent.poll() is not None for agent in alone.agents.values()), "the end of not_shared", 300)
-        said = [line for line in alone.said().splitlines() if line.startswith("error: ")]
+        said = alone.errors()
         named = len(said) == 1 and "is not the same folder" in said[0]
         check.add("an output folder that is not shared", named, "; ".join(said) or "no message")
+
+    if why := no_slow_disk():
+        print(f"skipped a slow disk on one host: {why}")
+        return
+    seconds = 5
+    lost = ["--fsdp.strategy", "full-shard", "--fsdp.lost-seconds", seconds]
+    slow = Run(args, cluster, "slow_disk", 1, *steps, "--train.accumulate", 2, *lost)
+    trace = args.folder / "slow_disk/fsync.txt"
+    delay = f"inject=fsync:delay_enter={2 * seconds * 1_000_000}"
+    for host in hosts:
+        under = ["strace", "-f", "-o", trace, "-e", "trace=fsync", "-e", delay] if host is hosts[-1] else []
+        slow.start(host, len(hosts), again=False, under=under)
+    slow.wait()
+    differs, delayed = difference(one.lines(), slow.lines()), trace.read_text().count("DELAYED")
+    check.add(
+        "a slow disk on one host is not a fault",
+        differs < TOLERANCE and delayed > 0 and not slow.errors() and slow.finished(),
+        "; ".join(slow.errors())
+        or f"{delayed} fsyncs there took {2 * seconds} s (strace), --fsdp.lost-seconds {seconds}; difference {differs:.1e}",
+    )
+
+
+def own_weights(model: Path, hosts: list[Host], processes: int) -> None:
+    """Gives each host a copy of the model at its own /tmp/model, with NaN for the rows that processes of others hold."""
+    from safetensors.torch import load_file, save_file  # seconds, which only this needs
+
+    for place, host in enumerate(hosts):
+        folder = host.folder / host.name / "tmp/model"
+        folder.mkdir()
+        for file in model.iterdir():
+            shutil.copyfile(file, folder / file.name)
+        for file in folder.glob("*.safetensors"):
+            tensors = load_file(file)
+            for tensor in tensors.values():
+                for rank, rows in enumerate(tensor.chunk(len(hosts) * processes)):
+                    if rank // processes != place:
+                        rows.fill_(float("nan"))
+            save_file(tensors, file, {"format": "pt"})
+
+
+def no_slow_disk() -> str | None:
+    """Why the disk of a process cannot be made slow; None if it can."""
+    if shutil.which("strace") is None:
+        return "strace is not installed"
+    tried = subprocess.run(["strace", "-f", "-e", "trace=fsync", "true"], capture_output=True, text=True)
+    return None if tried.returncode == 0 else tried.stderr.strip().splitlines()[-1]
 
 
 def one_fault(run: Run, check: Check, chance: random.Random, number: int, kind: str) -> dict[str, Any]:
@@ -260,7 +311,9 @@ def check_faults(args: argparse.Namespace, cluster: Cluster, check: Check) -> No
     flags = ["--eval.every", 50, "--checkpoint.every", every]
     parts = ["--fsdp.strategy", args.strategy, "--fsdp.lost-seconds", args.lost_seconds]
     run = Run(args, cluster, "disturbed", args.processes, *flags, *parts).all(hosts, again=True)
-    until(lambda: run.last_step() > 0, "the first step")
+    until(lambda: (run.last_step() > 0 and run.about()["world_size"] == whole) or run.errors(), "the first step of all")
+    if said := run.errors():
+        return check.add(f"{len(hosts)} hosts x {args.processes}", False, said[0])
     begun = time.monotonic()
     chance, kinds = random.Random(args.seed), list[str]()
     print(
@@ -276,9 +329,9 @@ def check_faults(args: argparse.Namespace, cluster: Cluster, check: Check) -> No
     total = run.last_step() + 2
     last = ["--train.max-steps", total]
     run.flags += map(str, [*last, "--resume", "auto"])
-    run.all(hosts).wait()
     undisturbed = Run(args, cluster, "undisturbed", 1, *flags, *last, "--train.accumulate", whole)
-    undisturbed.all(hosts[:1]).wait()
+    for other in (undisturbed.all(hosts[:1]), run.all(hosts)):
+        other.wait()
     differs = difference(undisturbed.lines(), run.lines())
     worst = {
         key: max(row[key] for row in check.faults) for key in ("detected_after_s", "next_step_after_s", "steps_lost")

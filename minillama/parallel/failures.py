@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from minillama.errors import REMEDIES, UserError, disk_text
 from minillama.parallel.cut_files import tell_of_cut_files
-from minillama.parallel.heartbeat import Heartbeat
+from minillama.parallel.heartbeat import Heartbeat, quiet
 
 
 def rank() -> int:
@@ -88,19 +88,6 @@ def _close_bars() -> None:
         bar.close()
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Around requests to the store: if it has ended with rank 0, PyTorch would print a stack trace of its own."""
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(nowhere)
-
-
 def _tell(message: str) -> None:
     _close_bars()
     if _speaks_first():
@@ -131,7 +118,7 @@ def _speaks_first() -> bool:
     if not heart:
         return rank() == 0
     try:
-        with _quiet():
+        with quiet():
             return heart[0].speaks_first()
     except dist.DistError:  # without torchrun rank 0 keeps the store: it has ended, and printed the error
         return False
@@ -179,7 +166,7 @@ def _end_if_lost(error: Exception) -> None:
         reason = str(error).partition("\n")[0].partition(". This is")[0]
         text = "a process of another machine is gone, see what it printed"
         try:
-            with _quiet():
+            with quiet():
                 speaks = heart[0].speaks_first()
                 lost, named = heart[0].missing() if speaks else ([], "")  # while torchrun waits for this process
             text = named if lost else text
@@ -228,7 +215,7 @@ def _someone_erred() -> bool:
     if not heart:
         return False
     try:
-        with _quiet():
+        with quiet():
             return heart[0].someone_erred()
     except dist.DistError:
         return False

@@ -9,8 +9,8 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
@@ -26,6 +26,19 @@ def stand(where: str) -> None:
     """Notes what this process does from now on, for messages about processes that are missing: "step 12"."""
     global _doing
     _doing = where, time.monotonic()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Around requests to the store: if it has ended with rank 0, PyTorch would print a stack trace of its own."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 class Heartbeat:
@@ -47,7 +60,7 @@ class Heartbeat:
 
     def stop(self) -> None:
         """Ends the signs of life, and tells that they are not missed."""
-        with suppress(dist.DistError):
+        with quiet(), suppress(dist.DistError):
             self.store.set(f"minillama/sign/{self.rank}", ENDED)
         self.over.set()
         for thread in self.threads:  # one in a request while the interpreter ends would abort the process

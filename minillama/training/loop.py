@@ -80,8 +80,10 @@ class Loop:
         run = self.run
         stand(f"the evaluation after step {done}")
         if run.validation:
+            train, pad_id = self.config.train, run.tokenizer.pad_id
+            first_size = run.progress.packs_per_step // (train.batch_size * train.accumulate)
             batches = eval_batches(
-                run.validation, self.config.eval, run.tokenizer.pad_id, run.device, rank(), run.mesh.size()
+                run.validation, self.config.eval, pad_id, run.device, rank(), run.mesh.size(), first_size
             )
             loss_function = copy.copy(self.loss_function)  # the sums of steps that are not logged yet stay as they are
             loss_function.sums = torch.zeros_like(loss_function.sums)

@@ -51,7 +51,8 @@ class EvalConfig:
     every: int = 0
     """Steps between evaluations; 0: after each epoch."""
     max_steps: int = 0
-    """Batches per process in an evaluation; 0: all."""
+    """Batches per process in an evaluation, as many as the run has when it first starts; 0: all. When it goes on with
+    fewer or more processes, they share the same rows."""
     batch_size: int = 1
     """Packs (padding: rows of data) that each process evaluates at a time."""
 
@@ -149,14 +150,23 @@ def prefetched(
 
 
 def eval_batches(
-    packed: Packed, config: EvalConfig, pad_id: int, device: torch.device | str, rank: int, world_size: int
+    packed: Packed,
+    config: EvalConfig,
+    pad_id: int,
+    device: torch.device | str,
+    rank: int,
+    world_size: int,
+    first_size: int = 0,
 ) -> Iterator[Batch]:
     """The validation packs of this rank, each pack once over all ranks; the same number of batches on every rank.
 
     config.max_steps takes the same random sample of them each time, whatever the run's seed.
+    first_size: the number of ranks of which it takes so many batches, by default that of now.
     """
     packs_per_step = config.batch_size * world_size
-    for cursor in range(0, len(packed), packs_per_step)[: config.max_steps or None]:
-        taken = packed.order(0, 0, cursor, cursor + packs_per_step)
+    most = config.max_steps * config.batch_size * (first_size or world_size)
+    end = min(len(packed), most or len(packed))
+    for cursor in range(0, end, packs_per_step):
+        taken = packed.order(0, 0, cursor, min(cursor + packs_per_step, end))
         [packs] = packed.micro_batches(taken, config.batch_size, rank, world_size)
         yield collate(packed, packs, pad_id, device)
