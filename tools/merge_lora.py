@@ -22,7 +22,7 @@ import torch
 import tyro
 
 from minillama.adapters.merge import merge_adapter
-from minillama.data.datasets import DataConfig, PreferenceConfig
+from minillama.data.datasets import DataConfig, PreferenceConfig, training_sources
 from minillama.data.load import load_data
 from minillama.data.packing import Packed
 from minillama.errors import UserError
@@ -157,6 +157,10 @@ def held_out_rows(run: dict[str, Any] | None, base: Path, device: str) -> tuple[
     if size > least_memory(device) / 2:
         raise UserError(f"a model of {size_text(size)} needs several processes, which torchrun starts")
     data = from_flags(DataConfig, run["data"], "run.json")
+    if own := [source.dataset for source in training_sources(data) if source.is_own or data.is_own]:
+        raise UserError(
+            f"its rows come from {own[0]}, and nothing that a run.json names is run"
+        )  # it may be someone else's
     tokenizer = load_tokenizer(run["tokenizer"] or base, day=data.day)
     _, rows = load_data(data, tokenizer, config.vocab_size, run["seed"], validation=True)
     assert rows

@@ -22,6 +22,7 @@ from minillama.errors import UserError
 from minillama.files import described
 from minillama.model.llama import Llama
 from minillama.model.quant import quantized_layers
+from minillama.parallel.heartbeat import stand
 from minillama.parallel.processes import all_reduce, on_each_node, rank, say
 from minillama.parallel.sharding import local, reshard
 from minillama.progress import progress
@@ -160,6 +161,7 @@ def precompute(run: Run, model: Llama, batch_size: int) -> Run:
 @torch.no_grad()
 def reference_values(packed: Packed, model: Llama, batch_size: int, pad_id: int, device: str) -> np.ndarray:
     """Packed.reference by this model, without dropout. batch_size: packs a rank at a time. Every rank must call it."""
+    stand("computing the reference's log-probabilities")
     values = np.full(len(packed.documents.tokens), -np.inf, np.float32)
     model.eval()
     step = batch_size * dist.get_world_size()
