@@ -5,10 +5,10 @@
     python tools/cluster_check.py --model DIR --folder /tmp/cluster --only faults --faults 5 --seed 3 --hosts 3
 
 A host is a network namespace behind a bridge, with its own hostname, processes, /tmp and cache; torchrun runs on each, gloo
-between them. Only the output folder is shared. Where namespaces are not allowed, a host is an address of the loopback. DIR: a
-small model. A fault takes one host at a random moment of a step: killed (all its processes at once), cut (its link goes down,
-without a FIN), frozen (SIGSTOP to all its processes). torchrun --nnodes goes on with the hosts that are left, and takes it back
-when it returns. A slow disk (strace delays each fsync of one host) is no fault.
+between them. Only the output folder is shared. Where namespaces are not allowed, a host is an address of the loopback. DIR:
+a small model. A fault takes one host at a random moment of a step: killed (all its processes at once), cut (its link goes
+down, without a FIN), frozen (SIGSTOP to all its processes). torchrun --nnodes goes on with the hosts that are left, and
+takes it back when it returns. A slow disk (strace delays each fsync of one host) is no fault.
 
 Prints one row a check and a fault, and writes them to FOLDER/cluster_check.json. Ends with code 1 if anything differs.
 """
@@ -308,6 +308,7 @@ def one_fault(run: Run, check: Check, chance: random.Random, number: int, kind: 
     until(lambda: run.about()["world_size"] == whole or run.finished(), f"the return of {host.name}")
     resumed_again = int(Path(run.about()["resumed_from"] or "step-0").name.removeprefix("step-"))
     returned = until(lambda: run.last_step() > resumed_again, "the next step with all") - returns
+    lost = error().lower().partition("last seen")[0]
     row = {
         "fault": number,
         "kind": kind,
@@ -319,6 +320,7 @@ def one_fault(run: Run, check: Check, chance: random.Random, number: int, kind: 
         "left": smaller,
         "returned_after_s": round(returned, 1),
         "message": error(),
+        "names_it": not namespaces() or any(name in lost for name in (host.name, host.address)),
     }
     check.faults.append(row)
     check.write()
@@ -358,10 +360,12 @@ def check_faults(args: argparse.Namespace, cluster: Cluster, check: Check) -> No
     worst = {
         key: max(row[key] for row in check.faults) for key in ("detected_after_s", "next_step_after_s", "steps_lost")
     }
+    unnamed = [row["fault"] for row in check.faults if not row["names_it"]]
     check.add(
         f"{args.faults} faults on {len(hosts)} hosts x {args.processes}",
-        differs < TOLERANCE and run.finished() and worst["steps_lost"] <= 2 * every,
-        f"{total} steps, largest relative difference of the losses {differs:.1e}; at most {worst}; {minutes:.0f} minutes",
+        differs < TOLERANCE and run.finished() and worst["steps_lost"] <= 2 * every and not unnamed,
+        f"{total} steps, largest relative difference of the losses {differs:.1e}; at most {worst}; {minutes:.0f} minutes"
+        + f"; the messages of {unnamed} do not name the host" * bool(unnamed),
     )
 
 
