@@ -23,7 +23,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ time.sleep(1e9)
 class Run:
     """One run of a recipe on the hosts of a cluster, with a torchrun on each that is started again when it fails."""
 
+    patience = 5
+    """Seconds without a sign after which an agent is dead, and for which the others wait for more agents"""
+
     def __init__(self, args: argparse.Namespace, cluster: Cluster, name: str, processes: int, *flags: Any) -> None:
         self.args, self.cluster, self.name, self.processes = args, cluster, name, processes
         self.out = args.folder / name / "out"
@@ -65,7 +69,9 @@ class Run:
         hosts: how many there are to be, by default all, or as many as are left.
         """
         count = len(self.cluster.hosts)
-        conf = "is_host=0,keep_alive_interval=1,keep_alive_max_attempt=5,last_call_timeout=5"
+        conf = (
+            f"is_host=0,keep_alive_interval=1,keep_alive_max_attempt={self.patience},last_call_timeout={self.patience}"
+        )
         command = [
             *(
                 *under,
@@ -153,6 +159,18 @@ def difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
     if a.keys() != b.keys() or len(one) != len(other):
         return float("inf")
     return max(abs(a[key] - b[key]) / abs(a[key]) for key in a)
+
+
+@contextmanager
+def rendezvous(cluster: Cluster) -> Iterator[None]:
+    """A store on none of the hosts, where their agents find each other."""
+    command = [sys.executable, "-c", STORE, cluster.address, str(PORT)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as store:
+        try:
+            assert store.stdout and store.stdout.readline() == "ready\n"
+            yield
+        finally:
+            store.kill()
 
 
 class Check:
@@ -408,18 +426,11 @@ def main() -> int:
         args.kinds = [kind for kind in args.kinds if kind != "cut"]
     check = Check(args.folder)
     needed = [ROOT, Path(sys.prefix), Path(sys.base_prefix), args.folder, args.model]
-    with Cluster(args.folder, args.hosts, needed) as cluster:
-        store = subprocess.Popen(
-            [sys.executable, "-c", STORE, cluster.address, str(PORT)], stdout=subprocess.PIPE, text=True
-        )
-        try:
-            assert store.stdout and store.stdout.readline() == "ready\n"
-            if "train" in args.only:
-                check_training(args, cluster, check)
-            if "faults" in args.only:
-                check_faults(args, cluster, check)
-        finally:
-            store.kill()
+    with Cluster(args.folder, args.hosts, needed) as cluster, rendezvous(cluster):
+        if "train" in args.only:
+            check_training(args, cluster, check)
+        if "faults" in args.only:
+            check_faults(args, cluster, check)
     return int(not all(row["passed"] for row in check.rows))
 
 
