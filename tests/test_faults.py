@@ -325,15 +325,15 @@ MACHINES = """
 import os, platform
 platform.node = lambda: f"machine{int(os.environ['RANK']) // 2}"
 from minillama.parallel.failures import neighbours
-from minillama.parallel.processes import process_group
+from minillama.parallel.processes import on_each_node, process_group
 with process_group("cpu"):
-    print(os.environ["RANK"], sorted(neighbours), flush=True)
+    print(os.environ["RANK"], sorted(neighbours), on_each_node(lambda: os.environ["RANK"]), flush=True)
 """
 
 
 def test_a_launcher_that_does_not_tell_the_size_of_a_machine(tmp_path):
     codes, text = run_script(script(tmp_path, MACHINES), world_size=3, log=tmp_path / "log", env={"LOCAL_RANK": "0"})
-    assert codes == [0] * 3 and sorted(text.splitlines()) == ["0 [0, 1]", "1 [0, 1]", "2 [2]"], text
+    assert codes == [0] * 3 and sorted(text.splitlines()) == ["0 [0, 1] 0", "1 [0, 1] 0", "2 [2] 2"], text
 
 
 def test_what_is_no_reason_to_fail(tiny_folder, tmp_path):

@@ -95,18 +95,48 @@ def test_hosts_are_killed_cut_off_and_frozen_like_machines(tmp_path):
     }
 
 
+LOSES_A_HOST = """
+import json, random, sys
+from argparse import Namespace
+from pathlib import Path
+tools, folder, model = map(Path, sys.argv[1:])
+sys.path.insert(0, str(tools))
+from cluster_check import ROOT, Check, Run, one_fault, rendezvous, until
+from cluster_check_parts.hosts import INSIDE, Cluster, enter, os
+enter()
+print("namespaces:", os.environ[INSIDE])
+Run.patience = 3
+flags = "--train.epochs 1000 --train.batch-size 1 --data.context-length 512 --fsdp.precision fp32 --optim.schedule constant"
+args = Namespace(folder=folder, model=model, recipe="recipes/full_fsdp.py", flags=flags)
+needed = [ROOT, Path(sys.prefix), Path(sys.base_prefix), folder, model]
+with Cluster(folder, 2, needed) as cluster, rendezvous(cluster):
+    parts = ["--eval.no-enabled", "--checkpoint.every", 5, "--fsdp.strategy", "full-shard", "--fsdp.lost-seconds", 20]
+    disturbed = Run(args, cluster, "disturbed", 1, *parts).all(cluster.hosts, again=True)
+    until(lambda: disturbed.last_step() > 0 and disturbed.about()["world_size"] == 2, "the first step")
+    undisturbed = Run(args, cluster, "undisturbed", 1, "--eval.no-enabled", "--train.accumulate", 2)
+    undisturbed.start(cluster.hosts[1], 1)
+    fault = one_fault(disturbed, Check(folder), random.Random(1), 1, "killed")
+    losses = [line["loss"] for line in disturbed.lines()]
+    until(lambda: len(undisturbed.lines()) >= len(losses), "as many steps")
+    found = {"fault": fault, "losses": losses, "undisturbed": [line["loss"] for line in undisturbed.lines()]}
+(folder / "found.json").write_text(json.dumps(found))
+"""
+
+
 def test_a_run_goes_on_without_a_host_that_is_lost_and_takes_it_back(tiny_folder, tmp_path):
-    command = [sys.executable, TOOLS / "cluster_check.py", "--model", tiny_folder, "--folder", tmp_path / "cluster"]
-    command += ["--only", "faults", "--faults", "1", "--kinds", "killed", "--seed", "1", "--lost-seconds", "20"]
-    flags = "--train.epochs 100000 --train.batch-size 1 --data.context-length 512 --fsdp.precision fp32"
-    command += ["--flags", f"{flags} --optim.schedule constant"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as tool:
+    file, folder = tmp_path / "program.py", tmp_path / "cluster"
+    file.write_text(LOSES_A_HOST)
+    folder.mkdir()
+    command = [sys.executable, file, TOOLS, folder, tiny_folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as program:
         try:
-            said, _ = tool.communicate(timeout=280)
+            said, _ = program.communicate(timeout=280)
         finally:
-            tool.terminate()
-    print(said)  # without namespaces the hosts are addresses of the loopback: it says so
-    assert tool.returncode == 0, said
-    found = json.loads((tmp_path / "cluster/cluster_check.json").read_text())
-    [fault], [check] = found["faults"], found["checks"]
-    assert check["passed"] and fault["left"] == 1 and fault["message"].startswith("error: "), found
+            program.terminate()
+    print(said)  # "namespaces: yes", or why the hosts are only addresses of the loopback
+    assert program.returncode == 0, said
+    found = json.loads((folder / "found.json").read_text())
+    fault, losses = found["fault"], found["losses"]
+    assert fault["left"] == 1 and fault["names_it"] and fault["message"].startswith("error: "), found
+    assert losses == pytest.approx(found["undisturbed"][: len(losses)], rel=1e-6)
+    assert len(losses) > fault["at_step"]

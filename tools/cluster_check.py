@@ -4,11 +4,18 @@
     python tools/cluster_check.py --model DIR --folder /tmp/cluster --only train          no faults
     python tools/cluster_check.py --model DIR --folder /tmp/cluster --only faults --faults 5 --seed 3 --hosts 3
 
+<<<<<<< HEAD
 A host is a network namespace behind a bridge, with its own hostname, processes, /tmp and cache; torchrun runs on each,
 gloo between them. Only the output folder is shared. Where namespaces are not allowed, a host is an address of the
 loopback. DIR: a small model. A fault takes one host at a random moment of a step: killed (all its processes at once), cut
 (its link goes down, without a FIN), frozen (SIGSTOP to all its processes). torchrun --nnodes goes on with the hosts that
 are left, and takes it back when it returns. A slow disk (strace delays each fsync of one host) is no fault.
+=======
+A host is a network namespace behind a bridge, with its own hostname, processes, /tmp and cache; torchrun runs on each, gloo
+between them. Only the output folder is shared. Where namespaces are not allowed, a host is an address of the loopback. DIR:
+a small model. A fault takes one host at a random moment of a step: killed (all its processes at once), cut (its link goes
+down, without a FIN), frozen (SIGSTOP to all its processes). torchrun --nnodes goes on with the hosts that are left, and
+takes it back when it returns. A slow disk (strace delays each fsync of one host) is no fault.
 
 Prints one row a check and a fault, and writes them to FOLDER/cluster_check.json. Ends with code 1 if anything differs.
 """
@@ -23,7 +30,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +56,9 @@ time.sleep(1e9)
 class Run:
     """One run of a recipe on the hosts of a cluster, with a torchrun on each that is started again when it fails."""
 
+    patience = 5
+    """Seconds without a sign after which an agent is dead, and for which the others wait for more agents"""
+
     def __init__(self, args: argparse.Namespace, cluster: Cluster, name: str, processes: int, *flags: Any) -> None:
         self.args, self.cluster, self.name, self.processes = args, cluster, name, processes
         self.out = args.folder / name / "out"
@@ -65,7 +76,9 @@ class Run:
         hosts: how many there are to be, by default all, or as many as are left.
         """
         count = len(self.cluster.hosts)
-        conf = "is_host=0,keep_alive_interval=1,keep_alive_max_attempt=5,last_call_timeout=5"
+        conf = (
+            f"is_host=0,keep_alive_interval=1,keep_alive_max_attempt={self.patience},last_call_timeout={self.patience}"
+        )
         command = [
             *(
                 *under,
@@ -131,6 +144,18 @@ class Run:
 
     def errors(self) -> list[str]:
         return [line for line in self.said().splitlines() if line.startswith("error: ")]
+
+
+@contextmanager
+def rendezvous(cluster: Cluster) -> Iterator[None]:
+    """A store on none of the hosts, where their agents find each other."""
+    command = [sys.executable, "-c", STORE, cluster.address, str(PORT)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as store:
+        try:
+            assert store.stdout and store.stdout.readline() == "ready\n"
+            yield
+        finally:
+            store.kill()
 
 
 class Check:
@@ -286,6 +311,7 @@ def one_fault(run: Run, check: Check, chance: random.Random, number: int, kind: 
     until(lambda: run.about()["world_size"] == whole or run.finished(), f"the return of {host.name}")
     resumed_again = int(Path(run.about()["resumed_from"] or "step-0").name.removeprefix("step-"))
     returned = until(lambda: run.last_step() > resumed_again, "the next step with all") - returns
+    lost = error().lower().partition("last seen")[0]
     row = {
         "fault": number,
         "kind": kind,
@@ -297,6 +323,7 @@ def one_fault(run: Run, check: Check, chance: random.Random, number: int, kind: 
         "left": smaller,
         "returned_after_s": round(returned, 1),
         "message": error(),
+        "names_it": not namespaces() or any(name in lost for name in (host.name, host.address)),
     }
     check.faults.append(row)
     check.write()
@@ -336,10 +363,12 @@ def check_faults(args: argparse.Namespace, cluster: Cluster, check: Check) -> No
     worst = {
         key: max(row[key] for row in check.faults) for key in ("detected_after_s", "next_step_after_s", "steps_lost")
     }
+    unnamed = [row["fault"] for row in check.faults if not row["names_it"]]
     check.add(
         f"{args.faults} faults on {len(hosts)} hosts x {args.processes}",
-        differs < TOLERANCE and run.finished() and worst["steps_lost"] <= 2 * every,
-        f"{total} steps, largest relative difference of the losses {differs:.1e}; at most {worst}; {minutes:.0f} minutes",
+        differs < TOLERANCE and run.finished() and worst["steps_lost"] <= 2 * every and not unnamed,
+        f"{total} steps, largest relative difference of the losses {differs:.1e}; at most {worst}; {minutes:.0f} minutes"
+        + f"; the messages of {unnamed} do not name the host" * bool(unnamed),
     )
 
 
@@ -382,18 +411,11 @@ def main() -> int:
         args.kinds = [kind for kind in args.kinds if kind != "cut"]
     check = Check(args.folder)
     needed = [ROOT, Path(sys.prefix), Path(sys.base_prefix), args.folder, args.model]
-    with Cluster(args.folder, args.hosts, needed) as cluster:
-        store = subprocess.Popen(
-            [sys.executable, "-c", STORE, cluster.address, str(PORT)], stdout=subprocess.PIPE, text=True
-        )
-        try:
-            assert store.stdout and store.stdout.readline() == "ready\n"
-            if "train" in args.only:
-                check_training(args, cluster, check)
-            if "faults" in args.only:
-                check_faults(args, cluster, check)
-        finally:
-            store.kill()
+    with Cluster(args.folder, args.hosts, needed) as cluster, rendezvous(cluster):
+        if "train" in args.only:
+            check_training(args, cluster, check)
+        if "faults" in args.only:
+            check_faults(args, cluster, check)
     return int(not all(row["passed"] for row in check.rows))
 
 

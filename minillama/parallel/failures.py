@@ -147,6 +147,7 @@ def _end_if_lost(error: Exception) -> None:
 
     Returns if all are on this machine and alive: then the connection did not fail because of a dead process.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, when others have ended before this one has told why
     deadline = time.monotonic() + 1
     gone: dict[int, str | None] = {}
     while not gone and time.monotonic() < deadline:  # connections close a moment before the process ends
@@ -162,18 +163,23 @@ def _end_if_lost(error: Exception) -> None:
         names = ", ".join(f"rank {number}{how and f' ({how})'}" for number, how in gone.items())
         why = "out of memory perhaps, or killed by someone, unless it said why; see `dmesg`"
         print_error(f"\nerror: {names} is gone: {why}")
+        with quiet(), suppress(dist.DistError):
+            heart[0].speaks_first()
+            heart[0].tell_others([*gone], "")
     elif not gone:
         reason = str(error).partition("\n")[0].partition(". This is")[0]
-        text = "a process of another machine is gone, see what it printed"
         try:
             with quiet():
-                speaks = heart[0].speaks_first()
-                lost, named = heart[0].missing() if speaks else ([], "")  # while torchrun waits for this process
-            text = named if lost else text
-        except dist.DistError:  # the machine of rank 0 is gone, and with it the store: nobody knows who speaks
-            speaks, text = rank() == min(neighbours), heart[0].store_is_gone()
-        if speaks:
+                if not heart[0].speaks_first():
+                    heart[0].wait_until_told()
+                    sys.exit(1)
+                lost, named = heart[0].missing()
+            text = named or "a process of another machine is gone, see what it printed"
             print_error(f"\nerror: {text} ({reason})")
+            heart[0].tell_others(lost, named)
+        except dist.DistError:  # the machine of rank 0 is gone, and with it the store: nobody knows who speaks
+            if rank() == min(neighbours):
+                print_error(f"\nerror: {heart[0].store_is_gone()} ({reason})")
     sys.exit(1)
 
 

@@ -19,6 +19,8 @@ LOOKS = 12
 MISSED = 7
 """Looks without a sign, after which the table of all ranks is read twice"""
 ENDED = "ended"
+LOST = "minillama/lost"
+"""Key of the ranks that are lost, and the message about them, once a process has printed it"""
 _doing = "start-up", time.monotonic()
 
 
@@ -67,12 +69,33 @@ class Heartbeat:
             thread.join(1)
 
     def wait_for_readers(self) -> None:
-        """On rank 0, if the store ends with it: waits a little until the others have ended, so that they know why."""
-        deadline = time.monotonic() + 1
-        keeps = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        """On rank 0, if the store ends with it: waits a little until the others that are left have ended and know why."""
+        if self.rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
         with suppress(dist.DistError):
-            while keeps and time.monotonic() < deadline and any(sign != ENDED for sign in self._table()[1:]):
+            told = self._told()
+            deadline = time.monotonic() + (2 * self.interval if told else 1)
+            left = set(range(1, self.world_size)) - set(told[0] if told else ())
+            while time.monotonic() < deadline and any(self._table()[r] != ENDED for r in left):
                 time.sleep(0.02)
+
+    def tell_others(self, lost: list[int], text: str) -> None:
+        """Ends all others, at their next look. Of the lost ones, those that are alive after all print the text."""
+        with suppress(dist.DistError):
+            self.store.set(LOST, f"{' '.join(map(str, lost))}\t{text}")
+
+    def wait_until_told(self) -> None:
+        """Until the process that speaks has printed its message: if this one keeps the store, that one needs it."""
+        deadline = time.monotonic() + 4 * self.interval
+        while time.monotonic() < deadline and not self._told():
+            time.sleep(0.05)
+
+    def _told(self) -> tuple[list[int], str] | None:
+        """What another has told by tell_others."""
+        if not self.store.check([LOST]):
+            return None
+        ranks, _, text = self.store.get(LOST).decode().partition("\t")
+        return [int(r) for r in ranks.split()], text
 
     def speaks_first(self) -> bool:
         """Whether no process has said what is wrong. If one has, this one has nothing to add."""
@@ -122,9 +145,8 @@ class Heartbeat:
         with suppress(dist.DistError):  # the store has ended, and with it the process that keeps it
             while not self.over.wait(self.interval):
                 self._post()
-                if self.store.check(["minillama/lost"]):
-                    ranks, _, text = self.store.get("minillama/lost").decode().partition("\t")
-                    self._end(text if str(self.rank) in ranks.split() else "")
+                if told := self._told():
+                    self._end(told[1] if self.rank in told[0] else "")
                 keys = [f"minillama/sign/{r}" for r in (0, self.next)]
                 self.silent = 0
                 if not self.store.check(keys):
@@ -138,7 +160,7 @@ class Heartbeat:
     def _report(self) -> None:
         gone, text = self.missing()
         if gone and self.speaks_first():
-            self.store.set("minillama/lost", f"{' '.join(map(str, gone))}\t{text}")
+            self.tell_others(gone, text)
             self._end(text)
 
     def _judge(self) -> None:
@@ -148,15 +170,18 @@ class Heartbeat:
             if self.silent < LOOKS:
                 continue
             first_here = os.environ.get("LOCAL_RANK", "0") == "0"
-            self._end(f"{self.store_is_gone()} (waited for {self.lost_seconds:g} s)" if first_here else "")
+            text = f"{self.store_is_gone()} (waited for {self.lost_seconds:g} s)" if first_here else ""
+            self._end(text, store_answers=False)
 
-    def _end(self, text: str) -> None:
+    def _end(self, text: str, store_answers: bool = True) -> None:
         """Ends the process at once: its main thread waits for what will never come."""
         if text:
             self.tell(f"\nerror: {text}")
         sys.stdout.flush()
-        if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            time.sleep(2 * self.interval)  # the store ends with this process: until the others have read why
+        if store_answers:
+            with suppress(dist.DistError):
+                self.store.set(f"minillama/sign/{self.rank}", ENDED)
+            self.wait_for_readers()
         os._exit(1)
 
     def _table(self) -> list[str]:

@@ -201,22 +201,26 @@ def on_each_node(task: Callable[[], T]) -> T:
     Returns the result of this machine. If it raises on one, every rank raises, as in on_rank_zero.
     Every rank must call it.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    first = dist.get_rank() - int(os.environ.get("LOCAL_RANK", "0"))
+    machine = [*range(first, first + local_world_size())]
+    if (
+        "LOCAL_WORLD_SIZE" not in os.environ and neighbours
+    ):  # LOCAL_RANK may then be that of a GPU, if each sees its own
+        machine = sorted(neighbours)
     result, failure = None, None
-    if local_rank == 0:
+    if dist.get_rank() == machine[0]:
         try:
             result = task()
         except Exception as error:
             failure = error
-    first, count = dist.get_rank() - local_rank, local_world_size()
-    world, machine = dist.group.WORLD, range(first, first + count)
+    world = dist.group.WORLD
     assert world is not None
     if _groups.get("world") is not world:
         _groups.update(world=world, all=group_without_timeout())
         _groups["machine"] = dist.new_group(machine, backend="gloo", use_local_synchronization=True)
     _raise(failure, first_of_ranks(None if failure is None else _text(failure), _groups["all"]))
     answer: list[Any] = [result]
-    dist.broadcast_object_list(answer, src=first, group=_groups["machine"])
+    dist.broadcast_object_list(answer, src=machine[0], group=_groups["machine"])
     return answer[0]
 
 
