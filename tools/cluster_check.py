@@ -34,14 +34,12 @@ from cluster_check_parts.hosts import INSIDE, Cluster, Host, enter, namespaces
 ROOT = Path(__file__).parents[1]
 TORCHRUN = Path(sys.executable).parent / "torchrun"
 KINDS = ("killed", "cut", "frozen")
-PORT = 29400
 TOLERANCE = 1e-4
 STORE = """
 import sys, time
-from datetime import timedelta
 import torch.distributed as dist
-store = dist.TCPStore(sys.argv[1], int(sys.argv[2]), is_master=True, wait_for_workers=False)
-print("ready", flush=True)
+store = dist.TCPStore(sys.argv[1], 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
 time.sleep(1e9)
 """
 
@@ -83,7 +81,7 @@ class Run:
                 "--max-restarts",
                 1000 if again else 0,
             ),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self.cluster.address}:{PORT}"),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self.cluster.address}:{self.cluster.port}"),
             *("--rdzv-id", self.name, "--rdzv-conf", conf, "--local-addr", host.address),
             *(ROOT / self.args.recipe, *self.flags),
         ]
@@ -164,10 +162,11 @@ def difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
 @contextmanager
 def rendezvous(cluster: Cluster) -> Iterator[None]:
     """A store on none of the hosts, where their agents find each other."""
-    command = [sys.executable, "-c", STORE, cluster.address, str(PORT)]
+    command = [sys.executable, "-c", STORE, cluster.address]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as store:
         try:
-            assert store.stdout and store.stdout.readline() == "ready\n"
+            assert store.stdout
+            cluster.port = int(store.stdout.readline())
             yield
         finally:
             store.kill()

@@ -112,11 +112,11 @@ class Heartbeat:
         gone = [r for r in range(self.world_size) if before[r] == after[r] != ENDED and r != self.rank]
         if not gone:
             return [], ""
-        machines = ", ".join(sorted({_machine(after[r]) for r in gone}))
+        machines = sorted({_machine(after[r]) for r in gone})
         left = [r for r in range(self.world_size) if r not in gone]
-        lost = "its machine is" if len(gone) == 1 else "their machines are"
+        lost = ("its" if len(gone) == 1 else "their") + (" machine is" if len(machines) == 1 else " machines are")
         return gone, (
-            f"no sign of life of {_ranks(gone)} on {machines}: {lost} lost, frozen or cut off. Last seen: "
+            f"no sign of life of {_ranks(gone)} on {', '.join(machines)}: {lost} lost, frozen or cut off. Last seen: "
             f"{_standing(after, gone)}; of the others: {_standing(after, left)}"
         )
 
