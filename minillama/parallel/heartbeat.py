@@ -124,8 +124,8 @@ class Heartbeat:
         """What to say of rank 0's machine when the store, which is there, is gone or does not answer."""
         last = f", last seen {_standing([self.first], [0])}" if self.first else ""
         return (
-            f"no answer from {os.environ.get('MASTER_ADDR')}, where rank 0 is{last}: that machine, or the network to it, is "
-            f"lost or frozen; {platform.node()} stood in {_doing[0]}"
+            f"no answer from {os.environ.get('MASTER_ADDR')}, where rank 0 is{last}: unless it says why, that machine, or "
+            f"the network to it, is lost or frozen; {platform.node()} stood in {_doing[0]}"
         )
 
     def standing(self) -> str:
