@@ -45,10 +45,10 @@ from minillama.model.llama import Llama
 from minillama.model.quant import quantized_layers
 from minillama.parallel.failures import user_errors
 from minillama.parallel.initialise import initialise, materialise
-from minillama.parallel.processes import process_group, quiet_but_on_rank_zero, say
+from minillama.parallel.processes import on_rank_zero, process_group, quiet_but_on_rank_zero, say
 from minillama.parallel.sharding import shard
 from minillama.training.config import RunConfig, saved_flags
-from minillama.training.dpo import DpoConfig, DpoLoss, FrozenWeights, precompute
+from minillama.training.dpo import DpoConfig, DpoLoss, FrozenWeights, adapter_fingerprint, precompute
 from minillama.training.loop import training_loop
 from minillama.training.optim import OptimConfig, make_optimizer
 from minillama.training.run import finish_run, prepare_run, resolve
@@ -104,10 +104,6 @@ class Config(RunConfig):
 def main(config: Config) -> None:
     with process_group(config.device, config.fsdp.timeout_minutes, config.fsdp.lost_seconds) as device:
         config, checkpoint, precision = resolve(config, device)
-        if checkpoint and bool(config.lora.from_) != bool(checkpoint.content["flags"].get("lora", {}).get("from_")):
-            raise UserError(
-                f"{checkpoint.folder}: give --lora.from as this run began with it, or without: the reference"
-            )
         with torch.device("meta"):
             model = Llama(read_config(config.model))
         model.requires_grad_(config.method == "full")
@@ -117,11 +113,18 @@ def main(config: Config) -> None:
             raise UserError(f"{config.model} is quantised, and its weights cannot be trained: leave --method full out")
         if start_from := config.lora.from_:
             config = replace(config, lora=continue_adapter(config.lora, start_from))
+        reference = on_rank_zero(lambda: adapter_fingerprint(start_from))
+        if checkpoint and checkpoint.content["fingerprints"].get("reference", "") != reference:
+            raise UserError(
+                f"{checkpoint.folder}: give the --lora.from that this run began with, or none if it had none: it is the "
+                "reference"
+            )
         if config.method == "lora":
             apply_lora(model, config.lora)
         if start_from:
             check_adapter(model, start_from, base=config.model)
         run = prepare_run(config, model, weights, device, checkpoint, precision)
+        run = replace(run, fingerprints=run.fingerprints | {"reference": reference})
 
         shard(model, run.mesh, run.fsdp)
         if config.kernels.compile:
@@ -133,7 +136,7 @@ def main(config: Config) -> None:
             say(f"adapter     starts from {start_from}{', the reference' if config.dpo.has_reference else ''}")
         initialise(model, config.seed, loaded=loaded)
         if config.dpo.precompute:
-            run = precompute(run, model, config.eval.batch_size, adapter=start_from)
+            run = precompute(run, model, config.eval.batch_size)
         as_reference = lora_off
         changes = config.method == "full" or start_from  # what the reference has
         if changes and config.dpo.has_reference and not config.dpo.precompute:

@@ -65,8 +65,8 @@ class Config:
     given; else the part that --data.val-fraction holds out of --data.path or --data.mixture; else all of those."""
     dpo: PairLossConfig = PairLossConfig()
     reference: Path | None = None
-    """With --data.dataset preference: folder of the model that training started from, to which this one is compared, or
-    ORG/NAME of the hub. None: the model without its LoRA --adapter; --dpo.loss simpo has no reference."""
+    """Of pairs of answers: folder of what training started from, to which this model is compared: a model, ORG/NAME of
+    the hub, or an adapter for --model. None: the model without its LoRA --adapter; --dpo.loss simpo has no reference."""
     tasks: tuple[str, ...] = ()
     """Names of tasks of lm-evaluation-harness, such as arc_easy hellaswag, or of your own; their data come from the
     Hugging Face hub unless a task says otherwise."""
@@ -99,25 +99,28 @@ class Config:
             raise UserError("give what to measure: rows with --data.path or --data.val-path, or --tasks")
         if self.compare and not self.adapter:
             raise UserError("--compare needs the --adapter to compare with the model")
-        given = self.dpo != PairLossConfig() or self.reference
-        if given and not self.data.pairs:
-            raise UserError("--reference and --dpo are for --data.dataset preference, pairs of answers: leave them out")
+        if not isinstance(self.data, AnyDataConfig) or not self.data.is_own:  # else its rows will tell
+            self.check_pairs()
         if self.reference and not self.dpo.has_reference:
             raise UserError(f"--dpo.loss {self.dpo.loss} has no --reference: leave one of them out")
-        if self.data.pairs and self.dpo.has_reference and not (self.reference or self.adapter):
-            raise UserError(
-                "pairs of answers are measured against a reference: give the --reference that the model was trained from, "
-                "its --adapter, or --dpo.loss simpo, which needs none"
-            )
         for name, least in (("batch_size", 1), ("limit", 0), ("max_steps", 0), ("num_fewshot", 0)):
             if (getattr(self, name) or 0) < least:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
         check_seed(self.seed)
 
+    def check_pairs(self) -> None:
+        given = self.dpo != PairLossConfig() or self.reference
+        if given and not self.data.pairs:
+            raise UserError("--reference and --dpo are for pairs of answers, --data.dataset preference: leave them out")
+        if self.data.pairs and self.dpo.has_reference and not (self.reference or self.adapter):
+            raise UserError(
+                "pairs of answers are measured against a reference: give the --reference that the model was trained from, "
+                "its --adapter, or --dpo.loss simpo, which needs none"
+            )
+
     @property
     def has_rows(self) -> bool:
-        own = self.data.dataset.partition(":")[0].endswith(".py")
-        return own or any((self.data.path, self.data.val_path, self.data.mixture))
+        return self.data.is_own or any((self.data.path, self.data.val_path, self.data.mixture))
 
 
 def check_output(output: Path) -> None:
@@ -146,14 +149,16 @@ def find_tasks(config: Config) -> Any:
 
 
 def with_reference(config: Config, reference: Path, rows: Packed, tokenizer: Any, device: str) -> Packed:
-    """The rows with the log-probabilities of their labels by the reference."""
+    """The rows with the log-probabilities of their labels by the reference, a model or an adapter for --model."""
+    adapter = reference if (reference / "adapter_config.json").exists() else None
+    reference = config.model if adapter else find_model(reference)
     sizes = [read_config(folder).vocab_size for folder in (config.model, reference)]
     if sizes[0] != sizes[1]:
         raise UserError(
             f"--reference {reference} has a vocabulary of {sizes[1]} and the model of {sizes[0]}: give its own"
         )
     settings: dict[str, Any] = {"dtype": config.dtype, "quantize": config.quantize, "cache_dir": config.data.cache_dir}
-    model = load_model(reference, device, **settings)
+    model = load_model(reference, device, adapter=adapter, **settings)
     values = reference_values(rows, model, config.batch_size, tokenizer.pad_id, device)
     del model
     gc.collect()  # a sharded model is in reference cycles
@@ -225,6 +230,10 @@ def main(config: Config) -> None:
         config = replace(config, model=find_model(config.model))
         model = read_config(config.model)
         tokenizer = load_tokenizer(config.tokenizer or config.model, day=config.data.day)
+        if config.has_rows:
+            split = "train" if config.data.val_fraction else "validation"
+            config = replace(config, data=config.data.seen(tokenizer, split))
+            config.check_pairs()
         if config.data.pairs and config.dpo.has_reference and not config.reference:
             assert config.adapter
             if not isinstance(read_adapter_config(config.adapter), LoraConfig):
@@ -237,7 +246,7 @@ def main(config: Config) -> None:
             rows = load_evaluation_data(config.data, tokenizer, model.vocab_size, config.seed)
             say(f"rows        {described(rows, model, config.batch_size, dist.get_world_size())}")
             if config.reference:
-                rows = with_reference(config, find_model(config.reference), rows, tokenizer, device)
+                rows = with_reference(config, config.reference, rows, tokenizer, device)
         # the adapted model first: an adapter that does not fit is found before anything is measured
         adapters = {"adapted": config.adapter} if config.adapter else {}
         adapters |= {"base": None} if config.compare or not config.adapter else {}

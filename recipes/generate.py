@@ -150,6 +150,9 @@ def main(config: Config) -> None:
                 warned = True
 
         model = load_model(config.model, device, adapter=config.adapter, dtype=config.dtype, quantize=config.quantize)
+        if config.template == "chat" and tokenizer.lent_format and rank() == 0:
+            text = f"{config.model} has no chat template, and prompts are put to it in {tokenizer.lent_format} format"
+            print(f"note: {text}; --template none leaves them as they are", file=sys.stderr, flush=True)
         settings: dict[str, Any] = {
             "max_new_tokens": config.max_new_tokens,
             "temperature": config.temperature,

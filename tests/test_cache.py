@@ -321,7 +321,7 @@ def on_two_nodes(mesh, folder):
     from minillama.parallel.processes import on_each_node
 
     rank = mesh.get_rank()
-    os.environ["LOCAL_RANK"] = str(rank % 2)
+    os.environ |= {"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"}
 
     def work():
         (folder / f"worked{rank}").touch()

@@ -352,7 +352,7 @@ def find_on_a_slow_disk(mesh, out):
 
         def failing(file, function=function, what=what):
             nonlocal left
-            if dist.get_rank() == 1 and left > 0 and (what == "described" or file.name == ".metadata"):
+            if dist.get_rank() == 1 and left > 0 and (what == "described" or file.name == "index.json"):
                 left -= 1
                 if what == "_unseen":
                     return resume_module.ABSENT
@@ -374,7 +374,7 @@ def test_what_one_rank_cannot_see_or_read_is_not_damaged(tiny_folder, tmp_path):
     assert run_ranks(find_what_none_sees_for_a_while, 1, tmp_path) == [True]
     first, second = run_ranks(find_on_a_slow_disk, 2, tmp_path)
     assert first == second and first["seen late"] == first["read late"] == 2
-    assert "step-00000002/.metadata cannot be read on rank 1 (not there)" in first["never seen"]
+    assert "step-00000002/index.json cannot be read on rank 1 (not there)" in first["never seen"]
     assert "cannot be read on rank 1 (Stale file handle)" in first["never read"]
     assert not list((tmp_path / "sharded/checkpoints").glob("*.damaged"))
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_adapter
 from minillama.adapters.lora import LoraConfig, apply_lora
 from minillama.adapters.peft import save_adapter
 from minillama.data.batch import collate
@@ -451,6 +452,20 @@ def test_a_module_that_does_not_fill_what_it_owns_is_named(tiny_folder):
     model.model.register_parameter("bias", nn.Parameter(torch.zeros(2)))
     with pytest.raises(UserError, match=r"model \(LlamaModel\) owns bias, but has no reset_parameters\(\)"):
         initialise(model, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_has_the_numbers_of_fp32_rounded(tiny_folder, dtype):
+    drawn = []
+    for of in (torch.float32, dtype):
+        with torch.device("meta"):
+            model = Llama(read_config(tiny_folder))
+        apply_lora(model, LORA)
+        apply_llama_adapter(model, LlamaAdapterConfig(5, 2))
+        initialise(model.to(of).to_empty(device="cpu"), 7)
+        drawn.append(dict(model.named_parameters()))
+    for name, parameter in drawn[1].items():
+        assert parameter.dtype == dtype and torch.equal(parameter, drawn[0][name].to(dtype)), name
 
 
 def save_after_evaluation(mesh, folder, out):

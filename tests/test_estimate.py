@@ -13,6 +13,7 @@ import torch
 from conftest import TINY, run_script
 
 from minillama.adapters.lora import LoraConfig, apply_lora
+from minillama.errors import UserError
 from minillama.formats.bitsandbytes import quantization_config
 from minillama.formats.quantized import quantize_base
 from minillama.model.config import LlamaConfig
@@ -195,6 +196,28 @@ def test_a_comparison_and_a_command_for_several_machines(tmp_path, capsys):
         "--model meta-llama/Llama-3.1-8B --output-dir out --train.batch-size 2 --train.accumulate 1 "
         "--data.context-length 4096 --fsdp.precision mixed"
     )
+
+
+def test_what_the_tool_is_given_is_in_its_command(capsys):
+    """Also a learning rate that is OptimConfig's default, and not the recipe's."""
+    estimate_tool = tool()
+    for optim, said in (({}, ""), ({"lr": 1e-4}, " --optim.lr 0.0001"), ({"gamma": 0.5}, " --optim.gamma 0.5")):
+        flags = estimate_tool.Config(model="llama3-8b", method="full", optim=estimate_tool.OptimFlags(**optim))
+        command = estimate_tool.command(flags, 1, FsdpConfig(precision="mixed"), 2)
+        assert command.partition(" --fsdp.precision mixed")[2] == said
+        assert flags.optim.config == OptimConfig(**optim)
+    with pytest.raises(UserError, match=r"--optim.lr 0: must be"):
+        estimate_tool.OptimFlags(lr=0)
+
+
+def test_a_method_that_is_not_possible_is_a_row_of_the_comparison(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"num_hidden_layers": 1}))
+    estimate_tool = tool()
+    flags = estimate_tool.Config(model=str(tmp_path), compare=("1xrtx4090-24", "1xh100-80"), context_length=64)
+    estimate_tool.main(flags)
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 4 and all("tokens/s" in row for row in rows[:3])
+    assert rows[3].startswith("| LoRA, nf4 | not possible: nf4 cannot hold ") and rows[3].endswith(" as int8 | - |")
 
 
 @pytest.mark.parametrize(

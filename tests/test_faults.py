@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from conftest import _processes, random_model, run_script, save_folder, start_script
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -20,6 +21,7 @@ from minillama.data.cache import open_packed, prepare
 from minillama.data.datasets import DataConfig
 from minillama.errors import UserError
 from minillama.files import PARTIAL, lock, new_folder, write_json, write_whole
+from minillama.parallel.heartbeat import Heartbeat
 from minillama.tokenizer.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -306,6 +308,34 @@ def test_streams_that_are_closed(tiny_folder, tmp_path):
         assert said in text, text
 
 
+def test_who_looks_for_missing_ranks_is_not_missed():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    heart = Heartbeat(store, 0, 2, 0.6, print)
+    heart.over.set()  # no thread gives signs, as while one of them looks
+    for thread in heart.threads:
+        thread.join()
+    store.set("minillama/sign/1", "1\t0\tfar\tstep 3")
+    before = heart.count
+    ranks, text = heart.missing()
+    assert ranks == [1] and "no sign of life of rank 1 on far: its machine is lost" in text
+    assert heart.count - before >= 2.5, "signs of 2.5 looks"
+
+
+MACHINES = """
+import os, platform
+platform.node = lambda: f"machine{int(os.environ['RANK']) // 2}"
+from minillama.parallel.failures import neighbours
+from minillama.parallel.processes import on_each_node, process_group
+with process_group("cpu"):
+    print(os.environ["RANK"], sorted(neighbours), on_each_node(lambda: os.environ["RANK"]), flush=True)
+"""
+
+
+def test_a_launcher_that_does_not_tell_the_size_of_a_machine(tmp_path):
+    codes, text = run_script(script(tmp_path, MACHINES), world_size=3, log=tmp_path / "log", env={"LOCAL_RANK": "0"})
+    assert codes == [0] * 3 and sorted(text.splitlines()) == ["0 [0, 1] 0", "1 [0, 1] 0", "2 [2] 2"], text
+
+
 def test_what_is_no_reason_to_fail(tiny_folder, tmp_path):
     """An adapter of another base, and a plot that cannot be drawn: a warning each, and the run goes on to its end."""
     stranger = save_folder(random_model(1), tmp_path / "stranger")
@@ -323,7 +353,7 @@ def test_what_is_no_reason_to_fail(tiny_folder, tmp_path):
     made = f"--model {tiny_folder} --adapter {out}/adapter"
     for command in (
         f"recipes/generate.py {made} --template none --prompt TEXT",
-        f"recipes/evaluate.py {made} --data.dataset samsum --data.path FILE",
+        f"recipes/evaluate.py {made} --data.dataset samsum --data.path FILE --data.context-length 512",
         f"tools/merge_lora.py {tiny_folder} {out}/adapter {out}/model",
     ):
         assert text.count(f"\nnext: python {command}\n") == 1

@@ -45,4 +45,4 @@ def test_help_is_filled(script, monkeypatch):
 def test_what_is_broken_is_found():
     box = ["│ --resume STR             │", "│       or DIR, of           │", "│       a run (default: none) │"]
     assert [*broken("\n".join(box))] == ["or DIR, of"]
-    assert len(SCRIPTS) == 21
+    assert len(SCRIPTS) == 22

@@ -261,7 +261,7 @@ def test_when_a_connection_breaks_only_that_file_starts_from_scratch(hub, env):
 
 
 def in_two_places(mesh, env, here, there):
-    os.environ |= env | {"LOCAL_RANK": "0"}  # two machines
+    os.environ |= env | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # two machines
     os.chdir(here if mesh.get_rank() == 0 else there)
     return find(mesh, {}, "org/tiny")
 

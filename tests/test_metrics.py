@@ -76,6 +76,24 @@ def test_plot_and_read(tmp_path, monkeypatch):
     assert len(steps) > 1 and all(step == int(step) for step in steps)
 
 
+def test_loss_margin_and_accuracy_of_pairs_below_each_other(tmp_path, monkeypatch):
+    drawn, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or savefig(self, *a, **k))
+    names = ("loss", "reward_margin", "accuracy")
+    trained = [{"step": 1 + n, "loss": 0.7 - n / 8, "reward_margin": n / 4, "accuracy": 0.5 + n / 16} for n in range(3)]
+    evaluated = [{"step": 3 * n} | {f"eval_{name}": 1.0 + n + k for k, name in enumerate(names)} for n in range(2)]
+    lines = [evaluated[0], *trained, evaluated[1]]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    said = ("loss (mean over pairs)", "reward margin (mean over pairs)", "accuracy (mean over pairs)")
+    for axes, name, label in zip(drawn[0].axes, names, said, strict=True):
+        found = {line.get_label(): [*zip(*line.get_data(), strict=True)] for line in axes.get_lines()}
+        assert axes.get_ylabel() == label and found == {
+            "training": [(m["step"], m[name]) for m in trained],
+            "validation": [(m["step"], m[f"eval_{name}"]) for m in evaluated],
+        }
+
+
 def test_a_logger_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr("minillama.training.metrics.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--log\.wandb needs a package: pip install wandb"):

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from minillama.adapters.llama_adapter import LlamaAdapterConfig
 from minillama.adapters.lora import LoraConfig
 from minillama.adapters.peft import adapt, save_adapter
+from minillama.data import datasets
 from minillama.files import lock
 from minillama.formats.hf import check_weights, read_config
 from minillama.formats.hf_export import write_model
@@ -183,10 +184,13 @@ quantised twice, estimated | lora --model in_int8 --lora.quantize nf4 --estimate
 all of a quantised folder, estimated | estimate --model in_int8 --method full | in_int8 is quantised | --method lora
 estimated on fewer than no GPU | estimate --model llama3-8b --gpus -1 | --gpus -1 | at least 0
 all weights quantised, estimated | estimate --model llama3-8b --method full --quantize nf4 | --quantize nf4 | --method lora
+a model of no name | estimate --model llama9 | llama9 is not here | llama3-8b
 cards of no name | estimate --model llama3-8b --compare 24GB | --compare 24GB | as 8xh100-80
 no whole machines | estimate --model llama3-8b --gpus 12 | --gpus 12 | give 8 or 16
 a demo of no model | demo --model nowhere | nowhere: no such file or folder | a checkpoint's folder
 hosts without a model | cluster_check --model nowhere --folder hosts | nowhere: no such folder | a small model
+jobs without a model | slurm_check --model nowhere --folder hosts | nowhere: no such folder | a small model
+ranks without a model | scale_counts --model nowhere | nowhere: no such folder | a small model
 a check without a GPU | gpu_check --device cuda | no CUDA device | --device cpu
 weights of integers | lora --model int8 | int8 holds weights of int8 | give the plain checkpoint
 weights of fp8 | full --model fp8 | fp8 holds weights of float8_e4m3fn | give the plain checkpoint
@@ -492,6 +496,7 @@ def attempt(world, command):
         for descriptor in output_folder._locks.values():  # those of a process, which ends with its run
             os.close(descriptor)
         output_folder._locks.clear()
+        datasets._module.cache_clear()  # by its name in another folder
     return code, said.getvalue()
 
 

@@ -423,6 +423,32 @@ def test_a_run_on_a_quantised_base(folder, tmp_path, capsys):
         said = f"evaluate.py --model {folder} --adapter {tmp_path}/away --quantize nf4 --data.dataset"
         text = capsys.readouterr().out
         assert (said in text and "no run.json beside" in text) == (name == "a") and "trained tokens" not in text
+    shutil.copytree(adapter, tmp_path / "dpo/adapter")
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    run["flags"]["data"] |= {"dataset": "preference", "path": "p.jsonl", "val_path": None, "val_fraction": 0.1}
+    (tmp_path / "dpo/run.json").write_text(json.dumps({"flags": run["flags"] | {"dpo": {"beta": 0.2}}}))
+    assert tool("merge_lora", folder, tmp_path / "dpo/adapter", tmp_path / "d") == 0
+    rows = r"--data.dataset preference --data.path p.jsonl --data.val-fraction 0.1 .*--dpo.beta 0.2"
+    commands = re.findall(r"evaluate.py (.*)", capsys.readouterr().out)
+    wanted = (
+        f"--model {folder} --adapter .* --quantize nf4 {rows}",
+        f"--model {tmp_path}/d {rows} --reference {folder}",
+    )
+    assert all(re.fullmatch(pattern, text) for pattern, text in zip(wanted, commands, strict=True)), commands
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef rows(*_):\n    return []\n")
+    (tmp_path / "mixture.json").write_text(json.dumps([{"dataset": "own.py:rows"}]))
+    for name, changes in {
+        "e": {"dataset": f"{tmp_path}/own.py:rows"},
+        "f": {"dataset": "samsum", "mixture": str(tmp_path / "mixture.json")},
+    }.items():
+        run["flags"]["data"] |= {"path": None} | changes
+        (tmp_path / "dpo/run.json").write_text(json.dumps(run))
+        assert tool("merge_lora", folder, tmp_path / "dpo/adapter", tmp_path / name) == 0
+        assert (
+            f"rows come from {tmp_path}/own.py:rows, and nothing that a run.json names is run"
+            in capsys.readouterr().out
+        )
+        assert not (tmp_path / "ran").exists()
     tokens = torch.randint(0, 512, (2, 30))
     adapted = load_adapter(from_pretrained(folder, quantize="nf4"), adapter)(tokens)
     onto_plain = load_adapter(from_pretrained(folder), adapter)(tokens)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from conftest import random_model, run_ranks, run_script
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from test_distributed import whole
 from test_dpo import pairs
 from test_model import hf_reference
@@ -147,6 +148,7 @@ def test_lora_on_two_ranks_is_one_rank_with_the_reference_precomputed(run, tiny_
     codes, text, two = run(*flags, out="two", world_size=2)
     assert codes == [0, 0], text
     text_of_two = text
+    assert "chat        Llama 3's format, as the tokenizer has no chat template" in text
     assert "12 pairs" in text and sorted(p.name for p in two.iterdir()) == [
         "adapter",
         "checkpoints",
@@ -169,7 +171,7 @@ def test_lora_on_two_ranks_is_one_rank_with_the_reference_precomputed(run, tiny_
     assert after["eval_kl"] == pytest.approx(kl, rel=1e-3)
     [command] = re.findall("next: python recipes/(evaluate.py .*)", text_of_two)
     assert command == f"evaluate.py --model {tiny_folder} --adapter {two}/adapter --data.dataset preference " + (
-        f"--data.path {data}/val.jsonl"
+        f"--data.path {data}/val.jsonl --data.context-length 300"
     )
     measured = evaluated(command.split()[1:], tmp_path)
     assert measured.keys() == after.keys() - {"step"}
@@ -210,14 +212,30 @@ def test_a_resumed_run_goes_on_against_the_same_reference(run, method, tiny_fold
     assert [[m[name] for name in TOLD] for m in found] == [[m[name] for name in TOLD] for m in expected]
     codes, text, _ = run(*flags, "--resume", start, "--dpo.beta", 0.2, out="other")
     assert codes == [1] and "--dpo.beta 0.2 (was 0.1)" in text
-    if method == "full":  # against the base as --reference
-        [command] = re.findall("next: python recipes/evaluate.py (.*)", text_of_whole)
+    if method == "lora from":  # a reference of another content, in a folder of the same form
+        other = tmp_path / "other_adapter"
+        other.mkdir()
+        for file in (first / "adapter").iterdir():
+            (other / file.name).write_bytes(file.read_bytes())
+        tensors = load_file(other / "adapter_model.safetensors")
+        save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, other / "adapter_model.safetensors")
+        codes, text, out = run(*flags, "--resume", start, "--lora.from", other, out="other")
+        assert codes == [1] and "give the --lora.from that this run began with" in text and not out.exists(), text
+    [command] = re.findall("next: python recipes/evaluate.py (.*)", text_of_whole)
+    if method == "full":
         assert command.endswith(f" --reference {tiny_folder}")
         tuned = AutoModelForCausalLM.from_pretrained(whole_run / "model", dtype=torch.float32).eval()
-        found, kl = margins(tuned, hf_reference(random_model()), load_tokenizer(tiny_folder))
-        measured = evaluated(command.split(), tmp_path)
-        assert measured["eval_reward_margin"] == pytest.approx(found.mean(), abs=1e-4) and measured["eval_pairs"] == 5
-        assert measured["eval_accuracy"] == (found > 0).mean() and measured["eval_kl"] == pytest.approx(kl, rel=1e-3)
+        reference = hf_reference(random_model())
+    else:
+        assert command.endswith(f" --reference {first}/adapter")
+        folders = (whole_run / "adapter", first / "adapter")
+        tuned, reference = (
+            PeftModel.from_pretrained(hf_reference(random_model()), folder).eval() for folder in folders
+        )
+    found, kl = margins(tuned, reference, load_tokenizer(tiny_folder))
+    measured = evaluated(command.split(), tmp_path)
+    assert measured["eval_reward_margin"] == pytest.approx(found.mean(), abs=1e-4) and measured["eval_pairs"] == 5
+    assert measured["eval_accuracy"] == (found > 0).mean() and measured["eval_kl"] == pytest.approx(kl, rel=1e-3)
 
 
 def test_simpo_of_all_weights(run):

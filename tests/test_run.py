@@ -3,20 +3,24 @@
 import dataclasses
 import datetime
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+import tyro
 from conftest import run_ranks, run_script
 
+import minillama
 from minillama.adapters.lora import LoraConfig
-from minillama.data.datasets import DataConfig
+from minillama.data.cache import open_packed, prepare, prepare_evaluation
+from minillama.data.datasets import AnyDataConfig, DataConfig, PreferenceConfig, _module
 from minillama.errors import UserError
 from minillama.tokenizer.tokenizer import load_tokenizer
 from minillama.training.config import saved_flags
 from minillama.training.optim import OptimConfig
 from minillama.training.resume import Checkpoint
-from minillama.training.run import with_date
+from minillama.training.run import flags_of_rows, with_date
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +118,99 @@ def test_a_run_that_resumes_keeps_its_day(dated_folder, tmp_path):
     assert (code, day) == (0, "2024-02-29") and "resumed     " in text, text
     code, text, _ = run("--resume", "auto", "--train.max-steps", 3, "--data.date", "2025-01-01")
     assert code == 1 and "cannot be resumed with --data.date 2025-01-01 (was 2024-02-29)" in text
+
+
+OWN = """
+import json
+def pairs(config, tokenizer, split):
+    return [{"prompt": f"{split} {n}", "chosen": f"yes {n}", "rejected": "no"} for n in range(9)]
+def from_file(config, tokenizer, split):
+    return map(json.loads, (config.path if split == "train" else config.val_path).read_text().splitlines())
+"""
+BUNDLED = Path(minillama.__file__).parent / "bundled"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    data: AnyDataConfig = AnyDataConfig()
+    seed: int = 42
+
+
+@pytest.mark.parametrize(
+    ("seed", "said", "flags"),
+    [
+        (42, f"--data.path {BUNDLED}/grammar_validation.csv", {}),
+        (42, f"--data.path {BUNDLED}/grammar_train.csv --data.val-fraction 0.2", {"val_fraction": 0.2}),
+        (7, "--data.path a.jsonl --data.val-fraction 0.2 --seed 7", {"path": "a.jsonl", "val_fraction": 0.2}),
+        (7, "--data.path b.jsonl", {"path": "a.jsonl", "val_path": "b.jsonl"}),
+        (7, "--data.val-fraction 0.3 --data.mixture m.json --seed 7", {"mixture": "m.json", "val_fraction": 0.3}),
+        (42, "", {"dataset": "own.py:pairs"}),
+        (7, "--data.val-fraction 0.3 --seed 7", {"dataset": "own.py:pairs", "val_fraction": 0.3}),
+        (
+            42,
+            "--data.path a.jsonl --data.val-path b.jsonl",
+            {"dataset": "own.py:from_file", "path": "a.jsonl", "val_path": "b.jsonl"},
+        ),
+    ],
+)
+def test_the_next_command_measures_the_rows_that_the_run_held_out(
+    tiny_folder, tmp_path, monkeypatch, seed, said, flags
+):
+    monkeypatch.chdir(tmp_path)
+    _module.cache_clear()
+    Path("own.py").write_text(OWN)
+    for name, count in (("a", 20), ("b", 5)):
+        rows = [{"wrong": f"{name}{n}", "target": "x" * n, "text": "y" * n} for n in range(1, count)]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"input": "wrong"}
+    sources = [{"dataset": "grammar", "path": f"{name}.jsonl", "columns": columns, "weight": 2} for name in "ab"]
+    Path("m.json").write_text(json.dumps(sources))
+    flags = {
+        name: Path(value) if name.endswith("path") or name == "mixture" else value for name, value in flags.items()
+    }
+    kind = PreferenceConfig if flags.get("dataset") == "own.py:pairs" else DataConfig
+    given = {
+        "dataset": "grammar",
+        "context_length": 150,
+        "too_long": "truncate",
+        "cache_dir": tmp_path / "cache",
+    } | flags
+    if {"path", "mixture"} & flags.keys() and given["dataset"] == "grammar":
+        given["columns"] = ("input=wrong",)
+    data, tokenizer = kind(**given), load_tokenizer(tiny_folder)
+    words = shlex.split(flags_of_rows(data, seed, evaluated=True))
+    changed = (
+        "--data.columns input=wrong " * ("columns" in given) + "--data.context-length 150 --data.too-long truncate"
+    )
+    assert sorted(words) == sorted(f"--data.dataset {data.dataset} {said} {changed}".split())
+    parsed = tyro.cli(Evaluated, args=words)
+    seen = dataclasses.replace(parsed.data, cache_dir=data.cache_dir).seen(
+        tokenizer, "train" if data.val_fraction else "validation"
+    )
+    assert seen.pairs == data.pairs
+    found, expected = (
+        prepare_evaluation(seen, tokenizer, parsed.seed),
+        prepare(data, tokenizer, seed, validation=True)[1],
+    )
+    found, expected = open_packed(found), open_packed(expected)
+    texts = [
+        sorted(tokenizer.decode(packed.documents.tokens[s : s + n].tolist()) for s, n in zip(*spans, strict=True))
+        for packed in (found, expected)
+        for spans in [(packed.starts.tolist(), packed.sizes.tolist())]
+    ]
+    assert texts[0] == texts[1] and texts[0]
+
+
+def test_without_rows_held_out_the_next_command_has_a_place_for_them():
+    for data, evaluated in (
+        (DataConfig(), False),
+        (DataConfig(path=Path("a.jsonl"), val_fraction=0.1), False),
+        (
+            DataConfig(dataset="alpaca", path=Path("a.jsonl")),
+            True,
+        ),  # its first twentieth, which evaluate.py does not know
+    ):
+        assert flags_of_rows(data, 7, evaluated=evaluated) == f"--data.dataset {data.dataset} --data.path FILE"
 
 
 def test_labels_that_leave_nothing_to_train_are_refused(tiny_folder, tmp_path):

@@ -53,7 +53,7 @@ def sbatch(tmp_path):
     mark = str(uuid.uuid4())
     shells = []
 
-    def start(name, *flags, recipe, job_state="RUNNING", restarts=0):
+    def start(name, *flags, recipe, job_state="RUNNING N/A", restarts=0):
         (state / "job").write_text(job_state + "\n")
         (state / "agents").unlink(missing_ok=True)
         (state / "asked").write_text("")
@@ -195,7 +195,7 @@ time.sleep(100)
 """
 
 
-@pytest.mark.parametrize(("number", "job_state"), [("SIGUSR1", "RUNNING"), ("SIGTERM", "COMPLETING")])
+@pytest.mark.parametrize(("number", "job_state"), [("SIGUSR1", "RUNNING N/A"), ("SIGTERM", "COMPLETING N/A")])
 def test_agents_wait_for_their_workers_and_restart_none(sbatch, tmp_path, number, job_state):
     (tmp_path / "slow.py").write_text(SLOW)
     shell = sbatch("many_nodes", "2", recipe=tmp_path / "slow.py", job_state=job_state)
@@ -205,8 +205,20 @@ def test_agents_wait_for_their_workers_and_restart_none(sbatch, tmp_path, number
     log = sbatch.log.read_text()
     assert log.count("training") == log.count("saving") == log.count("saved") == 2, log
     requeued = any(line.startswith("scontrol requeue") for line in sbatch.asked())
-    assert requeued == (job_state == "RUNNING")  # else it was cancelled, or Slurm requeues it
+    assert requeued == (job_state == "RUNNING N/A")  # else it was cancelled, or Slurm requeues it
     assert not sbatch.left_over()
+
+
+@pytest.mark.parametrize("preempted", ["N/A", "2026-11-27T22:28:51"])
+def test_a_preempted_job_is_requeued_though_only_its_agents_got_the_signal(sbatch, tmp_path, preempted):
+    """As Slurm does by default in a grace time."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    shell = sbatch("one_node", "1", recipe=tmp_path / "slow.py", job_state=f"RUNNING {preempted}")
+    until(lambda: sbatch.log.read_text().count("training") == 1, shell, sbatch.log)
+    os.kill(int((tmp_path / "slurm/agents").read_text()), signal.SIGTERM)
+    assert shell.wait(30) == 1
+    requeued = any(line.startswith("scontrol requeue") for line in sbatch.asked())
+    assert requeued == (preempted != "N/A"), sbatch.log.read_text()
 
 
 def test_a_run_that_fails_is_tried_again_but_not_requeued(sbatch, tmp_path):

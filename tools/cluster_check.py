@@ -4,11 +4,11 @@
     python tools/cluster_check.py --model DIR --folder /tmp/cluster --only train          no faults
     python tools/cluster_check.py --model DIR --folder /tmp/cluster --only faults --faults 5 --seed 3 --hosts 3
 
-A host is a network namespace behind a bridge, with its own hostname, processes, /tmp and cache; torchrun runs on each, gloo
-between them. Only the output folder is shared. Where namespaces are not allowed, a host is an address of the loopback. DIR:
-a small model. A fault takes one host at a random moment of a step: killed (all its processes at once), cut (its link goes
-down, without a FIN), frozen (SIGSTOP to all its processes). torchrun --nnodes goes on with the hosts that are left, and
-takes it back when it returns. A slow disk (strace delays each fsync of one host) is no fault.
+A host is a network namespace behind a bridge, with its own hostname, processes, /tmp and cache; torchrun runs on each,
+gloo between them. Only the output folder is shared. Where namespaces are not allowed, a host is an address of the
+loopback. DIR: a small model. A fault takes one host at a random moment of a step: killed (all its processes at once), cut
+(its link goes down, without a FIN), frozen (SIGSTOP to all its processes). torchrun --nnodes goes on with the hosts that
+are left, and takes it back when it returns. A slow disk (strace delays each fsync of one host) is no fault.
 
 Prints one row a check and a fault, and writes them to FOLDER/cluster_check.json. Ends with code 1 if anything differs.
 """
@@ -23,18 +23,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from cluster_check_parts.compare import TOLERANCE, difference, until
 from cluster_check_parts.hosts import INSIDE, Cluster, Host, enter, namespaces
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = Path(sys.executable).parent / "torchrun"
 KINDS = ("killed", "cut", "frozen")
-TOLERANCE = 1e-4
 STORE = """
 import sys, time
 import torch.distributed as dist
@@ -135,28 +135,6 @@ class Run:
 
     def errors(self) -> list[str]:
         return [line for line in self.said().splitlines() if line.startswith("error: ")]
-
-
-def until(condition: Callable[[], Any], what: str, seconds: float = 300) -> float:
-    """Waits for it; returns the time.monotonic() at which it came."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds:g} s in vain for {what}")
-        time.sleep(0.05)
-    return time.monotonic()
-
-
-def difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
-    """The largest relative difference of losses, of steps and evaluations; infinite if steps are missing."""
-
-    def losses(lines: list[dict[str, Any]]) -> dict[tuple[int, str], float]:
-        return {(line["step"], key): line[key] for line in lines for key in ("loss", "eval_loss") if key in line}
-
-    a, b = losses(one), losses(other)
-    if a.keys() != b.keys() or len(one) != len(other):
-        return float("inf")
-    return max(abs(a[key] - b[key]) / abs(a[key]) for key in a)
 
 
 @contextmanager

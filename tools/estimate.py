@@ -16,7 +16,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import re
 import shlex
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +66,19 @@ class LoraFlags(LoraConfig):
 
 
 @dataclass(frozen=True)
+class OptimFlags(OptimConfig):
+    lr: float | None = None  # type: ignore[assignment]
+    """The highest learning rate, for the command alone; None: the recipe's own."""
+
+    def __post_init__(self) -> None:
+        self.config  # noqa: B018
+
+    @property
+    def config(self) -> OptimConfig:
+        return OptimConfig(**asdict(self) | ({"lr": OptimConfig.lr} if self.lr is None else {}))
+
+
+@dataclass(frozen=True)
 class Config:
     """What to estimate."""
 
@@ -94,7 +107,7 @@ class Config:
     accumulate: int = 1
     """Micro-batches of a step."""
     fsdp: FsdpConfig = FsdpConfig(precision="mixed")
-    optim: OptimConfig = OptimConfig()
+    optim: OptimFlags = OptimFlags()
     quantize: Quantize = "none"
     """Hold the linear layers of a frozen base in 4 bits a weight (nf4, QLoRA's) or 8 (int8)."""
     lora: LoraFlags = LoraFlags()
@@ -165,6 +178,11 @@ def shapes(model: str) -> tuple[LlamaConfig, dict[str, Any]]:
     if Path(model).is_file() and Path(model).suffix == ".json":
         return LlamaConfig.from_dict(read_json(Path(model))), quantization(Path(model))
     folder = find_model(model, weights=False)
+    if not folder.exists():
+        raise UserError(
+            f"--model {model} is not here: give {', '.join(SIZES)}, a model's folder, its config.json, or ORG/NAME of the "
+            "Hugging Face hub"
+        )
     return read_config(folder), quantization(folder)
 
 
@@ -191,7 +209,7 @@ def command(flags: Config, gpus: int, fsdp: FsdpConfig, batch_size: int) -> str:
     words += ["--data.context-length", str(flags.context_length)]
     if flags.quantize != "none":
         words += [f"--{GROUPS[flags.method]}.quantize", flags.quantize]
-    groups = [("fsdp", fsdp, FsdpConfig()), ("optim", flags.optim, OptimConfig())]
+    groups = [("fsdp", fsdp, FsdpConfig()), ("optim", flags.optim, OptimFlags())]
     if group := GROUPS.get(flags.method):
         own = getattr(flags, group)
         groups.append((group, own, type(own)()))
@@ -220,7 +238,7 @@ def adviser_of(flags: Config, config: LlamaConfig, stored: dict[str, Any]) -> Ad
         flags.gpu,
         flags.network,
         {
-            "optim": flags.optim,
+            "optim": flags.optim.config,
             "context_length": flags.context_length,
             "accumulate": flags.accumulate,
             "machine": flags.gpus_per_machine,
@@ -263,7 +281,13 @@ def compare(flags: Config, config: LlamaConfig, stored: dict[str, Any]) -> None:
         methods = {"full": {"method": "full"}} | methods
         methods |= {f"LoRA, {kind}": {"method": "lora", "quantize": kind} for kind in ("int8", "nf4")}
     for name, changes in methods.items():
-        adviser = adviser_of(replace(flags, compare=(), **changes), config, stored)
+        own = replace(flags, compare=(), **changes)
+        try:
+            build(own, replace(config, num_hidden_layers=1), stored)
+        except UserError as error:  # what it cannot quantise
+            print(f"| {name} | " + " | ".join([f"not possible: {error}"] + ["-"] * (len(flags.compare) - 1)) + " |")
+            continue
+        adviser = adviser_of(own, config, stored)
         cells = []
         for number, card in flags.compared:
             on_card = replace(adviser, card=card)
@@ -292,7 +316,7 @@ def main(flags: Config) -> None:
         lambda: build(flags, config, stored),
         gpus,
         fsdp=flags.fsdp,
-        optim=flags.optim,
+        optim=flags.optim.config,
         batch_size=flags.batch_size,
         context_length=flags.context_length,
         accumulate=flags.accumulate,

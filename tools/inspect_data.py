@@ -103,7 +103,7 @@ def sample(packed: Packed, piece: int, tokenizer: Any, marks: bool) -> str:
 
 def main(config: Config) -> None:
     tokenizer = load_tokenizer(find_model(config.model, weights=False), day=config.data.day)
-    data = replace(config.data, bad_rows="skip")
+    data = replace(config.data, bad_rows="skip").seen(tokenizer, "train")
     held_out = bool(data.val_path or data.val_fraction or data.path is data.mixture is None or data.dataset == "alpaca")
     processes = data.workers
     folders = prepare(data, tokenizer, config.seed, validation=held_out, processes=processes)

@@ -22,7 +22,7 @@ import torch
 import tyro
 
 from minillama.adapters.merge import merge_adapter
-from minillama.data.datasets import DataConfig
+from minillama.data.datasets import DataConfig, PreferenceConfig, training_sources
 from minillama.data.load import load_data
 from minillama.data.packing import Packed
 from minillama.errors import UserError
@@ -38,7 +38,9 @@ from minillama.parallel.processes import process_group
 from minillama.progress import progress
 from minillama.tokenizer.tokenizer import load_tokenizer
 from minillama.training.config import from_flags
+from minillama.training.dpo import DpoConfig
 from minillama.training.plan import EvalConfig, eval_batches
+from minillama.training.run import flags_of_pairs, flags_of_rows
 from minillama.training.step import evaluate
 
 
@@ -90,12 +92,9 @@ def merge_lora(
         try:
             rows, tokenizer, cache_dir = held_out_rows(run, base, device)
         except UserError as error:
-            print(f"held-out loss: not measured, because {error}. To compare, measure both on rows of yours:")
-            for flags in (
-                f"{quote(model_name(base))} --adapter {quote(str(adapter))} --quantize {kind}",
-                quote(str(target)),
-            ):
-                print(f"  python recipes/evaluate.py --model {flags} --data.dataset FORMAT --data.path FILE")
+            print(f"held-out loss: not measured, because {error}. To compare, measure both:")
+            for flags in flags_to_compare(run, base, adapter, target, kind):
+                print(f"  python recipes/evaluate.py --model {flags}")
             return
         cases: list[tuple[str, Path, Path | None, Quantize]] = [
             (f"the adapter on the base in {kind}, as it was trained", base, adapter, kind),
@@ -129,6 +128,23 @@ def flags_of_run(adapter: Path) -> dict[str, Any] | None:
     return None if misfit(content, {"flags": flags}) else content["flags"]
 
 
+def flags_to_compare(run: dict[str, Any] | None, base: Path, adapter: Path, target: Path, kind: Quantize) -> list[str]:
+    """Of evaluate.py: for the adapter on the base quantised as `kind`, and for what it was merged to. FORMAT and FILE stand
+    for the user's rows where the run names none."""
+    name, rows, reference = quote(model_name(base)), "--data.dataset FORMAT --data.path FILE", ""
+    if run is not None:
+        data = from_flags(PreferenceConfig if "dpo" in run else DataConfig, run["data"], "run.json")
+        rows = flags_of_rows(data, run["seed"], evaluated=run["eval"]["enabled"])
+        if "dpo" in run:
+            dpo = from_flags(DpoConfig, run["dpo"], "run.json")
+            rows += flags_of_pairs(dpo, None)
+            reference = f" --reference {name}" if dpo.has_reference else ""
+    return [
+        f"{name} --adapter {quote(str(adapter))} --quantize {kind} {rows}",
+        f"{quote(str(target))} {rows}{reference}",
+    ]
+
+
 def held_out_rows(run: dict[str, Any] | None, base: Path, device: str) -> tuple[Packed, Any, Path | None]:
     """What the run evaluated on, its tokenizer and its cache. Raises UserError with the reason if that cannot be measured
     here."""
@@ -141,6 +157,10 @@ def held_out_rows(run: dict[str, Any] | None, base: Path, device: str) -> tuple[
     if size > least_memory(device) / 2:
         raise UserError(f"a model of {size_text(size)} needs several processes, which torchrun starts")
     data = from_flags(DataConfig, run["data"], "run.json")
+    if own := [source.dataset for source in training_sources(data) if source.is_own or data.is_own]:
+        raise UserError(
+            f"its rows come from {own[0]}, and nothing that a run.json names is run"
+        )  # it may be someone else's
     tokenizer = load_tokenizer(run["tokenizer"] or base, day=data.day)
     _, rows = load_data(data, tokenizer, config.vocab_size, run["seed"], validation=True)
     assert rows

@@ -96,6 +96,11 @@ class DataConfig:
                 raise UserError(f"--data.columns {column}: give FIELD=COLUMN, such as {FIELDS['samsum'][0]}=text")
 
     @property
+    def is_own(self) -> bool:
+        """Whether the rows come from the user's own function."""
+        return _OWN.fullmatch(self.dataset) is not None
+
+    @property
     def day(self) -> datetime.date | None:
         return datetime.date.fromisoformat(self.date) if self.date else None
 
@@ -124,6 +129,18 @@ class AnyDataConfig(DataConfig):
     @property
     def pairs(self) -> bool:
         return self.dataset == "preference"
+
+    def seen(self, tokenizer: Any, split: Split) -> DataConfig:
+        """As PreferenceConfig if the first row of that split, by the user's own function, has two answers."""
+        if not self.is_own or self.mixture:
+            return self
+        try:
+            row = next((read() for _, read in Source(self.dataset, self.path, split).rows(self, tokenizer)), None)
+        except UserError:  # of a bad row, which is said with the others, or skipped
+            return self
+        columns = _columns(self)
+        both = {columns.get(name, name) for name in ("chosen", "rejected")}
+        return PreferenceConfig(**vars(self)) if isinstance(row, dict) and both <= row.keys() else self
 
 
 def _check_pairs(config: DataConfig, dataset: str) -> None:
@@ -196,7 +213,7 @@ class Source:
                 progress(1)
                 yield f"{self.path}, row {number + 1}", partial(_of_hub, found, number)
         else:
-            yield from read_rows(self._file(), progress)
+            yield from read_rows(self.file(), progress)
 
     def content(self, config: DataConfig, tokenizer: Any) -> str:
         """The same for the same rows. Reads local files, and runs the user's own function, to their end."""
@@ -207,7 +224,7 @@ class Source:
             return digest.hexdigest()
         if (found := self._hub()) is not None:
             return found._fingerprint
-        return content_hash(self._file())
+        return content_hash(self.file())
 
     def size(self) -> int | None:
         """The total of what `rows` will report to `progress`; None: unknown."""
@@ -215,9 +232,10 @@ class Source:
             return None
         if (found := self._hub()) is not None:
             return len(found)
-        return sum(file.stat().st_size for file in data_files(self._file()))
+        return sum(file.stat().st_size for file in data_files(self.file()))
 
-    def _file(self) -> Path:
+    def file(self) -> Path:
+        """The rows, if they are in a file or folder. Raises UserError for a format without a small set of its own."""
         if self.path:
             return self.path
         if self.dataset in ("text", "preference"):

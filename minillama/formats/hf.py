@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import reprlib
+import threading
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -161,6 +162,7 @@ class SafetensorsWeights:
         self._files = files
         self.names = list(self._files)
         self._described: dict[str, tuple[list[int], torch.dtype]] = {}
+        self._last = threading.local()
         for file in dict.fromkeys(self._files.values()):
             with open_tensors(file) as tensors:
                 there = set(tensors.keys())
@@ -179,8 +181,10 @@ class SafetensorsWeights:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """(stop - start, ...). Raises UserError for NaN and infinity."""
-        with open_tensors(self._files[name]) as tensors:
-            return finite(tensors.get_slice(name)[start:stop], name, self._files[name])
+        file, last = self._files[name], self._last
+        if getattr(last, "file", None) != file:  # the file that a thread has read last stays open, and mapped
+            last.file, last.tensors = file, open_tensors(file)
+        return finite(last.tensors.get_slice(name)[start:stop], name, file)
 
 
 def open_weights(folder: str | Path) -> Weights:

@@ -6,14 +6,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from minillama.errors import UserError
 from minillama.formats.hf import INDEX, TOKENIZER_FILES, read_config, read_index
 from minillama.formats.meta import is_meta_folder
-from minillama.parallel.processes import on_each_node
+from minillama.parallel.processes import first_of_ranks, on_each_node, on_rank_zero
 from minillama.progress import Lines
 
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))\b[\w.-]+\b/\b[\w.-]+\b", re.ASCII)
@@ -47,10 +46,9 @@ def find_model(model: str | Path, *, weights: bool = True) -> Path:
     if not dist.is_initialized():
         return _find(model, weights)
     folder = on_each_node(lambda: _find(model, weights))
-    versions: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(versions, folder.name)  # of a repository: the commit
-    if len(set(versions)) > 1:
-        found = ", ".join(sorted(set(versions)))
+    first = on_rank_zero(lambda: folder.name)  # of a repository: the commit
+    if other := first_of_ranks(folder.name if folder.name != first else None):
+        found = ", ".join(sorted([first, other]))
         raise UserError(f"the machines have different versions of {model}: {found}; give all of them the same folder")
     return folder
 

@@ -107,7 +107,9 @@ class Heartbeat:
     def missing(self) -> tuple[list[int], str]:
         """Which ranks give no sign of life, and where they stood, as text. Takes the time of some looks."""
         before = self._table()
-        time.sleep(2.5 * self.interval)
+        for _ in range(5):  # still giving signs: another rank may look for missing ones, too
+            time.sleep(self.interval / 2)
+            self._post()
         after = self._table()
         gone = [r for r in range(self.world_size) if before[r] == after[r] != ENDED and r != self.rank]
         if not gone:

@@ -21,9 +21,10 @@ def materialise(model: Llama, device: torch.device | str) -> None:
 def initialise(model: nn.Module, seed: int, loaded: Collection[str] = ()) -> None:
     """Fills every parameter and buffer not in `loaded` through its module's reset_parameters().
 
-    The numbers depend on seed and name alone, not on the number of ranks or the device: each module's parameters are
-    drawn whole on the host, one module at a time, and each rank keeps its part. (Random functions on DTensors draw the
-    same numbers in every shard on CPU.) Raises UserError for a module that does not fill all it owns.
+    The numbers depend on seed and name alone, not on the number of ranks, the device or the dtype: each module's
+    parameters are drawn whole on the host in at least fp32, one module at a time, and each rank keeps its part. (Random
+    functions on DTensors draw the same numbers in every shard on CPU.) Raises UserError for a module that does not fill
+    all it owns.
     """
     # named_parameters lists a tied head only once
     missing = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}.difference(loaded)
@@ -36,8 +37,10 @@ def initialise(model: nn.Module, seed: int, loaded: Collection[str] = ()) -> Non
         if not hasattr(module, "reset_parameters"):
             raise UserError(f"{who} owns {', '.join(own)}, but has no reset_parameters() that fills it: give it one")
         for name, tensor in kept.items():
-            # What was loaded is on the meta device here, where drawing costs nothing.
-            blank = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu" if name in own else "meta")
+            # What was loaded is on the meta device here, where drawing costs nothing. In half precision random functions
+            # draw other numbers, which depend on PyTorch's version.
+            wide = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+            blank = torch.empty(tensor.shape, dtype=wide, device="cpu" if name in own else "meta")
             if blank.is_floating_point():
                 blank.fill_(torch.nan)
             if isinstance(tensor, nn.Parameter):

@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import gc
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -91,6 +92,7 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0, lost_s
         if heart and not finished:
             heart[0].wait_for_readers()
         heart.clear()
+        _groups.clear()
         # A sharded model holds its group, and gloo's threads with it, in reference cycles. A thread that drops its last
         # tensor while the interpreter is being torn down aborts the process: end the threads before that.
         atexit.unregister(gc.collect)  # once, however many groups there were
@@ -100,10 +102,13 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0, lost_s
 def _meet(store: dist.Store, own_rank: int, world_size: int, lost_seconds: float) -> None:
     """Learns the processes of this machine, and begins to give signs of life."""
     first = own_rank - int(os.environ["LOCAL_RANK"])
-    store.set(f"minillama/process/{own_rank}", str(os.getpid()))
-    keys = {r: f"minillama/process/{r}" for r in range(first, first + local_world_size(world_size))}
+    store.set(f"minillama/process/{own_rank}", f"{os.getpid()} {platform.node()}")
+    ranks = range(world_size)
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun sets it, other launchers may not
+        ranks = range(first, first + local_world_size())
+    found = [value.decode().partition(" ") for value in store.multi_get([f"minillama/process/{r}" for r in ranks])]
     neighbours.clear()
-    neighbours.update(zip(keys, map(int, store.multi_get([*keys.values()])), strict=True))
+    neighbours.update({r: int(pid) for r, (pid, _, node) in zip(ranks, found, strict=True) if node == platform.node()})
     if world_size > 1:
         heart.append(Heartbeat(store, own_rank, world_size, lost_seconds, print_error))
 
@@ -138,7 +143,7 @@ def on_rank_zero(task: Callable[[], T], group: dist.ProcessGroup | None = None) 
             failure = error
     answer: list[Any] = [failure and _text(failure), result]
     dist.broadcast_object_list(answer, src=0, group=group)
-    _raise(failure, answer[:1])
+    _raise(failure, answer[0])
     return answer[1]
 
 
@@ -149,15 +154,45 @@ def _text(error: Exception) -> str:
     return str(error) if isinstance(error, UserError) else ""
 
 
-def _raise(failure: Exception | None, problems: list[str | None]) -> None:
-    """Raises what failed on any rank. problems: of each rank that may have failed, as _text returns it."""
+def _raise(failure: Exception | None, problem: str | None) -> None:
+    """Raises what failed: here, or on the rank whose problem it is, as _text returns it."""
     if failure is not None and not isinstance(failure, (OSError, UserError)):
         raise failure
-    for problem in problems:
-        if problem == "":
-            sys.exit(1)
-        if problem is not None:
-            raise UserError(problem)
+    if problem == "":
+        sys.exit(1)
+    if problem is not None:
+        raise UserError(problem)
+
+
+def first_of_ranks(mine: T | None, group: dist.ProcessGroup | None = None) -> T | None:
+    """On every rank, what the lowest rank has that has something; None if no rank has. Every rank must call it.
+
+    A number is exchanged, and then one rank's object only, so the cost does not grow with the number of ranks.
+    """
+    nobody = dist.get_world_size()
+    lowest = torch.tensor(nobody if mine is None else dist.get_rank())
+    dist.all_reduce(lowest, dist.ReduceOp.MIN, group)
+    if int(lowest) == nobody:
+        return None
+    answer: list[Any] = [mine]
+    dist.broadcast_object_list(answer, src=int(lowest), group=group)
+    return answer[0]
+
+
+def texts_on_rank_zero(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
+    """On rank 0 the texts of all ranks, elsewhere nothing. Every rank must call it."""
+    mine = text.encode()
+    length = torch.tensor(len(mine))
+    dist.all_reduce(length, dist.ReduceOp.MAX, group)
+    padded = torch.frombuffer(bytearray(mine.ljust(int(length) + 1, b"\0")), dtype=torch.uint8)
+    first = dist.get_rank() == 0
+    texts = [torch.empty_like(padded) for _ in range(dist.get_world_size())] if first else None
+    dist.gather(padded, texts, dst=0, group=group)
+    return [bytes(found.tolist()).rstrip(b"\0").decode() for found in texts or ()]
+
+
+_groups: dict[str, dist.ProcessGroup] = {}
+"""Of on_each_node, made by its first call in the group `world`: all processes without a timeout, those of this machine"""
 
 
 def on_each_node(task: Callable[[], T]) -> T:
@@ -166,19 +201,27 @@ def on_each_node(task: Callable[[], T]) -> T:
     Returns the result of this machine. If it raises on one, every rank raises, as in on_rank_zero.
     Every rank must call it.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    first = dist.get_rank() - int(os.environ.get("LOCAL_RANK", "0"))
+    machine = [*range(first, first + local_world_size())]
+    if (
+        "LOCAL_WORLD_SIZE" not in os.environ and neighbours
+    ):  # LOCAL_RANK may then be that of a GPU, if each sees its own
+        machine = sorted(neighbours)
     result, failure = None, None
-    if local_rank == 0:
+    if dist.get_rank() == machine[0]:
         try:
             result = task()
         except Exception as error:
             failure = error
-    answers: list[Any] = [None] * dist.get_world_size()
-    patient = group_without_timeout()
-    dist.all_gather_object(answers, (failure and _text(failure), result), patient)
-    dist.destroy_process_group(patient)
-    _raise(failure, [problem for problem, _ in answers])
-    return answers[dist.get_rank() - local_rank][1]
+    world = dist.group.WORLD
+    assert world is not None
+    if _groups.get("world") is not world:
+        _groups.update(world=world, all=group_without_timeout())
+        _groups["machine"] = dist.new_group(machine, backend="gloo", use_local_synchronization=True)
+    _raise(failure, first_of_ranks(None if failure is None else _text(failure), _groups["all"]))
+    answer: list[Any] = [result]
+    dist.broadcast_object_list(answer, src=machine[0], group=_groups["machine"])
+    return answer[0]
 
 
 def all_reduce(
@@ -199,9 +242,9 @@ def number_of_each(number: int) -> list[int]:
     return numbers.tolist()
 
 
-def local_world_size(world_size: int = 0) -> int:
-    """Processes of this machine. world_size: of all, before there is a process group"""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size or process_count())
+def local_world_size() -> int:
+    """Processes of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or len(neighbours) or process_count())
 
 
 def is_rank_zero() -> bool:

@@ -27,26 +27,28 @@ def fresh_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
 def _agree(store: dist.Store, rank: int, world_size: int) -> str:
     """A name that only the live processes know.
 
-    Each draws a number. Rank 0 publishes the list of the numbers it finds, perhaps old ones, until each process confirms
-    that its own is in the list.
+    Each draws a number. Rank 0 makes a name of those it finds, perhaps old ones, and leaves it for each under its number.
+    Only a live process finds it there, and confirms it. Rank 0 alone handles the numbers of all: the others make the same
+    few requests, of the same size, however many there are.
     """
-    own = uuid.uuid4().hex
+    own, confirmed = uuid.uuid4().hex, ""
     store.set(f"minillama/number/{rank}", own)
+    numbers: list[str] = []
     while True:
         if rank == 0:
-            numbers = [store.get(f"minillama/number/{r}").decode() for r in range(world_size)]
-            store.set("minillama/numbers", " ".join(numbers))
-        listed = store.get("minillama/numbers").decode()
-        name = hashlib.sha256(listed.encode()).hexdigest()
-        if listed.split()[rank : rank + 1] == [own]:
-            store.set(f"minillama/confirmed/{rank}", listed)
-            if rank == 0 and all(_confirmed(store, r) == listed for r in range(world_size)):
+            found = [n.decode() for n in store.multi_get([f"minillama/number/{r}" for r in range(world_size)])]
+            name = hashlib.sha256(" ".join(found).encode()).hexdigest()
+            if found != numbers:
+                numbers = found
+                store.multi_set([f"minillama/name/{number}" for number in numbers], [name] * world_size)  # type: ignore[attr-defined]
+            if store.check([f"minillama/confirmed/{name}/{number}" for number in numbers[1:]]):
                 store.set(f"minillama/agreed/{name}", "yes")
+                return name
+        elif store.check([f"minillama/name/{own}"]):
+            name = store.get(f"minillama/name/{own}").decode()
+            if name != confirmed:
+                store.set(f"minillama/confirmed/{name}/{own}", "yes")
+                confirmed = name
             if store.check([f"minillama/agreed/{name}"]):
                 return name
         time.sleep(POLL_SECONDS)
-
-
-def _confirmed(store: dist.Store, rank: int) -> str | None:
-    key = f"minillama/confirmed/{rank}"
-    return store.get(key).decode() if store.check([key]) else None

@@ -82,10 +82,12 @@ class Tokenizer:
         pad_id = self._named_id(names.get("pad_token"), None)
         self.pad_id: int = eos_id if pad_id is None else pad_id
         sources: dict[str, tuple[str, Path]] = names["templates"]
+        self.lent_format: str | None = None
+        """Whose chat format it takes for want of a template of its own: "Llama 3's", "Llama 2's" """
         if not sources and {"<|start_header_id|>", "<|eot_id|>"} <= self._special.keys():
-            sources = {"default": (LLAMA3_TEMPLATE, where)}
+            self.lent_format, sources = "Llama 3's", {"default": (LLAMA3_TEMPLATE, where)}
         elif not sources and isinstance(engine, SentencePiece):
-            sources = {"default": (LLAMA2_TEMPLATE, where)}
+            self.lent_format, sources = "Llama 2's", {"default": (LLAMA2_TEMPLATE, where)}
         named = names["named_tokens"] | {"eos_token": self._text_of(eos_id)}
         if self.bos_id is not None:
             named["bos_token"] = self._text_of(self.bos_id)

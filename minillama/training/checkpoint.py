@@ -7,12 +7,13 @@ import signal
 import sys
 import uuid
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import count, takewhile
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from minillama.formats.hf_export import MAX_FILE_BYTES, split_by_size, write_ten
 from minillama.model.attention import BACKENDS
 from minillama.model.llama import Llama
 from minillama.parallel.heartbeat import stand
-from minillama.parallel.processes import all_reduce, on_rank_zero, rank, say
+from minillama.parallel.processes import all_reduce, first_of_ranks, on_rank_zero, rank, say, texts_on_rank_zero
 from minillama.parallel.sharding import reshard
 from minillama.training.checkpoint_index import INDEX, IndexReader, IndexWriter
 from minillama.training.metrics import Metrics
@@ -144,24 +145,27 @@ class Checkpoints:
         if same_ranks:
             state["random"] = self._random()
 
-        def reader(part: str) -> dcp.FileSystemReader:
-            if content["format"] == "sharded":
-                return IndexReader(checkpoint.folder)
-            return dcp.HuggingFaceStorageReader(str(checkpoint.folder / part))
+        sharded = content["format"] == "sharded"
 
-        def check() -> None:
+        def readers() -> dict[str, dcp.FileSystemReader]:
+            found: dict[str, dcp.FileSystemReader]
+            if sharded:
+                sizes = {name: file["bytes"] for name, file in content["files"].items()}
+                found = dict.fromkeys(state, IndexReader(checkpoint.folder, sizes))
+            else:
+                found = {part: dcp.HuggingFaceStorageReader(str(checkpoint.folder / part)) for part in state}
             for part, tensors in state.items():
-                prefix = f"{part}." if content["format"] == "sharded" else ""
-                _check_shapes(reader(part).read_metadata(), tensors, part, prefix)
+                _check_shapes(found[part].read_metadata(), tensors, part, f"{part}." if sharded else "")
+            return found
 
         def load() -> None:
-            if content["format"] == "sharded":
-                dcp.load(state, storage_reader=reader(""), process_group=self.group)
+            if sharded:
+                dcp.load(state, storage_reader=reader["model"], process_group=self.group)
             else:
                 for part, tensors in state.items():
-                    dcp.load(tensors, storage_reader=reader(part), process_group=self.group)
+                    dcp.load(tensors, storage_reader=reader[part], process_group=self.group)
 
-        self._together(check, failed)
+        reader = self._together(readers, failed)
         self._together(load, failed)
         if same_ranks:
             torch.set_rng_state(state["random"][f"{rank()}.cpu"])
@@ -296,19 +300,25 @@ class Checkpoints:
         try:
             self._together(lambda: _make_empty(path) if rank() == 0 else None, failed)
             self._together(write, failed)
-            names = self._together(lambda: [file.name for file in _files_of(path)], failed)
-            self._together(lambda: _check_shared(path, names) if rank() == 0 else None, failed)
+            written = self._listed(path, failed)
+            self._together(lambda: _check_shared(path, written) if rank() == 0 else None, failed)
             if content["format"] == "full":
                 self._together(lambda: _consolidate(path, self.alone) if rank() == 0 else None, failed)
-            files = self._together(
-                lambda: {str(file.relative_to(path)): described(file) for file in _files_of(path)}, failed
-            )
-            content["files"] = {name: file for of_rank in files for name, file in of_rank.items()}
+                written = self._listed(path, failed)
+            content["files"] = written
             self._together(lambda: self._complete(path, final, content) if rank() == 0 else None, failed)
         except BaseException:
             if rank() == 0:
                 shutil.rmtree(path, ignore_errors=True)
             raise
+
+    def _listed(self, path: Path, failed: str) -> dict[str, Any]:
+        """On rank 0, what all ranks have written: each rank reads its own files."""
+        mine = self._together(
+            lambda: {str(file.relative_to(path)): described(file) for file in _files_of(path)}, failed
+        )
+        texts = self._together(lambda: texts_on_rank_zero(json.dumps(mine), self.group), failed)
+        return {name: file for text in texts for name, file in json.loads(text).items()}
 
     def _complete(self, path: Path, final: Path, content: dict[str, Any]) -> None:
         with (path / MANIFEST).open("w") as file:
@@ -326,22 +336,20 @@ class Checkpoints:
             if best is None or number != best[1]:
                 _remove(steps[number])
 
-    def _together(self, task: Callable[[], T], failed: str) -> list[T]:
-        """What the task returns on each rank. Raises UserError on every rank if it fails on one, or one has ended."""
+    def _together(self, task: Callable[[], T], failed: str) -> T:
+        """What the task returns on this rank. Raises UserError on every rank if it fails on one, or one has ended."""
         result, problem = None, None
         try:
             result = task()
         except (dcp.api.CheckpointException, Exception) as error:
             problem = _first_line(error)
-        answers: list[Any] = [None] * dist.get_world_size()
         try:
-            dist.all_gather_object(answers, (problem, result), group=self.group)
+            text = first_of_ranks(problem, self.group)
         except RuntimeError as error:  # its connection is closed
             raise UserError(f"{failed}: {problem or 'another process has ended'} ({_first_line(error)})") from None
-        for text, _ in answers:
-            if text is not None:
-                raise UserError(f"{failed}: {text}")
-        return [answer for _, answer in answers]
+        if text is not None:
+            raise UserError(f"{failed}: {text}")
+        return cast(T, result)
 
 
 def _check_shapes(metadata: Metadata, tensors: Mapping[str, Tensor], part: str, prefix: str) -> None:
@@ -400,16 +408,16 @@ def _make_empty(path: Path) -> None:
 
 def _files_of(path: Path) -> list[Path]:
     """The files that this rank has written and describes."""
-    if rank() != 0:
-        return list(path.glob(f"__{rank()}_*.distcp"))
-    if (path / INDEX).exists():
-        return [path / ".metadata", path / INDEX, *path.glob("__0_*.distcp")]
-    return list(path.rglob("*.*"))
+    if rank() == 0 and not (path / INDEX).exists():
+        return list(path.rglob("*.*"))
+    numbered = (path / f"__{rank()}_{number}.distcp" for number in count())  # the folder has those of all ranks
+    own = list(takewhile(Path.exists, numbered))
+    return [path / ".metadata", path / INDEX, *own] if rank() == 0 else own
 
 
-def _check_shared(path: Path, names: list[list[str]]) -> None:
+def _check_shared(path: Path, names: Iterable[str]) -> None:
     there = {file.name for file in path.iterdir()}
-    if missing := [name for of_rank in names for name in of_rank if name not in there]:
+    if missing := [name for name in names if name not in there]:
         raise UserError(
             f"{missing[0]}, of another machine, is not there: --output-dir must be on a disk that all share"
         )

@@ -54,14 +54,16 @@ class IndexWriter(dcp.FileSystemWriter):
             json.dump(index, file)
             file.flush()
             os.fsync(file.fileno())
+        metadata.state_dict_metadata, metadata.storage_data = {}, None  # dcp.save sends it to all ranks, for no use
 
 
-def read_index(folder: Path) -> Metadata:
+def read_index(folder: Path, sizes: dict[str, int] | None = None) -> Metadata:
     """The index as DCP's metadata: only tensors, whole, each row once, in files of this folder.
 
-    Raises UserError for any other index.
+    sizes: of the files, in bytes, if they are known. Raises UserError for any other index.
     """
-    sizes = {file.name: file.stat().st_size for file in folder.glob("*.distcp")}
+    if sizes is None:
+        sizes = {file.name: file.stat().st_size for file in folder.glob("*.distcp")}
     described, places = {}, {}
     for name, entry in read_json(folder / INDEX).items():
         try:
@@ -85,9 +87,12 @@ def read_index(folder: Path) -> Metadata:
 
 
 class IndexReader(dcp.FileSystemReader):
-    """DCP's reader, with our index."""
+    """DCP's reader, with our index, which is read once. sizes: as read_index takes them."""
+
+    def __init__(self, folder: Path, sizes: dict[str, int] | None = None) -> None:
+        super().__init__(folder)
+        self.index = read_index(folder, sizes)
 
     def read_metadata(self) -> Metadata:
-        metadata = read_index(Path(self.path))
-        metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return metadata
+        self.index.storage_meta = StorageMeta(load_id=self.load_id)
+        return self.index

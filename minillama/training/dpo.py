@@ -22,6 +22,7 @@ from minillama.errors import UserError
 from minillama.files import described
 from minillama.model.llama import Llama
 from minillama.model.quant import quantized_layers
+from minillama.parallel.heartbeat import stand
 from minillama.parallel.processes import all_reduce, on_each_node, rank, say
 from minillama.parallel.sharding import local, reshard
 from minillama.progress import progress
@@ -135,13 +136,19 @@ class FrozenWeights:
             copy.copy_(own)
 
 
-def precompute(run: Run, model: Llama, batch_size: int, adapter: Path | None) -> Run:
+def adapter_fingerprint(folder: Path | None) -> str:
+    """The same for an adapter folder of the same content; "" without one."""
+    files = [described(folder / f"adapter_{name}") for name in ("model.safetensors", "config.json")] if folder else []
+    return hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest() if files else ""
+
+
+def precompute(run: Run, model: Llama, batch_size: int) -> Run:
     """run with the log-probabilities of all its labels by the model as it is now: from the data cache, or computed and kept
-    there. batch_size: packs a rank at a time; adapter: the folder that it was loaded from. Every rank must call it."""
+    there. batch_size: packs a rank at a time. Every rank must call it."""
     dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})
     kinds = sorted({layer.kind for layer in quantized_layers(model).values()})
-    files = [described(adapter / f"adapter_{name}") for name in ("model.safetensors", "config.json")] if adapter else []
-    named = json.dumps([run.fingerprints["model"], files, kinds, dtypes, str(run.fsdp.compute_dtype)])
+    of_reference = [run.fingerprints["model"], run.fingerprints.get("reference", "")]
+    named = json.dumps([of_reference, kinds, dtypes, str(run.fsdp.compute_dtype)])
     key = hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
     train, validation = (
         packed and _with_reference(packed, model, key, batch_size, run.tokenizer.pad_id, run.device)
@@ -154,6 +161,7 @@ def precompute(run: Run, model: Llama, batch_size: int, adapter: Path | None) ->
 @torch.no_grad()
 def reference_values(packed: Packed, model: Llama, batch_size: int, pad_id: int, device: str) -> np.ndarray:
     """Packed.reference by this model, without dropout. batch_size: packs a rank at a time. Every rank must call it."""
+    stand("computing the reference's log-probabilities")
     values = np.full(len(packed.documents.tokens), -np.inf, np.float32)
     model.eval()
     step = batch_size * dist.get_world_size()
@@ -210,7 +218,7 @@ class DpoLoss:
         reference, counts = batch.reference, batch.labels_of_documents
         if reference is None and self.config.has_reference:
             # FSDP's order of the last forward includes this one's. So at the end of the backward it gathers the head once
-            # more, in vain: with untied weights of an 8B 2 % of the bytes gathered.
+            # more, in vain.
             with torch.no_grad(), self.as_reference(model):
                 reference = log_probabilities(model, batch)
         ours = log_probabilities(model, batch)

@@ -23,7 +23,7 @@ from minillama.errors import UserError, disk_text
 from minillama.files import lock, read_json, write_whole
 from minillama.formats.hf import weights_fingerprint
 from minillama.formats.hub import model_name
-from minillama.parallel.processes import local_world_size, number_of_each, on_rank_zero, say
+from minillama.parallel.processes import first_of_ranks, local_world_size, number_of_each, on_rank_zero, say
 from minillama.training.config import RunConfig
 from minillama.training.flag_changes import compare_flags
 from minillama.training.plan import Progress, count_steps
@@ -130,13 +130,13 @@ def _check_shared(output_dir: Path, agents: list[int]) -> None:
         seen = os.environ.get("LOCAL_RANK") != "0"
         with suppress(OSError, UserError):
             seen = seen or read_json(output_dir / "run.json").get("agents") == agents
-        unseen = [number for number in number_of_each(-1 if seen else dist.get_rank()) if number >= 0]
-        if not unseen:
+        unseen = first_of_ranks(None if seen else dist.get_rank())
+        if unseen is None:
             return
         if wait:
             time.sleep(wait)
     raise UserError(
-        f"--output-dir {output_dir} is not the same folder on the machine of rank {unseen[0]} as on that of rank 0: name "
+        f"--output-dir {output_dir} is not the same folder on the machine of rank {unseen} as on that of rank 0: name "
         "one on a disk that all machines share"
     )
 

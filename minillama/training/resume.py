@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from minillama.errors import UserError
 from minillama.files import described, is_deep, is_plain, misfit, regular
-from minillama.parallel.processes import on_rank_zero, say
+from minillama.parallel.processes import all_reduce, first_of_ranks, on_rank_zero, say
 from minillama.training.checkpoint_index import INDEX
 from minillama.training.plan import Progress
 
@@ -127,18 +127,21 @@ def _inspect(folder: Path) -> tuple[dict[str, Any], str | None]:
     if problem:
         return content, problem
     damage = unreadable = None
-    for name in sorted(content["files"])[dist.get_rank() :: dist.get_world_size()]:
+    for name in _share(sorted(content["files"])):
         try:
             damage = damage or damage_of(folder, name, content["files"][name])
         except OSError as error:
-            unreadable = _reason(error), name
-    everywhere = _gather((damage, unreadable))
-    if damage := next((damage for damage, _ in everywhere if damage), None):
+            unreadable = _reason(error), name, dist.get_rank()
+    if damage := first_of_ranks(damage):
         return content, damage
-    for rank, (_, failed) in enumerate(everywhere):
-        if failed:
-            raise UserError(unreadable_text(folder, *failed, rank))
+    if failed := first_of_ranks(unreadable):
+        raise UserError(unreadable_text(folder, *failed))
     return content, None
+
+
+def _share(names: list[str]) -> list[str]:
+    """This rank's part of the files, so that each is looked at by one rank."""
+    return names[dist.get_rank() :: dist.get_world_size()]
 
 
 def unreadable_text(folder: Path, problem: str, name: str, rank: int = 0) -> str:
@@ -149,34 +152,36 @@ def unreadable_text(folder: Path, problem: str, name: str, rank: int = 0) -> str
 
 
 def _missing(folder: Path, names: list[str]) -> str | None:
-    """What to say of files that no rank has after several tries; None if all ranks see all of them in the end.
+    """What to say of a file that no rank has after several tries; None if all are there in the end.
 
-    Raises UserError if only some ranks see a file.
+    Each rank looks for its part of them, and for the first. Raises UserError if only some ranks see a file.
     """
+    mine = dict.fromkeys([*_share(names), *names[:1]])
     for tries, wait in enumerate((*WAITS, None)):
-        unseen = {name: problem for name in names if (problem := _unseen(folder / name))}
-        everywhere = _gather(unseen)
-        if not any(everywhere):
+        unseen = [(what, name, dist.get_rank()) for name in mine if (what := _unseen(folder / name))]
+        absent = first_of_ranks(next((found for found in unseen if found[0] == ABSENT), None))
+        found = absent or first_of_ranks(next(iter(unseen), None))
+        if not found:
             return None
+        what, name, rank = found
         if wait is None:
             break
         if tries == 0:
-            name = next(name for of_rank in everywhere for name in of_rank)
             say(f"{folder / name} is not to be seen everywhere: looking again, for a minute")
         time.sleep(wait)
-    if nowhere := [name for name in names if all(of_rank.get(name) == ABSENT for of_rank in everywhere)]:
-        return f"{nowhere[0]} is missing"
-    rank, of_rank = next((rank, of_rank) for rank, of_rank in enumerate(everywhere) if of_rank)
-    name, problem = next(iter(of_rank.items()))
-    raise UserError(unreadable_text(folder, problem, name, rank))
+    [seen] = all_reduce([_unseen(folder / name) != ABSENT])
+    if not seen:
+        return f"{name} is missing"
+    raise UserError(unreadable_text(folder, what, name, rank))
 
 
 ABSENT = "not there"
 
 
-def _unseen(file: Path) -> str | None:
+def _unseen(file: Path) -> str:
+    """Why a file cannot be seen; "" if it can."""
     try:
-        return None if S_ISREG(file.stat().st_mode) else ABSENT
+        return "" if S_ISREG(file.stat().st_mode) else ABSENT
     except FileNotFoundError:
         return ABSENT
     except OSError as error:
@@ -185,12 +190,6 @@ def _unseen(file: Path) -> str | None:
 
 def _reason(error: OSError) -> str:
     return error.strerror or str(error)
-
-
-def _gather(mine: T) -> list[T]:
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, mine)
-    return everywhere
 
 
 def _manifest_or_damage(folder: Path) -> tuple[dict[str, Any], str | None]:

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, fields, replace
 from datetime import date
-from shlex import quote
+from pathlib import Path
+from shlex import join, quote
 from typing import Any, TypeVar
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from minillama.data.datasets import DataConfig
+from minillama.data.datasets import DataConfig, training_sources, validation_source
 from minillama.data.load import load_data
 from minillama.data.packing import Packed
 from minillama.errors import UserError
@@ -118,6 +119,8 @@ def summary(config: RunConfig, run: Run, model: Llama, precision: str, attention
         f"precision   {precision}",
         f"attention   {attention}{'; blocks compiled' if config.kernels.compile else ''}",
     ]
+    if (config.data.pairs or config.data.dataset == "chat") and (lent := run.tokenizer.lent_format):
+        lines.append(f"chat        {lent} format, as the tokenizer has no chat template")
     if layers := quantized_layers(model).values():
         size = sum(layer.nbytes for layer in layers) / sum(layer.in_features * layer.out_features for layer in layers)
         lines.insert(
@@ -155,34 +158,66 @@ def finish_run(config: RunConfig) -> None:
 def next_commands(config: RunConfig) -> list[str]:
     """The commands after a run: to ask the model, to measure it and, with LoRA, to merge it."""
     output, base, data = config.output_dir, quote(model_name(config.model)), config.data
-    adapter = quote(str(output / "adapter"))
-    trained = f"--model {quote(str(output / 'model'))}"
+    adapter, merged = quote(str(output / "adapter")), quote(str(output / "model"))
+    trained, tokenizer = f"--model {merged}", ""
     if (output / "adapter").is_dir():
         flags: Any = getattr(config, "lora", None) or getattr(config, "adapter", None)
         trained = f"--model {base} --adapter {adapter}"
         trained += f" --quantize {flags.quantize}" if flags.quantize != "none" else ""
+        tokenizer = f" --tokenizer {quote(str(config.tokenizer))}" if config.tokenizer else ""
     template = "" if data.pairs or data.dataset == "chat" else " --template none"
-    commands = [f"python recipes/generate.py {trained}{template} --prompt TEXT"]
-    rows = f"--data.dataset {quote(data.dataset)} --data.path {quote(str(data.val_path or 'FILE'))}"
-    measured = [trained]
+    commands = [f"python recipes/generate.py {trained}{tokenizer}{template} --prompt TEXT"]
+    rows = flags_of_rows(data, config.seed, evaluated=config.eval.enabled)
+    measured = [f"{trained}{tokenizer}"]
     if "--quantize" in trained and (output / "model").is_dir():  # merged into the plain base
-        measured.append(f"--model {quote(str(output / 'model'))}")
+        measured.append(f"--model {merged}")
     if not data.pairs:
         commands += [f"python recipes/evaluate.py {of} {rows}" for of in measured]
-    elif (flags := _flags_of_pairs(config, base)) is not None:
-        commands.append(f"python recipes/evaluate.py {trained} {rows}{flags}")
+    else:
+        own: Any = config
+        reference = model_name(config.model) if own.method == "full" else own.lora.from_
+        commands.append(f"python recipes/evaluate.py {measured[0]} {rows}{flags_of_pairs(own.dpo, reference)}")
     if hasattr(config, "lora") and not (output / "model").is_dir():
-        commands.append(f"python tools/merge_lora.py {base} {adapter} {quote(str(output / 'model'))}")
+        commands.append(f"python tools/merge_lora.py {base} {adapter} {merged}{tokenizer}")
     return commands
 
 
-def _flags_of_pairs(config: Any, base: str) -> str | None:
-    """The flags by which evaluate.py does what a DPO run's evaluation did; None: it cannot, the rows being read by the
-    user's own function or the reference being another adapter."""
-    dpo, start_from = config.dpo, config.lora.from_
-    if config.data.dataset != "preference" or (start_from and dpo.has_reference):
-        return None
-    flags = f" --reference {base}" if config.method == "full" and dpo.has_reference else ""
+def flags_of_rows(data: DataConfig, seed: int, *, evaluated: bool) -> str:
+    """The flags by which evaluate.py measures the rows that a run held out; if it held none out, FILE stands for yours.
+
+    data, seed, evaluated: of the run.
+    """
+    rows: dict[str, Any] = {"path": "FILE"}
+    if data.is_own:
+        rows = {"path": data.path, "val_path": data.val_path, "val_fraction": data.val_fraction}
+    elif data.val_path:
+        rows = {"path": data.val_path}
+    elif evaluated and data.val_fraction:
+        path = None if data.mixture else data.path or training_sources(data)[0].file()
+        rows = {"path": path, "mixture": data.mixture, "val_fraction": data.val_fraction}
+    elif evaluated and not data.path and (source := validation_source(data)):
+        rows = {"path": source.file()}
+    kept = ("columns", "train_on", "batching", "context_length", "too_long", "bad_rows")
+    values = {"dataset": data.dataset} | rows | {name: getattr(data, name) for name in kept}
+    words: list[str] = []
+    for field in fields(DataConfig):
+        value = values.get(field.name)
+        if field.name == "dataset" or value not in (None, field.default):
+            words += [
+                f"--data.{field.name.replace('_', '-')}",
+                *map(str, value if isinstance(value, tuple) else [value]),
+            ]
+    if rows.get("val_fraction") and seed != RunConfig.seed:
+        words += ["--seed", str(seed)]
+    return join(words)
+
+
+def flags_of_pairs(dpo: Any, reference: Path | str | None) -> str:
+    """The flags by which evaluate.py does what the evaluation of a DPO run with this loss did, with a space before them.
+
+    dpo: DpoConfig. reference: the folder of the reference; None: the base, without the adapter that was trained.
+    """
+    flags = f" --reference {quote(str(reference))}" if reference and dpo.has_reference else ""
     for field in fields(dpo):
         value = getattr(dpo, field.name)
         if field.name != "precompute" and value != field.default:
