@@ -4,18 +4,11 @@
     python tools/cluster_check.py --model DIR --folder /tmp/cluster --only train          no faults
     python tools/cluster_check.py --model DIR --folder /tmp/cluster --only faults --faults 5 --seed 3 --hosts 3
 
-<<<<<<< HEAD
 A host is a network namespace behind a bridge, with its own hostname, processes, /tmp and cache; torchrun runs on each,
 gloo between them. Only the output folder is shared. Where namespaces are not allowed, a host is an address of the
 loopback. DIR: a small model. A fault takes one host at a random moment of a step: killed (all its processes at once), cut
 (its link goes down, without a FIN), frozen (SIGSTOP to all its processes). torchrun --nnodes goes on with the hosts that
 are left, and takes it back when it returns. A slow disk (strace delays each fsync of one host) is no fault.
-=======
-A host is a network namespace behind a bridge, with its own hostname, processes, /tmp and cache; torchrun runs on each, gloo
-between them. Only the output folder is shared. Where namespaces are not allowed, a host is an address of the loopback. DIR:
-a small model. A fault takes one host at a random moment of a step: killed (all its processes at once), cut (its link goes
-down, without a FIN), frozen (SIGSTOP to all its processes). torchrun --nnodes goes on with the hosts that are left, and
-takes it back when it returns. A slow disk (strace delays each fsync of one host) is no fault.
 
 Prints one row a check and a fault, and writes them to FOLDER/cluster_check.json. Ends with code 1 if anything differs.
 """
@@ -42,13 +35,11 @@ from cluster_check_parts.hosts import INSIDE, Cluster, Host, enter, namespaces
 ROOT = Path(__file__).parents[1]
 TORCHRUN = Path(sys.executable).parent / "torchrun"
 KINDS = ("killed", "cut", "frozen")
-PORT = 29400
 STORE = """
 import sys, time
-from datetime import timedelta
 import torch.distributed as dist
-store = dist.TCPStore(sys.argv[1], int(sys.argv[2]), is_master=True, wait_for_workers=False)
-print("ready", flush=True)
+store = dist.TCPStore(sys.argv[1], 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
 time.sleep(1e9)
 """
 
@@ -90,7 +81,7 @@ class Run:
                 "--max-restarts",
                 1000 if again else 0,
             ),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self.cluster.address}:{PORT}"),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self.cluster.address}:{self.cluster.port}"),
             *("--rdzv-id", self.name, "--rdzv-conf", conf, "--local-addr", host.address),
             *(ROOT / self.args.recipe, *self.flags),
         ]
@@ -149,10 +140,11 @@ class Run:
 @contextmanager
 def rendezvous(cluster: Cluster) -> Iterator[None]:
     """A store on none of the hosts, where their agents find each other."""
-    command = [sys.executable, "-c", STORE, cluster.address, str(PORT)]
+    command = [sys.executable, "-c", STORE, cluster.address]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as store:
         try:
-            assert store.stdout and store.stdout.readline() == "ready\n"
+            assert store.stdout
+            cluster.port = int(store.stdout.readline())
             yield
         finally:
             store.kill()

@@ -114,11 +114,11 @@ class Heartbeat:
         gone = [r for r in range(self.world_size) if before[r] == after[r] != ENDED and r != self.rank]
         if not gone:
             return [], ""
-        machines = ", ".join(sorted({_machine(after[r]) for r in gone}))
+        machines = sorted({_machine(after[r]) for r in gone})
         left = [r for r in range(self.world_size) if r not in gone]
-        lost = "its machine is" if len(gone) == 1 else "their machines are"
+        lost = ("its" if len(gone) == 1 else "their") + (" machine is" if len(machines) == 1 else " machines are")
         return gone, (
-            f"no sign of life of {_ranks(gone)} on {machines}: {lost} lost, frozen or cut off. Last seen: "
+            f"no sign of life of {_ranks(gone)} on {', '.join(machines)}: {lost} lost, frozen or cut off. Last seen: "
             f"{_standing(after, gone)}; of the others: {_standing(after, left)}"
         )
 
@@ -126,8 +126,8 @@ class Heartbeat:
         """What to say of rank 0's machine when the store, which is there, is gone or does not answer."""
         last = f", last seen {_standing([self.first], [0])}" if self.first else ""
         return (
-            f"no answer from {os.environ.get('MASTER_ADDR')}, where rank 0 is{last}: that machine, or the network to it, is "
-            f"lost or frozen; {platform.node()} stood in {_doing[0]}"
+            f"no answer from {os.environ.get('MASTER_ADDR')}, where rank 0 is{last}: unless it says why, that machine, or "
+            f"the network to it, is lost or frozen; {platform.node()} stood in {_doing[0]}"
         )
 
     def standing(self) -> str:

@@ -154,6 +154,8 @@ class Cluster:
     needed: list[Path]
     """Folders that every host sees"""
     hosts: list[Host] = field(default_factory=list)
+    port: int = 0
+    """Of this process, where the hosts' programs find each other"""
 
     @property
     def address(self) -> str:
