@@ -234,14 +234,6 @@ def all_reduce(
     return numbers.tolist()
 
 
-def number_of_each(number: int) -> list[int]:
-    """The numbers of all ranks, of 64 bits each. Every rank must call it."""
-    numbers = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-    numbers[dist.get_rank()] = number
-    dist.all_reduce(numbers)
-    return numbers.tolist()
-
-
 def local_world_size() -> int:
     """Processes of this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or len(neighbours) or process_count())
