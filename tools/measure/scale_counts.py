@@ -1,16 +1,17 @@
 """What a rank of a large run asks of the others and of the disk, counted, with PyTorch's fake process group.
 
-    python tools/measure/scale_counts.py --model DIR --folder /tmp/scale
-    python tools/measure/scale_counts.py --model DIR --folder /tmp/scale --recipe recipes/lora_fsdp.py
+    python tools/measure/scale_counts.py --model DIR
+    python tools/measure/scale_counts.py --model DIR --recipe recipes/lora_fsdp.py --strategy full-shard
 
 For each number of ranks one process is rank 0, and then another is the first rank of the second machine, or rank 1 if
-there is one machine. It runs the recipe: start-up, two steps with an evaluation and a checkpoint after each, and the model
-at the end. What it asks for goes nowhere, so some things are not as in a real run:
+there is one machine. Each runs the recipe: start-up, two steps with an evaluation and a checkpoint after each, the model
+at the end; and then resumes. What it asks for goes nowhere, so some things are not as in a real run:
 
 - A sum or a maximum over all ranks is this rank's own number, and the gradients are 0.
 - The objects that rank 0 broadcasts are noted, and given to the other rank in its turn. No other exchange of objects is
   possible: dist.all_gather_object and the like end the program.
-- What the other ranks send to rank 0 of a checkpoint is made up, as long as the real, and so are their files, empty.
+- What the other ranks send to rank 0 of a checkpoint is made up, as long as the real. Their files are rank 0's under their
+  names, and no tensors are read from them when it resumes.
 - The store holds what it is told, says yes to each question, and other ranks give a new sign of life each time.
 - The library safetensors opens a file of weights again each time after we have; that is not seen here.
 """
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -39,7 +41,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minillama.errors import UserError
-from minillama.files import check_unused
 from minillama.help import filled
 from minillama.parallel import heartbeat
 from minillama.parallel.failures import user_errors
@@ -50,16 +51,18 @@ PHASES = {
     "step 2": "step",
     "the evaluation after step 1": "evaluation",
     "saving step 1": "save",
-    "writing the model": "model",
+    **dict.fromkeys(("writing the model", "writing the adapter"), "model"),
 }
 """By what the process says it is doing. What it does the first time, or besides these, is not counted."""
+RESUMING = "resuming"
+"""The start-up of the second run"""
 KINDS = {
     **{"allreduce_": "all-reduce", "broadcast_": "broadcast", "gather_": "gather to rank 0", "barrier": "barrier"},
     **dict.fromkeys(("_allgather_base_", "allgather_", "all_gather_into_tensor"), "all-gather"),
     **dict.fromkeys(("_reduce_scatter_base_", "reduce_scatter_tensor"), "reduce-scatter"),
 }
 FLAGS = (
-    "--device cpu --train.max-steps 2 --train.epochs 2 --train.batch-size 1 --eval.every 1 --eval.max-steps 1 "
+    "--device cpu --train.batch-size 1 --eval.every 1 --eval.max-steps 1 "
     "--checkpoint.every 1 --checkpoint.no-async-save --data.dataset text --data.batching padding "
     "--data.context-length 32 --fsdp.lost-seconds 6 --fsdp.precision fp32 --kernels.attention math"
 )
@@ -72,15 +75,17 @@ class ScaleCounts:
 
     model: Path
     """A small model"""
-    folder: Path
-    """A new folder, for what the runs leave"""
     recipe: Path = Path("recipes/full_fsdp.py")
     ranks: tuple[int, ...] = (8, 512, 16384)
     machine: int = 8
     """Ranks of one"""
     strategy: Literal["full-shard", "shard-grad-op", "no-shard", "hybrid-shard"] = "hybrid-shard"
+    json: Path | None = None
+    """A file for the counts: by number of ranks, rank, phase and kind, how many and their bytes"""
 
     def __post_init__(self) -> None:
+        if not self.model.is_dir():
+            raise UserError(f"--model {self.model}: no such folder; give that of a small model")
         if wrong := [count for count in self.ranks if count < 2 or count % min(count, self.machine)]:
             raise UserError(f"--ranks {wrong[0]}: must be at least 2, and whole machines of {self.machine}")
 
@@ -92,9 +97,16 @@ class Counting(TorchDispatchMode):
         super().__init__()
         self.counts, self.sizes = counts, sizes
         self.stores: list[dist.Store] = []
+        self.resumes = False
+
+    def phase(self) -> str | None:
+        found = PHASES.get(heartbeat._doing[0])
+        return found if not self.resumes else RESUMING if found == "start-up" else None
 
     def note(self, kind: str, size: int = 0, times: int = 1) -> None:
-        key = PHASES.get(heartbeat._doing[0], "other"), kind
+        if (phase := self.phase()) is None:
+            return
+        key = phase, kind
         self.counts[key] += times
         self.sizes[key] += size
 
@@ -161,7 +173,7 @@ def parts_of_all(state: dict[str, dict[str, torch.Tensor]], own: str, folder: Pa
     for rank, text in enumerate(texts):
         file = name.replace("__0_", f"__{rank}_")
         if rank:
-            os.mknod(folder / file)
+            os.link(folder / name, folder / file)
         random = {key.replace(".0.", f".{rank}."): entry for key, entry in text["index"].items() if ".0.cpu" in key}
         for entry in random.values():
             entry["parts"][0][2] = file
@@ -172,35 +184,42 @@ def parts_of_all(state: dict[str, dict[str, torch.Tensor]], own: str, folder: Pa
             rows = tensor.shape[0] if tensor.ndim else 1
             step = -(-rows // shards)
             for rank, row in enumerate(range(0, rows, step)):
-                place = [row, min(step, rows - row), name.replace("__0_", f"__{rank}_"), 0, 1]
+                place = [
+                    row,
+                    min(step, rows - row),
+                    name.replace("__0_", f"__{rank}_"),
+                    0,
+                    1,
+                ]  # where in it is not read
                 entry = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
                 texts[rank]["index"][f"{part}.{key}"] = entry | {"parts": [place]}
     return [json.dumps(text) for text in texts]
 
 
 def count(
-    args: ScaleCounts, rank: int, ranks: int, sent: list[tuple[int, bytes]]
+    args: ScaleCounts, folder: Path, rank: int, ranks: int, resumes: bool, sent: list[tuple[int, bytes]]
 ) -> tuple[Counts, Counts, list[str], list[tuple[int, bytes]]]:
     """Of this rank: counts, bytes, the files that its start-up reads, and what rank 0 broadcasts, with the group's size.
 
     sent: the last, for another rank.
     """
-    out = args.folder / str(ranks)
+    out = folder / str(ranks)
     machine = min(args.machine, ranks)
     env = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank % machine, "LOCAL_WORLD_SIZE": machine}
     env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 1, "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_MAX_RESTARTS": 1}
     os.environ |= {name: str(value) for name, value in env.items()}
     noted, read, received = Counting(Counter(), Counter()), Counter[tuple[str, int]](), iter(sent)
+    noted.resumes = resumes
 
     def opened(event: str, details: tuple[Any, ...]) -> None:
         if event not in ("open", "os.listdir", "os.scandir"):
             return
         path = str(details[0] or "")
-        if not path.startswith((str(args.model), str(args.folder))):
+        if not path.startswith((str(args.model), str(folder))):
             return
         writes = event == "open" and details[2] & (os.O_WRONLY | os.O_RDWR)
         noted.note("folders listed" if event != "open" else f"files opened to {'write' if writes else 'read'}")
-        if event == "open" and not writes and PHASES.get(heartbeat._doing[0]) == "start-up":
+        if event == "open" and not writes and noted.phase() == "start-up":
             name = (
                 path.replace(f"{out}.{rank}/", "CACHE/")
                 .replace(f"{out}/", "OUTPUT/")
@@ -236,6 +255,7 @@ def count(
 
     write, gather = checkpoint.write_part, checkpoint.texts_on_rank_zero
     checkpoint.write_part, checkpoint.texts_on_rank_zero = write_part, texts_on_rank_zero
+    checkpoint.IndexReader.read_data = lambda *_: torch.futures.collect_all([])
     dist.broadcast_object_list = broadcast
     for name in ("all_gather_object", "gather_object", "scatter_object_list"):
         setattr(dist, name, impossible)
@@ -249,7 +269,10 @@ def count(
     flags = (
         f"{FLAGS} --fsdp.strategy {args.strategy} --model {args.model} --output-dir {out} --data.cache-dir {out}.{rank}"
     )
-    flags += f" --data.path {args.folder}/rows.jsonl --data.val-path {args.folder}/rows.jsonl"
+    flags += f" --data.path {folder}/rows.jsonl --data.val-path {folder}/rows.jsonl"
+    flags += (
+        " --resume auto --train.max-steps 3 --train.epochs 3" if resumes else " --train.max-steps 2 --train.epochs 2"
+    )
     sys.argv = [str(args.recipe), *flags.split()]
     with StringIO() as said, redirect_stdout(said), redirect_stderr(said), noted:
         try:
@@ -265,27 +288,37 @@ def text_of(times: int, size: int) -> str:
 
 
 def main(args: ScaleCounts) -> None:
-    check_unused(args.folder)
-    args.folder.mkdir(parents=True, exist_ok=True)
-    (args.folder / "rows.jsonl").write_text('{"text": "Once"}\n' * max(args.ranks))  # one for each rank
-    found: dict[str, tuple[Counts, Counts]] = {}
+    found: dict[int, dict[int, tuple[Counts, Counts]]] = {}
     files: list[str] = []
-    for ranks in args.ranks:
-        sent: list[tuple[int, bytes]] = []
-        for rank in (0, args.machine if ranks > args.machine else 1):
-            with get_context("fork").Pool(1) as pool:
-                counts, sizes, files, sent = pool.apply(count, (args, rank, ranks, sent))
-            found[f"{ranks:,} ranks, rank {rank}"] = counts, sizes
-    order = [*dict.fromkeys(PHASES.values()), "heartbeat"]
-    keys = sorted(
-        {key for counts, _ in found.values() for key in counts}, key=lambda key: (key[0] not in order, key[1])
-    )
-    print(f"| {args.recipe.stem}, {args.strategy} | | {' | '.join(found)} |\n|---|---|{'---|' * len(found)}")
-    for phase in order:
-        for key in (key for key in keys if key[0] == phase):
-            cells = [text_of(counts[key], sizes[key]) for counts, sizes in found.values()]
-            print(f"| {phase} | {key[1]} | {' | '.join(cells)} |")
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "rows.jsonl").write_text('{"text": "Once"}\n' * max(args.ranks))  # one for each rank
+        for ranks in args.ranks:
+            pair = (0, args.machine if ranks > args.machine else 1)
+            found[ranks] = {rank: (Counter(), Counter()) for rank in pair}
+            for resumes in (False, True):
+                sent: list[tuple[int, bytes]] = []
+                for rank in pair:
+                    with get_context("fork").Pool(1) as pool:
+                        counts, sizes, read, sent = pool.apply(count, (args, folder, rank, ranks, resumes, sent))
+                    files = files if resumes else read
+                    found[ranks][rank][0].update(counts)
+                    found[ranks][rank][1].update(sizes)
+    columns = {f"{ranks:,} ranks, rank {rank}": both for ranks, of in found.items() for rank, both in of.items()}
+    order = [*dict.fromkeys(PHASES.values()), RESUMING, "heartbeat"]
+    keys = {key for counts, _ in columns.values() for key in counts}
+    print(f"| {args.recipe.stem}, {args.strategy} | | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
+    for key in sorted(keys, key=lambda key: (order.index(key[0]), key[1])):
+        print(f"| {' | '.join([*key, *(text_of(counts[key], sizes[key]) for counts, sizes in columns.values())])} |")
     print("\nThe files that the last of these ranks opens to read in its start-up:", *files, sep="\n")
+    if args.json:
+        content: dict[str, Any] = {}
+        for ranks, of in found.items():
+            for rank, (counts, sizes) in of.items():
+                for (phase, kind), times in counts.items():
+                    of_rank = content.setdefault(str(ranks), {}).setdefault(str(rank), {})
+                    of_rank.setdefault(phase, {})[kind] = [times, sizes[phase, kind]]
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
