@@ -21,6 +21,9 @@ from minillama.parallel.rendezvous import fresh_store
 
 T = TypeVar("T")
 Device = Literal["auto", "cpu", "cuda"]
+EACH_TO_EACH = 128
+"""Processes up to which gloo connects each with each, in each of its four or more groups: a process may often have no more
+than 1,024 files open"""
 
 
 def say(text: str) -> None:
@@ -74,6 +77,8 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0, lost_s
     if "RANK" in os.environ:
         timeout = timedelta(minutes=timeout_minutes)
         store, own_rank, world_size = fresh_store(timeout)
+        if world_size > EACH_TO_EACH:  # two are connected when they first exchange something
+            os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         _meet(store, own_rank, world_size, lost_seconds)
         dist.init_process_group(backend, store=store, rank=own_rank, world_size=world_size, timeout=timeout)
     else:  # no launcher, so no address either
