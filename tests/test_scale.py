@@ -105,7 +105,7 @@ def test_a_run_exchanges_and_opens_no_more_where_there_are_more_ranks(tiny_folde
     for before, now in ((few, many), (few_of_other, many_of_other)):
         assert before.keys() == now.keys()
         for phase in ("save", "model"):
-            for kind in now[phase].keys() - {"connections of gloo"}:
+            for kind in now[phase].keys() - {"others in its process groups"}:
                 assert now[phase][kind][0] <= before[phase][kind][0], (phase, kind)
         for phase in (
             "start-up",

@@ -237,7 +237,7 @@ def count(
         noted.note("broadcast of an object", len(text))
 
     def group_of(common: Any, options: Any) -> FakeProcessGroup:
-        noted.note("connections of gloo", times=common.group_size - 1)
+        noted.note("others in its process groups", times=common.group_size - 1)
         return FakeProcessGroup._create_internal(common.group_rank, common.group_size, FakeProcessGroup.Options())
 
     def impossible(*_: Any, **__: Any) -> None:
