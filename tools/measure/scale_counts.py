@@ -114,10 +114,10 @@ class Counting(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes back with its local tensors
         namespace, name = func._schema.name.split("::")
-        if "c10d" in namespace and not name.startswith(("wait", "_wrap")):
-            tensors = [[leaf for leaf in tree_leaves(arg) if isinstance(leaf, torch.Tensor)] for arg in args]
-            self.note(KINDS[name], max(sum(tensor.nbytes for tensor in part) for part in tensors))
         result = func(*args, **(kwargs or {}))
+        if "c10d" in namespace and not name.startswith(("wait", "_wrap")):
+            parts = [[leaf for leaf in tree_leaves(part) if isinstance(leaf, torch.Tensor)] for part in (*args, result)]
+            self.note(KINDS[name], max(sum(tensor.nbytes for tensor in part) for part in parts))
         if name == "_reduce_scatter_base_":
             args[0].zero_()
         return result
@@ -184,13 +184,8 @@ def parts_of_all(state: dict[str, dict[str, torch.Tensor]], own: str, folder: Pa
             rows = tensor.shape[0] if tensor.ndim else 1
             step = -(-rows // shards)
             for rank, row in enumerate(range(0, rows, step)):
-                place = [
-                    row,
-                    min(step, rows - row),
-                    name.replace("__0_", f"__{rank}_"),
-                    0,
-                    1,
-                ]  # where in it is not read
+                file = name.replace("__0_", f"__{rank}_")
+                place = [row, min(step, rows - row), file, 0, 1]  # where it is in the file is not read
                 entry = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
                 texts[rank]["index"][f"{part}.{key}"] = entry | {"parts": [place]}
     return [json.dumps(text) for text in texts]
