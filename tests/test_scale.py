@@ -10,7 +10,6 @@ from pathlib import Path
 import torch.distributed as dist
 from conftest import run_script
 
-from minillama.formats.hf import READERS
 from minillama.parallel.rendezvous import _agree
 
 

@@ -24,6 +24,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -251,6 +252,7 @@ def count(
     write, gather = checkpoint.write_part, checkpoint.texts_on_rank_zero
     checkpoint.write_part, checkpoint.texts_on_rank_zero = write_part, texts_on_rank_zero
     checkpoint.IndexReader.read_data = lambda *_: torch.futures.collect_all([])
+    heartbeat.Heartbeat._judge = lambda _: None  # which would end a process that has no time for its signs
     dist.broadcast_object_list = broadcast
     for name in ("all_gather_object", "gather_object", "scatter_object_list"):
         setattr(dist, name, impossible)
@@ -294,8 +296,9 @@ def main(args: ScaleCounts) -> None:
             for resumes in (False, True):
                 sent: list[tuple[int, bytes]] = []
                 for rank in pair:
-                    with get_context("fork").Pool(1) as pool:
-                        counts, sizes, read, sent = pool.apply(count, (args, folder, rank, ranks, resumes, sent))
+                    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+                        done = pool.submit(count, args, folder, rank, ranks, resumes, sent)
+                        counts, sizes, read, sent = done.result()
                     files = files if resumes else read
                     found[ranks][rank][0].update(counts)
                     found[ranks][rank][1].update(sizes)
