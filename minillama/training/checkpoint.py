@@ -303,8 +303,7 @@ class Checkpoints:
             written = self._listed(path, failed)
             self._together(lambda: _check_shared(path, written) if rank() == 0 else None, failed)
             if content["format"] == "full":
-                self._together(lambda: _consolidate(path, self.alone) if rank() == 0 else None, failed)
-                written = self._listed(path, failed)
+                written = self._together(lambda: _consolidate(path, self.alone) if rank() == 0 else {}, failed)
             content["files"] = written
             self._together(lambda: self._complete(path, final, content) if rank() == 0 else None, failed)
         except BaseException:
@@ -314,9 +313,7 @@ class Checkpoints:
 
     def _listed(self, path: Path, failed: str) -> dict[str, Any]:
         """On rank 0, what all ranks have written: each rank reads its own files."""
-        mine = self._together(
-            lambda: {str(file.relative_to(path)): described(file) for file in _files_of(path)}, failed
-        )
+        mine = self._together(lambda: {file.name: described(file) for file in _files_of(path)}, failed)
         texts = self._together(lambda: texts_on_rank_zero(json.dumps(mine), self.group), failed)
         return {name: file for text in texts for name, file in json.loads(text).items()}
 
@@ -372,10 +369,10 @@ def _check_shapes(metadata: Metadata, tensors: Mapping[str, Tensor], part: str, 
         raise UserError(f"{part}: {'; '.join(sorted(problems)[:4])}{'; ...' if len(problems) > 4 else ''}")
 
 
-def _consolidate(path: Path, alone: dist.ProcessGroup | None) -> None:
+def _consolidate(path: Path, alone: dist.ProcessGroup | None) -> dict[str, Any]:
     """Turns what all ranks wrote into safetensors files of whole tensors, in a folder each for model, optimizer, random.
 
-    alone: a group of this process only. Takes the memory of one file.
+    alone: a group of this process only. Takes the memory of one file. Returns the size and hash of each.
     """
     metadata = IndexReader(path).read_metadata().state_dict_metadata
     saved = {name: tensor for name, tensor in metadata.items() if isinstance(tensor, TensorStorageMetadata)}
@@ -395,6 +392,7 @@ def _consolidate(path: Path, alone: dist.ProcessGroup | None) -> None:
                 os.fsync(written.fileno())
     for file in (*path.glob("*.distcp"), path / ".metadata", path / INDEX):
         file.unlink()
+    return {str(file.relative_to(path)): described(file) for file in path.rglob("*.safetensors")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -408,8 +406,6 @@ def _make_empty(path: Path) -> None:
 
 def _files_of(path: Path) -> list[Path]:
     """The files that this rank has written and describes."""
-    if rank() == 0 and not (path / INDEX).exists():
-        return list(path.rglob("*.*"))
     numbered = (path / f"__{rank()}_{number}.distcp" for number in count())  # the folder has those of all ranks
     own = list(takewhile(Path.exists, numbered))
     return [path / ".metadata", path / INDEX, *own] if rank() == 0 else own
