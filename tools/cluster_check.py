@@ -4,19 +4,11 @@
     python tools/cluster_check.py --model DIR --folder /tmp/cluster --only train          no faults
     python tools/cluster_check.py --model DIR --folder /tmp/cluster --only faults --faults 5 --seed 3 --hosts 3
 
-<<<<<<< HEAD
 A host is a network namespace behind a bridge, with its own hostname, processes, /tmp and cache; torchrun runs on each,
 gloo between them. Only the output folder is shared. Where namespaces are not allowed, a host is an address of the
 loopback. DIR: a small model. A fault takes one host at a random moment of a step: killed (all its processes at once), cut
 (its link goes down, without a FIN), frozen (SIGSTOP to all its processes). torchrun --nnodes goes on with the hosts that
 are left, and takes it back when it returns. A slow disk (strace delays each fsync of one host) is no fault.
-=======
-A host is a network namespace behind a bridge, with its own hostname, processes, /tmp and cache; torchrun runs on each, gloo
-between them. Only the output folder is shared. Where namespaces are not allowed, a host is an address of the loopback. DIR:
-a small model. A fault takes one host at a random moment of a step: killed (all its processes at once), cut (its link goes
-down, without a FIN), frozen (SIGSTOP to all its processes). torchrun --nnodes goes on with the hosts that are left, and
-takes it back when it returns. A slow disk (strace delays each fsync of one host) is no fault.
->>>>>>> a88faa774d6ca5e897ddd0e40b99164e2de96914
 
 Prints one row a check and a fault, and writes them to FOLDER/cluster_check.json. Ends with code 1 if anything differs.
 """
