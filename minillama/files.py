@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch.distributed as dist
 
 from minillama.errors import FULL, UserError, disk_text, json_problem
-from minillama.parallel.processes import group_without_timeout, on_rank_zero
+from minillama.parallel.processes import group_without_timeout, local_world_size, on_rank_zero, process_count
 
 PARTIAL = ".minillama-partial"
 """Suffix of files and folders that are not complete"""
@@ -36,8 +36,25 @@ def open_file(path: Path) -> BinaryIO:
         raise UserError(disk_text(error, path, "cannot be read")) from None
 
 
+_received: dict[Path, bytes] = {}
+"""What read_for_all has read"""
+
+
+def read_for_all(folder: Path, names: Collection[str]) -> None:
+    """Reads small files of a folder, those that are there, on rank 0, for read_bytes and read_json of all ranks.
+
+    Else the processes of all machines would ask the one disk for the same files. On one machine nothing is done. Every rank
+    must call it.
+    """
+    if process_count() > local_world_size():
+        found = on_rank_zero(lambda: {n: (folder / n).read_bytes() for n in names if (folder / n).is_file()})
+        _received.update({folder / name: content for name, content in found.items()})
+
+
 def read_bytes(path: Path) -> bytes:
     """All of a file. Raises UserError as open_file does."""
+    if path in _received:
+        return _received[path]
     with open_file(path) as file:
         try:
             return file.read()

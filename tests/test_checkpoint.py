@@ -153,6 +153,27 @@ def load_some(mesh, folder, out):
     return results
 
 
+def save_and_load_copies(mesh, folder, out):
+    fsdp, config = (
+        FsdpConfig(strategy="hybrid-shard", shard_size=2, precision="fp32"),
+        CheckpointConfig(async_save=False),
+    )
+    run = training(folder, out, fsdp, checkpoint=config)
+    with run.checkpoints() as checkpoints:
+        checkpoints.save(Progress(packs_per_step=4, step=2))
+        saved = run.state(checkpoints)
+    run = training(folder, out, fsdp, checkpoint=config, seed=9)
+    with run.checkpoints(found(out)) as checkpoints:
+        return equal(run.state(checkpoints), saved)
+
+
+def test_copies_of_the_model_share_the_writing(tiny_folder, tmp_path):
+    assert run_ranks(save_and_load_copies, 4, tiny_folder, tmp_path) == [True] * 4
+    index = json.loads((tmp_path / "checkpoints/step-00000002/index.json").read_text())
+    files = [part[2] for name, entry in index.items() if name.startswith("model.") for part in entry["parts"]]
+    assert len({*files}) == 4 and len(files) < 2 * len(index)  # each row once: or the index would have been refused
+
+
 def draw_on_other_ranks(mesh, folder, out):
     """The first random number of runs that go on where other numbers of ranks stopped."""
     resumed, drawn = found(out / "0"), []

@@ -18,6 +18,7 @@ from minillama.formats.hf_export import gather, write_tensors
 from minillama.formats.meta import finite
 from minillama.model.llama import Llama
 from minillama.model.quant import Quantized, dequantize
+from minillama.parallel.heartbeat import stand
 from minillama.parallel.processes import rank, warn
 from minillama.parallel.sharding import like, local, reshard, row_offset
 
@@ -102,6 +103,7 @@ def save_adapter(model: Llama, folder: str | Path, config: AdapterConfig, base_m
     for a model whose adapters are not just those of `config` (PEFT has no format for a mix), and for what goes wrong on
     the disk.
     """
+    stand("writing the adapter")
     with torch.device("meta"):
         fresh = adapt(Llama(model.config), config)
     expected, there = ({f"{n} {list(p.shape)}" for n, p in adapter_parameters(m).items()} for m in (fresh, model))

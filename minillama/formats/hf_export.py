@@ -33,6 +33,7 @@ from minillama.formats.quantized import Quantize, QuantizingWeights
 from minillama.model.config import LlamaConfig
 from minillama.model.llama import Llama
 from minillama.model.quant import quantized_layers
+from minillama.parallel.heartbeat import stand
 from minillama.parallel.processes import is_rank_zero, say
 from minillama.parallel.sharding import reshard
 from minillama.progress import progress
@@ -71,6 +72,7 @@ def save_pretrained(
     Raises UserError, on every rank, for a model with adapter parameters, a `base` of other shapes or one that `folder`
     would overwrite, and for what goes wrong on the disk.
     """
+    stand("writing the model")
     folder, base = Path(folder).resolve(), Path(base).resolve()
     if adapter := next(iter(adapter_parameters(model)), None):
         raise UserError(

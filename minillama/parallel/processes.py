@@ -21,6 +21,9 @@ from minillama.parallel.rendezvous import fresh_store
 
 T = TypeVar("T")
 Device = Literal["auto", "cpu", "cuda"]
+EACH_TO_EACH = 128
+"""Processes up to which gloo connects each with each, in each of its four or more groups: a process may often have no more
+than 1,024 files open"""
 
 
 def say(text: str) -> None:
@@ -74,6 +77,8 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0, lost_s
     if "RANK" in os.environ:
         timeout = timedelta(minutes=timeout_minutes)
         store, own_rank, world_size = fresh_store(timeout)
+        if world_size > EACH_TO_EACH:  # two are connected when they first exchange something
+            os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         _meet(store, own_rank, world_size, lost_seconds)
         dist.init_process_group(backend, store=store, rank=own_rank, world_size=world_size, timeout=timeout)
     else:  # no launcher, so no address either
@@ -231,14 +236,6 @@ def all_reduce(
     numbers = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(numbers, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
-    return numbers.tolist()
-
-
-def number_of_each(number: int) -> list[int]:
-    """The numbers of all ranks, of 64 bits each. Every rank must call it."""
-    numbers = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-    numbers[dist.get_rank()] = number
-    dist.all_reduce(numbers)
     return numbers.tolist()
 
 

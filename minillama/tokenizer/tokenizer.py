@@ -244,10 +244,11 @@ def load_tokenizer(path: str | Path, *, day: date | None = None) -> Tokenizer:
     tokenizer.path = path
     digest = hashlib.blake2b(digest_size=16)
     for file in [path] if path.is_file() else []:
-        digest.update(file.read_bytes())
+        digest.update(read_bytes(file))
     for name in FILES + NAMES + tuple(TEMPLATES.values()):
         file = (path if path.is_dir() else path.parent) / name
-        digest.update(f"{name} {file.stat().st_size}".encode() + file.read_bytes() if file.is_file() else b"")
+        content = read_bytes(file) if file.is_file() else None
+        digest.update(b"" if content is None else f"{name} {len(content)}".encode() + content)
     digest.update(day.isoformat().encode() if tokenizer.shows_day else b"")
     tokenizer.fingerprint = digest.hexdigest()
     return tokenizer

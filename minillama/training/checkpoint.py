@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast
 
@@ -23,14 +22,14 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from minillama.errors import REMEDIES, UserError, disk_error
-from minillama.files import described, size_text
+from minillama.files import described, read_json, size_text
 from minillama.formats.hf_export import MAX_FILE_BYTES, split_by_size, write_tensors
 from minillama.model.attention import BACKENDS
 from minillama.model.llama import Llama
 from minillama.parallel.heartbeat import stand
 from minillama.parallel.processes import all_reduce, first_of_ranks, on_rank_zero, rank, say, texts_on_rank_zero
 from minillama.parallel.sharding import reshard
-from minillama.training.checkpoint_index import INDEX, IndexReader, IndexWriter
+from minillama.training.checkpoint_index import INDEX, IndexReader, read_into, write_index, write_part
 from minillama.training.metrics import Metrics
 from minillama.training.optim import LossScaler
 from minillama.training.plan import Progress, Step
@@ -105,7 +104,6 @@ class Checkpoints:
         # A group of its own, on the host: a checkpoint is written while the steps use the other groups.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
         cuda = device == "cuda"
-        self.alone = dist.new_group([0], backend="gloo") if config.format == "full" else None
         self.staging = StagingOptions(cuda, False, False, cuda)
         self.stager = DefaultStager(self.staging)
         self.writer = ThreadPoolExecutor(1)
@@ -151,7 +149,8 @@ class Checkpoints:
             found: dict[str, dcp.FileSystemReader]
             if sharded:
                 sizes = {name: file["bytes"] for name, file in content["files"].items()}
-                found = dict.fromkeys(state, IndexReader(checkpoint.folder, sizes))
+                index = on_rank_zero(lambda: read_json(checkpoint.folder / INDEX))
+                found = dict.fromkeys(state, IndexReader(checkpoint.folder, sizes, index))
             else:
                 found = {part: dcp.HuggingFaceStorageReader(str(checkpoint.folder / part)) for part in state}
             for part, tensors in state.items():
@@ -160,10 +159,10 @@ class Checkpoints:
 
         def load() -> None:
             if sharded:
-                dcp.load(state, storage_reader=reader["model"], process_group=self.group)
+                read_into(state, reader["model"])
             else:
                 for part, tensors in state.items():
-                    dcp.load(tensors, storage_reader=reader[part], process_group=self.group)
+                    read_into(tensors, reader[part])
 
         reader = self._together(readers, failed)
         self._together(load, failed)
@@ -294,30 +293,32 @@ class Checkpoints:
         size = sum(tensor.numel() * tensor.element_size() for part in state.values() for tensor in part.values())
         failed = f"{final}, of {size_text(size)}, cannot be written"
 
-        def write() -> None:
-            dcp.save(state, storage_writer=IndexWriter(path), process_group=self.group)
+        def write() -> str:
+            name, index = write_part(path, state)
+            return json.dumps({"files": {name: described(path / name)}, "index": index})
 
         try:
             self._together(lambda: _make_empty(path) if rank() == 0 else None, failed)
-            self._together(write, failed)
-            written = self._listed(path, failed)
-            self._together(lambda: _check_shared(path, written) if rank() == 0 else None, failed)
-            if content["format"] == "full":
-                written = self._together(lambda: _consolidate(path, self.alone) if rank() == 0 else {}, failed)
-            content["files"] = written
-            self._together(lambda: self._complete(path, final, content) if rank() == 0 else None, failed)
+            mine = self._together(write, failed)
+            texts = self._together(lambda: texts_on_rank_zero(mine, self.group), failed)
+            written = [json.loads(text) for text in texts]
+            self._together(lambda: self._complete(path, final, content, written) if rank() == 0 else None, failed)
         except BaseException:
             if rank() == 0:
                 shutil.rmtree(path, ignore_errors=True)
             raise
 
-    def _listed(self, path: Path, failed: str) -> dict[str, Any]:
-        """On rank 0, what all ranks have written: each rank reads its own files."""
-        mine = self._together(lambda: {file.name: described(file) for file in _files_of(path)}, failed)
-        texts = self._together(lambda: texts_on_rank_zero(json.dumps(mine), self.group), failed)
-        return {name: file for text in texts for name, file in json.loads(text).items()}
-
-    def _complete(self, path: Path, final: Path, content: dict[str, Any]) -> None:
+    def _complete(self, path: Path, final: Path, content: dict[str, Any], written: list[dict[str, Any]]) -> None:
+        """written: of each rank its "files" and their "index"."""
+        files = {name: file for each in written for name, file in each["files"].items()}
+        _check_shared(path, files)
+        write_index(path, [each["index"] for each in written], {name: file["bytes"] for name, file in files.items()})
+        if content["format"] == "full":
+            _consolidate(path)
+            files, more = {}, list(path.rglob("*.safetensors"))
+        else:
+            more = [path / ".metadata", path / INDEX]
+        content["files"] = files | {str(file.relative_to(path)): described(file) for file in more}
         with (path / MANIFEST).open("w") as file:
             json.dump(content | {"sha256": hash_of(json.loads(json.dumps(content)))}, file, indent=1)
             file.flush()
@@ -338,7 +339,7 @@ class Checkpoints:
         result, problem = None, None
         try:
             result = task()
-        except (dcp.api.CheckpointException, Exception) as error:
+        except Exception as error:
             problem = _first_line(error)
         try:
             text = first_of_ranks(problem, self.group)
@@ -369,12 +370,13 @@ def _check_shapes(metadata: Metadata, tensors: Mapping[str, Tensor], part: str, 
         raise UserError(f"{part}: {'; '.join(sorted(problems)[:4])}{'; ...' if len(problems) > 4 else ''}")
 
 
-def _consolidate(path: Path, alone: dist.ProcessGroup | None) -> dict[str, Any]:
+def _consolidate(path: Path) -> None:
     """Turns what all ranks wrote into safetensors files of whole tensors, in a folder each for model, optimizer, random.
 
-    alone: a group of this process only. Takes the memory of one file. Returns the size and hash of each.
+    Takes the memory of one file.
     """
-    metadata = IndexReader(path).read_metadata().state_dict_metadata
+    reader = IndexReader(path)
+    metadata = reader.index.state_dict_metadata
     saved = {name: tensor for name, tensor in metadata.items() if isinstance(tensor, TensorStorageMetadata)}
     for part in sorted({name.partition(".")[0] for name in saved}):
         sizes = {
@@ -385,14 +387,13 @@ def _consolidate(path: Path, alone: dist.ProcessGroup | None) -> dict[str, Any]:
         (path / part).mkdir()
         for number, names in enumerate(split_by_size(sizes, MAX_FILE_BYTES), 1):
             tensors = {name: torch.empty(saved[name].size, dtype=saved[name].properties.dtype) for name in names}
-            dcp.load(tensors, storage_reader=IndexReader(path), process_group=alone)
+            read_into(tensors, reader)
             file = path / part / f"{number:05}.safetensors"
             write_tensors(file, {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()})
             with file.open("rb+") as written:
                 os.fsync(written.fileno())
     for file in (*path.glob("*.distcp"), path / ".metadata", path / INDEX):
         file.unlink()
-    return {str(file.relative_to(path)): described(file) for file in path.rglob("*.safetensors")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,13 +403,6 @@ def _consolidate(path: Path, alone: dist.ProcessGroup | None) -> dict[str, Any]:
 def _make_empty(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
-
-
-def _files_of(path: Path) -> list[Path]:
-    """The files that this rank has written and describes."""
-    numbered = (path / f"__{rank()}_{number}.distcp" for number in count())  # the folder has those of all ranks
-    own = list(takewhile(Path.exists, numbered))
-    return [path / ".metadata", path / INDEX, *own] if rank() == 0 else own
 
 
 def _check_shared(path: Path, names: Iterable[str]) -> None:
@@ -444,10 +438,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    failed_rank = rank()
-    if isinstance(error, dcp.api.CheckpointException):
-        failed_rank, (error, _) = next(iter(error.failures.items()))
     text = (str(error).strip() or repr(error)).splitlines()[0]
     if full_disk := disk_error(error):
         text = f"{full_disk.strerror}: {REMEDIES[full_disk.errno or 0]}, and go on with --resume auto"
-    return f"{text} (rank {failed_rank})"
+    return f"{text} (rank {rank()})"

@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from minillama.data.packing import Packed
 from minillama.errors import UserError, disk_text
-from minillama.files import lock, read_json, write_whole
+from minillama.files import described, lock, read_json, write_whole
 from minillama.formats.hf import weights_fingerprint
 from minillama.formats.hub import model_name
-from minillama.parallel.processes import first_of_ranks, local_world_size, number_of_each, on_rank_zero, say
+from minillama.parallel.processes import first_of_ranks, local_world_size, on_rank_zero, say, texts_on_rank_zero
 from minillama.training.config import RunConfig
 from minillama.training.flag_changes import compare_flags
 from minillama.training.plan import Progress, count_steps
@@ -42,7 +42,7 @@ def find_start(config: RunConfig) -> Checkpoint | None:
 
 
 def _agents() -> list[int]:
-    """For each machine's torchrun, or for another launch of these processes, a number that no other has.
+    """On rank 0, for each machine's torchrun, or for another launch of these processes, a number that no other has.
 
     Every rank must call it.
     """
@@ -52,7 +52,7 @@ def _agents() -> list[int]:
         with suppress(OSError):  # since when it runs: in a container its process may always have the same number
             launch += Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19:20]
     digest = hashlib.blake2b(str(launch).encode(), digest_size=8).digest()
-    return sorted({*number_of_each(int.from_bytes(digest, signed=True))})
+    return sorted({*map(int, texts_on_rank_zero(str(int.from_bytes(digest, signed=True))))})
 
 
 def _before(output_dir: Path, agents: list[int]) -> dict[str, Any] | None:
@@ -99,7 +99,7 @@ def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -
     config.profile.check_steps(total - progress.step)
     config.profile.make_folders()
 
-    def write() -> None:
+    def write() -> dict[str, Any]:
         run, file = _about(config, train, checkpoint), output_dir / "run.json"
         run |= {"packs_per_step": progress.packs_per_step, "agents": agents}
         try:
@@ -112,24 +112,27 @@ def start_run(config: RunConfig, train: Packed, checkpoint: Checkpoint | None) -
             if continues and file.exists():
                 run["id"] = read_json(file).get("id", run["id"])
             write_whole(file, json.dumps(run, indent=2, default=str) + "\n")
+            return described(file)
         except OSError as error:
             raise UserError(disk_text(error, f"--output-dir {output_dir}", "cannot be written")) from None
 
-    on_rank_zero(write)
-    _check_shared(output_dir, agents)
+    _check_shared(output_dir, on_rank_zero(write))
     for line in lines:
         say(line)
     return progress, fingerprints
 
 
-def _check_shared(output_dir: Path, agents: list[int]) -> None:
-    """Raises UserError, on every rank, unless each machine sees the run.json that rank 0 has just written."""
+def _check_shared(output_dir: Path, written: dict[str, Any]) -> None:
+    """Raises UserError, on every rank, unless each machine sees the run.json that rank 0 has just written.
+
+    written: what rank 0 has seen of it.
+    """
     if local_world_size() == dist.get_world_size():
         return
     for wait in (*WAITS, None):
         seen = os.environ.get("LOCAL_RANK") != "0"
-        with suppress(OSError, UserError):
-            seen = seen or read_json(output_dir / "run.json").get("agents") == agents
+        with suppress(OSError):
+            seen = seen or described(output_dir / "run.json") == written
         unseen = first_of_ranks(None if seen else dist.get_rank())
         if unseen is None:
             return

@@ -12,7 +12,8 @@ from minillama.data.datasets import DataConfig, training_sources, validation_sou
 from minillama.data.load import load_data
 from minillama.data.packing import Packed
 from minillama.errors import UserError
-from minillama.formats.hub import find_model, model_name
+from minillama.files import read_for_all
+from minillama.formats.hub import SMALL_FILES, find_model, model_name
 from minillama.formats.meta import Weights
 from minillama.hardware.kernels import choose_kernels
 from minillama.hardware.precision import choose_precision, compact_base
@@ -64,6 +65,11 @@ def resolve(config: C, device: str) -> tuple[C, Checkpoint | None, str]:
     Every rank must call it. Raises UserError for a model that is not there and for --resume without a sound checkpoint.
     """
     config = replace(config, model=find_model(config.model))
+    read_for_all(config.model, SMALL_FILES)
+    if tokenizer := config.tokenizer:
+        read_for_all(
+            *(tokenizer.parent, (*SMALL_FILES, tokenizer.name)) if tokenizer.is_file() else (tokenizer, SMALL_FILES)
+        )
     checkpoint = find_start(config)
     saved = checkpoint.content["flags"]["fsdp"]["precision"] if checkpoint else None
     fsdp, precision = choose_precision(config.fsdp, device, saved=saved, cache_dir=config.data.cache_dir)

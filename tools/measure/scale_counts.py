@@ -1,320 +1,321 @@
-"""What rank 0 exchanges with the other ranks and which files it opens, in a run of any number of ranks.
+"""What a rank of a large run asks of the others and of the disk, counted, with PyTorch's fake process group.
 
     python tools/measure/scale_counts.py --model DIR
-    python tools/measure/scale_counts.py --model DIR --ranks 64 --strategy hybrid-shard
+    python tools/measure/scale_counts.py --model DIR --recipe recipes/lora_fsdp.py --strategy full-shard
 
-recipes/full_fsdp.py runs in this one process, in PyTorch's fake process group: it starts, takes a step, evaluates, saves and
-resumes. Nothing is sent. What the other ranks would have sent is made from rank 0's own, so losses mean nothing. FSDP2 makes
-rank 0's part of each parameter only. The other ranks' checkpoint files are rank 0's under their names, and no tensors are
-read from them when it resumes. Rank 0 asks and opens what the others do, and more. DIR: a small model.
+For each number of ranks one process is rank 0, and then another is the first rank of the second machine, or rank 1 if
+there is one machine. Each runs the recipe: start-up, two steps with an evaluation and a checkpoint after each, the model
+at the end; and then resumes. What it asks for goes nowhere, so some things are not as in a real run:
 
-Bytes of a collective are those of the larger of what a rank gives and gets; of an object, its pickle; of files, their size.
-Heartbeats and the rendezvous, which are not collectives, are not counted here.
+- A sum or a maximum over all ranks is this rank's own number, and the gradients are 0.
+- The objects that rank 0 broadcasts are noted, and given to the other rank in its turn. No other exchange of objects is
+  possible: dist.all_gather_object and the like end the program.
+- What the other ranks send to rank 0 of a checkpoint is made up, as long as the real. Their files are rank 0's under their
+  names, and no tensors are read from them when it resumes.
+- The store holds what it is told, says yes to each question, and other ranks give a new sign of life each time.
+- The library safetensors opens a file of weights again each time after we have; that is not seen here.
 """
 
-import importlib
 import json
 import os
 import pickle
-import shlex
-import shutil
+import runpy
 import sys
-import tempfile
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
-from itertools import cycle
+import traceback
+import warnings
+from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import tyro
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan
-from torch.distributed.checkpoint.storage import WriteResult
+from torch._C._distributed_c10d import FakeProcessGroup
 from torch.distributed.tensor import DTensor
-from torch.futures import Future
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minillama.errors import UserError
-from minillama.files import write_json
 from minillama.help import filled
 from minillama.parallel import heartbeat
 from minillama.parallel.failures import user_errors
 from minillama.training import checkpoint
-from minillama.training.alive import fake_processes, replaced
-from minillama.training.checkpoint_index import IndexReader
 
-ROOT = Path(__file__).parents[2]
-KINDS = {
-    "_allgather_base_": "all-gather",
-    "_reduce_scatter_base_": "reduce-scatter",
-    "allreduce_": "all-reduce",
-    "broadcast_": "broadcast",
-    "gather_": "gather",
-    "all_gather_into_tensor": "all-gather",
-    "reduce_scatter_tensor": "reduce-scatter",
-    "all_reduce": "all-reduce",
-    "all_reduce_": "all-reduce",
+PHASES = {
+    **dict.fromkeys(("start-up", "preparing the data", "loading the weights"), "start-up"),
+    "step 2": "step",
+    "the evaluation after step 1": "evaluation",
+    "saving step 1": "save",
+    **dict.fromkeys(("writing the model", "writing the adapter"), "model"),
 }
+"""By what the process says it is doing. What it does the first time, or besides these, is not counted."""
+RESUMING = "resuming"
+"""The start-up of the second run"""
+KINDS = {
+    **{"allreduce_": "all-reduce", "broadcast_": "broadcast", "gather_": "gather to rank 0", "barrier": "barrier"},
+    **dict.fromkeys(("_allgather_base_", "allgather_", "all_gather_into_tensor"), "all-gather"),
+    **dict.fromkeys(("_reduce_scatter_base_", "reduce_scatter_tensor"), "reduce-scatter"),
+}
+FLAGS = (
+    "--device cpu --train.batch-size 1 --eval.every 1 --eval.max-steps 1 "
+    "--checkpoint.every 1 --checkpoint.no-async-save --data.dataset text --data.batching padding "
+    "--data.context-length 32 --fsdp.lost-seconds 6 --fsdp.precision fp32 --kernels.attention math"
+)
+Counts = Counter[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Args:
-    """Counts what a rank sends to others and which files it opens."""
+class ScaleCounts:
+    """What a rank of a large run asks of the others and of the disk."""
 
     model: Path
-    """Folder of a small model."""
+    """A small model"""
+    recipe: Path = Path("recipes/full_fsdp.py")
     ranks: tuple[int, ...] = (8, 512, 16384)
-    """How many there are, one or several numbers."""
     machine: int = 8
-    """Ranks of one machine."""
-    strategy: Literal["full-shard", "hybrid-shard"] = "full-shard"
-    """As --fsdp.strategy of the recipe. Under hybrid-shard the ranks of a machine shard the model."""
-    flags: str = "--fsdp.precision fp32"
-    """More flags of recipes/full_fsdp.py."""
+    """Ranks of one"""
+    strategy: Literal["full-shard", "shard-grad-op", "no-shard", "hybrid-shard"] = "hybrid-shard"
     json: Path | None = None
-    """File for the counts."""
+    """A file for the counts: by number of ranks, rank, phase and kind, how many and their bytes"""
+
+    def __post_init__(self) -> None:
+        if not self.model.is_dir():
+            raise UserError(f"--model {self.model}: no such folder; give that of a small model")
+        if wrong := [count for count in self.ranks if count < 2 or count % min(count, self.machine)]:
+            raise UserError(f"--ranks {wrong[0]}: must be at least 2, and whole machines of {self.machine}")
 
 
-Counts = dict[str, dict[str, list[int]]]
-"""By phase and kind: how many, bytes"""
+class Counting(TorchDispatchMode):
+    """Notes each collective with its bytes: of all that a rank has of it before or after, whichever is more."""
 
-
-class Counted(TorchDispatchMode):
-    """Counts collectives by the phase that a run says it is in, and gives them an answer."""
-
-    def __init__(self) -> None:
+    def __init__(self, counts: Counts, sizes: Counts) -> None:
         super().__init__()
-        self.counts: Counts = defaultdict(lambda: defaultdict(lambda: [0, 0]))
-        self.quiet = False
-        sys.addaudithook(self._opened)
+        self.counts, self.sizes = counts, sizes
+        self.stores: list[dist.Store] = []
+        self.resumes = False
 
-    def note(self, kind: str, size: int) -> None:
-        entry = self.counts[phase()][kind]
-        entry[0] += 1
-        entry[1] += size
+    def phase(self) -> str | None:
+        found = PHASES.get(heartbeat._doing[0])
+        return found if not self.resumes else RESUMING if found == "start-up" else None
 
-    def _opened(self, event: str, args: tuple[Any, ...]) -> None:
-        if event == "open" and not self.quiet and isinstance(args[0], (str, os.PathLike)):
-            path, flags = Path(args[0]), args[2]
-            if path.suffix not in (".py", ".pyc", ".so") and not str(path).startswith(
-                ("/proc", "/sys", "/dev", "/usr")
-            ):
-                writes = flags & (os.O_WRONLY | os.O_RDWR)
-                self.note("files written" if writes else "files read", 0 if writes else _size(path))
+    def note(self, kind: str, size: int = 0, times: int = 1) -> None:
+        if (phase := self.phase()) is None:
+            return
+        key = phase, kind
+        self.counts[key] += times
+        self.sizes[key] += size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # which makes its collectives of plain tensors
-        namespace, _, name = func._schema.name.partition("::")
-        if namespace not in ("c10d", "_c10d_functional") or name == "wait_tensor":
-            return func(*args, **(kwargs or {}))
-        answer = func(*args, **(kwargs or {}))
-        kind = KINDS.get(name, name)
-        if name in ("_allgather_base_", "_reduce_scatter_base_"):
-            output, given = args[0], args[1]
-        elif name == "gather_":
-            output, given = None, args[1][0]
-        elif namespace == "c10d":
-            output, given = None, args[0][0]
+            return NotImplemented  # it comes back with its local tensors
+        namespace, name = func._schema.name.split("::")
+        result = func(*args, **(kwargs or {}))
+        if "c10d" in namespace and not name.startswith(("wait", "_wrap")):
+            parts = [[leaf for leaf in tree_leaves(part) if isinstance(leaf, torch.Tensor)] for part in (*args, result)]
+            self.note(KINDS[name], max(sum(tensor.nbytes for tensor in part) for part in parts))
+        if name == "_reduce_scatter_base_":
+            args[0].zero_()
+        return result
+
+
+class Store(dist.Store):
+    """what: whose requests are noted."""
+
+    def __init__(self, noted: Counting, what: str = "store") -> None:
+        super().__init__()
+        self.noted, self.what, self.content, self.signs = noted, what, dict[str, bytes](), 0
+        noted.stores.append(self)  # a prefix of the store, which is C++, keeps no reference to Python's part
+
+    def clone(self) -> "Store":
+        return Store(self.noted, "heartbeat")
+
+    def _note(self, keys: int = 1) -> None:
+        if self.what == "store":
+            self.noted.note("keys asked of the store", times=keys)
         else:
-            output, given = answer, args[0]
-        if kind == "all-gather":  # of copies of rank 0's
-            output.view(-1, *given.shape).copy_(given.expand(output.numel() // given.numel(), *given.shape))
-        elif kind == "reduce-scatter":
-            output.view(-1).copy_(given.view(-1)[: output.numel()])
-        self.note(kind, _bytes(output if kind == "all-gather" else given))
-        return answer
+            key = "heartbeat", "keys of the largest request"
+            self.noted.counts[key] = max(self.noted.counts[key], keys)
+
+    def _answer(self, key: str) -> bytes:
+        self.signs += 1
+        return self.content.get(key) or (f"{self.signs}\t0\tmachine\tstep" if "/sign/" in key else "1").encode()
+
+    def set(self, key: str, value: str | bytes) -> None:
+        self._note()
+        self.content[key] = value if isinstance(value, bytes) else value.encode()
+
+    def get(self, key: str) -> bytes:
+        self._note()
+        return self._answer(key)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        self._note(len(keys))
+        return [self._answer(key) for key in keys]
+
+    def add(self, key: str, value: int) -> int:
+        self._note()
+        return value
+
+    def check(self, keys: list[str]) -> bool:
+        self._note(len(keys))
+        return not any(key.endswith(("/lost", "/errors")) for key in keys)
 
 
-def phase() -> str:
-    where = heartbeat._doing[0]
-    for name in ("saving", "evaluation", "step"):
-        if name in where:
-            return name
-    return "start-up"
+def parts_of_all(state: dict[str, dict[str, torch.Tensor]], own: str, folder: Path) -> list[str]:
+    """What all ranks would send of a checkpoint to rank 0, which sends `own`."""
+    texts = [json.loads(own) for _ in range(dist.get_world_size())]
+    [(name, described)] = texts[0]["files"].items()
+    for rank, text in enumerate(texts):
+        file = name.replace("__0_", f"__{rank}_")
+        if rank:
+            os.link(folder / name, folder / file)
+        random = {key.replace(".0.", f".{rank}."): entry for key, entry in text["index"].items() if ".0.cpu" in key}
+        for entry in random.values():
+            entry["parts"][0][2] = file
+        text |= {"files": {file: described}, "index": random}
+    for part in ("model", "optimizer"):
+        for key, tensor in state[part].items():
+            shards = tensor.device_mesh.size(-1) if isinstance(tensor, DTensor) else 1
+            rows = tensor.shape[0] if tensor.ndim else 1
+            step = -(-rows // shards)
+            for rank, row in enumerate(range(0, rows, step)):
+                file = name.replace("__0_", f"__{rank}_")
+                place = [row, min(step, rows - row), file, 0, 1]  # where it is in the file is not read
+                entry = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+                texts[rank]["index"][f"{part}.{key}"] = entry | {"parts": [place]}
+    return [json.dumps(text) for text in texts]
 
 
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def count(
+    args: ScaleCounts, folder: Path, rank: int, ranks: int, resumes: bool, sent: list[tuple[int, bytes]]
+) -> tuple[Counts, Counts, list[str], list[tuple[int, bytes]]]:
+    """Of this rank: counts, bytes, the files that its start-up reads, and what rank 0 broadcasts, with the group's size.
 
+    sent: the last, for another rank.
+    """
+    out = folder / str(ranks)
+    machine = min(args.machine, ranks)
+    env = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank % machine, "LOCAL_WORLD_SIZE": machine}
+    env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 1, "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_MAX_RESTARTS": 1}
+    os.environ |= {name: str(value) for name, value in env.items()}
+    noted, read, received = Counting(Counter(), Counter()), Counter[tuple[str, int]](), iter(sent)
+    noted.resumes = resumes
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size if path.is_file() else 0
-    except OSError:
-        return 0
+    def opened(event: str, details: tuple[Any, ...]) -> None:
+        if event not in ("open", "os.listdir", "os.scandir"):
+            return
+        path = str(details[0] or "")
+        if not path.startswith((str(args.model), str(folder))):
+            return
+        writes = event == "open" and details[2] & (os.O_WRONLY | os.O_RDWR)
+        noted.note("folders listed" if event != "open" else f"files opened to {'write' if writes else 'read'}")
+        if event == "open" and not writes and noted.phase() == "start-up":
+            name = (
+                path.replace(f"{out}.{rank}/", "CACHE/")
+                .replace(f"{out}/", "OUTPUT/")
+                .replace(f"{args.model}/", "MODEL/")
+            )
+            read[name, os.path.getsize(path)] += 1
 
+    def broadcast(objects: list[Any], src: int = 0, group: Any = None, device: Any = None) -> None:
+        if src == rank:
+            text = pickle.dumps(objects)
+            sent.append((dist.get_world_size(group), text))
+        else:
+            text = next(text for size, text in received if rank < size)
+            objects[:] = pickle.loads(text)
+        noted.note("broadcast of an object", len(text))
 
-class Others:
-    """What the other ranks would have sent to rank 0."""
+    def group_of(common: Any, options: Any) -> FakeProcessGroup:
+        noted.note("others in its process groups", times=common.group_size - 1)
+        return FakeProcessGroup._create_internal(common.group_rank, common.group_size, FakeProcessGroup.Options())
 
-    def __init__(self, counted: Counted, shards: int) -> None:
-        self.counted, self.shards = counted, shards
-        self.plans: list[SavePlan] = []
+    def impossible(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("an exchange of Python objects of all ranks")
 
-    def plan(self, mine: SavePlan, rank: int) -> SavePlan:
-        """Of a rank that has its own rows of each tensor that is sharded, and a whole copy of each other."""
-        items = []
-        for item in mine.items:
-            assert item.tensor_data
-            size, chunk = item.tensor_data.size, item.tensor_data.chunk
-            fqn = item.index.fqn.replace("random.0.", f"random.{rank}.")
-            row, end = (rank % self.shards) * chunk.sizes[0] if chunk.sizes else 0, size[0] if size else 1
-            if chunk.sizes == size:
-                row = 0
-            if row < end:
-                offsets = torch.Size([row, *chunk.offsets[1:]][: len(size)])
-                sizes = torch.Size([min(chunk.sizes[0], end - row), *chunk.sizes[1:]] if size else [])
-                data = replace(item.tensor_data, chunk=ChunkStorageMetadata(offsets, sizes))
-                items.append(replace(item, index=MetadataIndex(fqn, offsets), tensor_data=data))
-        return replace(mine, items=items)
+    states = []
 
-    def results(self, mine: list[WriteResult], rank: int) -> list[WriteResult]:
-        """Of a rank that wrote its plan, to a file in which parts begin where they do in rank 0's."""
-        plan, places = self.plans[rank], cycle(mine)
-        file = f"{plan.storage_data.prefix}0.distcp"
-        return [
-            replace(of, index=item.index, storage_data=replace(of.storage_data, relative_path=file))
-            for item, of in zip(plan.items, places, strict=False)
-        ]
+    def write_part(folder: Path, state: Any) -> Any:
+        folder.mkdir(exist_ok=True)  # of rank 0's making
+        states[:] = [folder, state]
+        return write(folder, state)
 
-    def gather(self, tensor: torch.Tensor, gather_list: list[torch.Tensor] | None = None, **_: Any) -> None:
-        self.counted.note("gather to rank 0", _bytes(tensor))
-        text = bytes(tensor.tolist()).rstrip(b"\0").decode()
-        for rank, each in enumerate(gather_list or ()):
-            files = {name.replace("__0_", f"__{rank}_"): file for name, file in json.loads(text).items()}
-            of_rank = {name: file for name, file in files.items() if not rank or name.startswith("__")}
-            content = json.dumps(of_rank).encode().ljust(len(each), b"\0")[: len(each)]
-            each.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    def texts_on_rank_zero(text: str, group: Any = None) -> list[str]:
+        return parts_of_all(states[1], text, states[0]) if gather(text, group) else []
 
-    def gather_object(self, obj: Any, object_gather_list: list[Any] | None = None, **_: Any) -> None:
-        self.counted.note("PyTorch's gather of objects to rank 0", len(pickle.dumps(obj)))
-        for rank in range(len(object_gather_list or ())):
-            assert object_gather_list
-            answer = obj
-            if isinstance(obj, SavePlan) and rank:
-                answer = self.plan(obj, rank)
-            elif isinstance(obj, list) and obj and isinstance(obj[0], WriteResult) and rank:
-                answer = self.results(obj, rank)
-            object_gather_list[rank] = answer
-
-    def scatter_object_list(
-        self, scatter_object_output_list: list[Any], scatter_object_input_list: list[Any], **_: Any
-    ) -> None:
-        mine = scatter_object_input_list[0]
-        self.counted.note("PyTorch's scatter of objects from rank 0", len(pickle.dumps(mine)))
-        if isinstance(mine, SavePlan):
-            self.plans = scatter_object_input_list
-        scatter_object_output_list[0] = mine
-
-    def all_gather_object(self, object_list: list[Any], obj: Any, **_: Any) -> None:
-        self.counted.note("objects of all ranks to all ranks", len(pickle.dumps(obj)))
-        object_list[:] = [obj] * len(object_list)
-
-    @contextmanager
-    def answer(self) -> Iterator[None]:
-        new_group, check_shared = dist.new_group, checkpoint._check_shared
-
-        def group(*args: Any, **kwargs: Any) -> Any:
-            self.counted.note("groups made", 0)
-            return new_group(*args, **(kwargs | {"backend": "fake"}))
-
-        def write_theirs(path: Path, names: Iterable[str]) -> None:
-            self.counted.quiet = True
-            for name in names:
-                if not (path / name).exists():
-                    os.link(path / "__0_0.distcp", path / name)
-            self.counted.quiet = False
-            check_shared(path, names)
-
-        def read_nothing(*_: Any) -> Future[None]:
-            done: Future[None] = Future()
-            done.set_result(None)
-            return done
-
-        names = ("gather", "gather_object", "scatter_object_list", "all_gather_object")
-        with ExitStack() as stack:
-            for name in names:
-                stack.enter_context(replaced(dist, name, getattr(self, name)))
-            stack.enter_context(replaced(dist, "new_group", group))
-            stack.enter_context(replaced(checkpoint, "_check_shared", write_theirs))
-            stack.enter_context(replaced(IndexReader, "read_data", read_nothing))
-            yield
-
-
-def count(args: Args, ranks: int, folder: Path) -> dict[str, Counts]:
-    """Of a run's start, first step, evaluation and checkpoint, and of a start that resumes."""
-    sys.path.insert(0, str(ROOT / "recipes"))
-    recipe = importlib.import_module("full_fsdp")
-    flags = [f"--model={args.model}", f"--output-dir={folder / 'out'}", f"--data.cache-dir={folder / 'cache'}"]
-    flags += [
-        "--device=cpu",
-        f"--fsdp.strategy={args.strategy}",
-        "--checkpoint.no-async-save",
-        "--train.max-steps=1",
-        *shlex.split(args.flags),
-    ]
-    config = tyro.cli(filled(recipe.Config), args=flags)
-
-    @contextmanager
-    def pretended(*_: Any) -> Iterator[str]:
-        yield "cpu"
-
-    vars(recipe).update(process_group=pretended, save_pretrained=nothing, finish_run=nothing)
-    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": min(args.machine, ranks)}
-    os.environ |= {key: str(value) for key, value in place.items()}
-    found = {}
-    for name in ("first", "resumed"):
-        heartbeat.stand("start-up")
-        counted = Counted()
-        shards = args.machine if args.strategy == "hybrid-shard" else ranks
-        print(f"{ranks:,} ranks, {'starting' if name == 'first' else name}", file=sys.stderr)
-        with fake_processes(ranks), Others(counted, shards).answer(), counted, redirect_stdout(sys.stderr):
-            recipe.main(config)
-        counted.quiet = True
-        found[name] = counted.counts
-        config = tyro.cli(filled(recipe.Config), args=[*flags, "--resume=auto"])
-    return found
-
-
-def nothing(*_: Any, **__: Any) -> None:
-    return None
-
-
-def main(args: Args) -> None:
-    if not args.model.is_dir():
-        raise UserError(f"--model {args.model}: no such folder; give that of a small model")
-    found: dict[int, dict[str, Counts]] = {}
-    for ranks in args.ranks:
-        folder = Path(tempfile.mkdtemp())
+    write, gather = checkpoint.write_part, checkpoint.texts_on_rank_zero
+    checkpoint.write_part, checkpoint.texts_on_rank_zero = write_part, texts_on_rank_zero
+    checkpoint.IndexReader.read_data = lambda *_: torch.futures.collect_all([])
+    dist.broadcast_object_list = broadcast
+    for name in ("all_gather_object", "gather_object", "scatter_object_list"):
+        setattr(dist, name, impossible)
+    dist.rendezvous = lambda *_, **__: iter([(Store(noted), rank, ranks)])
+    dist.Backend.register_backend("counted", group_of, extended_api=True, devices=["cpu"])
+    initialise, new_group = dist.init_process_group, dist.new_group
+    dist.init_process_group = lambda backend, **options: initialise("counted", **options)
+    dist.new_group = lambda ranks=None, backend="", **options: new_group(ranks, **options)
+    warnings.filterwarnings("ignore", "Set timeout")
+    sys.addaudithook(opened)
+    flags = (
+        f"{FLAGS} --fsdp.strategy {args.strategy} --model {args.model} --output-dir {out} --data.cache-dir {out}.{rank}"
+    )
+    flags += f" --data.path {folder}/rows.jsonl --data.val-path {folder}/rows.jsonl"
+    flags += (
+        " --resume auto --train.max-steps 3 --train.epochs 3" if resumes else " --train.max-steps 2 --train.epochs 2"
+    )
+    sys.argv = [str(args.recipe), *flags.split()]
+    with StringIO() as said, redirect_stdout(said), redirect_stderr(said), noted:
         try:
-            found[ranks] = count(args, ranks, folder)
-        finally:
-            shutil.rmtree(folder)
-    rows = {
-        (start, phase, kind): None
-        for starts in found.values()
-        for start, phases in starts.items()
-        for phase, kinds in phases.items()
-        for kind in kinds
-        if start == "first" or phase == "start-up"
-    }
-    print("| phase | what | " + " | ".join(f"{ranks:,} ranks" for ranks in found) + " |")
-    print("|---" * (len(found) + 2) + "|")
-    for start, where, kind in rows:
-        cells = []
-        for starts in found.values():
-            number, size = starts[start].get(where, {}).get(kind, (0, 0))
-            cells.append(f"{number}" + f", {size / 1024:,.1f} KiB" * bool(size))
-        print(f"| {'resuming' if start == 'resumed' else where} | {kind} | " + " | ".join(cells) + " |")
+            runpy.run_path(str(args.recipe), run_name="__main__")
+        except BaseException:
+            raise RuntimeError(f"rank {rank} of {ranks}: {said.getvalue()}{traceback.format_exc()}") from None
+    files = [f"{name}, {times} times, {size:,} bytes" for (name, size), times in sorted(read.items())]
+    return noted.counts, noted.sizes, files, sent
+
+
+def text_of(times: int, size: int) -> str:
+    return f"{times:,}" + (f", {size / 1000:,.1f} KB" if size else "")
+
+
+def main(args: ScaleCounts) -> None:
+    found: dict[int, dict[int, tuple[Counts, Counts]]] = {}
+    files: list[str] = []
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "rows.jsonl").write_text('{"text": "Once"}\n' * max(args.ranks))  # one for each rank
+        for ranks in args.ranks:
+            pair = (0, args.machine if ranks > args.machine else 1)
+            found[ranks] = {rank: (Counter(), Counter()) for rank in pair}
+            for resumes in (False, True):
+                sent: list[tuple[int, bytes]] = []
+                for rank in pair:
+                    with get_context("fork").Pool(1) as pool:
+                        counts, sizes, read, sent = pool.apply(count, (args, folder, rank, ranks, resumes, sent))
+                    files = files if resumes else read
+                    found[ranks][rank][0].update(counts)
+                    found[ranks][rank][1].update(sizes)
+    columns = {f"{ranks:,} ranks, rank {rank}": both for ranks, of in found.items() for rank, both in of.items()}
+    order = [*dict.fromkeys(PHASES.values()), RESUMING, "heartbeat"]
+    keys = {key for counts, _ in columns.values() for key in counts}
+    print(f"| {args.recipe.stem}, {args.strategy} | | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
+    for key in sorted(keys, key=lambda key: (order.index(key[0]), key[1])):
+        print(f"| {' | '.join([*key, *(text_of(counts[key], sizes[key]) for counts, sizes in columns.values())])} |")
+    print("\nThe files that the last of these ranks opens to read in its start-up:", *files, sep="\n")
     if args.json:
-        write_json(args.json, {str(ranks): starts for ranks, starts in found.items()})
+        content: dict[str, Any] = {}
+        for ranks, of in found.items():
+            for rank, (counts, sizes) in of.items():
+                for (phase, kind), times in counts.items():
+                    of_rank = content.setdefault(str(ranks), {}).setdefault(str(rank), {})
+                    of_rank.setdefault(phase, {})[kind] = [times, sizes[phase, kind]]
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     with user_errors():
-        main(tyro.cli(filled(Args)))
+        main(tyro.cli(filled(ScaleCounts)))
