@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -319,6 +320,31 @@ def test_who_looks_for_missing_ranks_is_not_missed():
     ranks, text = heart.missing()
     assert ranks == [1] and "no sign of life of rank 1 on far: its machine is lost" in text
     assert heart.count - before >= 2.5, "signs of 2.5 looks"
+
+
+class SlowStore:
+    """A store that takes a while to note what other threads set."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def __getattr__(self, name):
+        return getattr(self.store, name)
+
+    def set(self, key, value):
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.2)
+        self.store.set(key, value)
+
+
+def test_no_sign_comes_after_the_end():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    heart = Heartbeat(store, 0, 2, 0.6, print)
+    heart.store = SlowStore(heart.store)
+    time.sleep(0.15)  # a thread is about to give a sign
+    heart.stop()
+    time.sleep(0.3)
+    assert store.get("minillama/sign/0") == b"ended"
 
 
 MACHINES = """

@@ -1,7 +1,9 @@
 """Hugging Face folders in, PEFT folders in and out."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +23,14 @@ from minillama.adapters.llama_adapter import LlamaAdapterConfig, apply_llama_ada
 from minillama.adapters.lora import LoraConfig, apply_lora, merge_lora
 from minillama.adapters.peft import load_adapter, load_adapter_weights, peft_config, save_adapter, vllm_refusals
 from minillama.errors import UserError
-from minillama.formats.hf import INDEX, from_pretrained, load_weights, read_config, weights_fingerprint
+from minillama.formats.hf import (
+    INDEX,
+    SafetensorsWeights,
+    from_pretrained,
+    load_weights,
+    read_config,
+    weights_fingerprint,
+)
 from minillama.formats.hf_export import save_pretrained
 from minillama.model.llama import Llama
 from minillama.parallel.initialise import materialise
@@ -84,6 +93,24 @@ def test_large_tensors_are_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr("minillama.formats.hf.READ_BYTES", 1000)  # 7 rows and a bit of a (.., 32) fp32 matrix
     model = random_model()
     assert_same(parameters(from_pretrained(save_folder(model, tmp_path))), parameters(model))
+
+
+def test_what_was_read_does_not_stay_mapped(tmp_path, monkeypatch):
+    """Else the resident memory that a run on CPUs reports holds the files too."""
+
+    def mapped():
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"RssFile:\s+(\d+)", status)[1]) / 1024
+
+    monkeypatch.setattr("minillama.formats.hf.READ_BYTES", 2**20)
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(64, 2**18), "b": torch.ones(1)}, file)
+    weights, whole = SafetensorsWeights({"a": file, "b": file}), torch.empty(64, 2**18)
+    before = mapped()
+    for row in range(64):
+        whole[row : row + 1] = weights.rows("a", row, row + 1)
+    assert mapped() - before < 8  # MiB, of 64
+    assert whole.eq(1).all() and weights.rows("b", 0, 1) == 1
 
 
 def broken(tmp_path, change):

@@ -2,6 +2,7 @@
 loses one of two and gets it back."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,15 @@ def test_hosts_are_killed_cut_off_and_frozen_like_machines(tmp_path):
         "killed": True,
         "again": True,
     }
+
+
+def test_a_difference_that_is_not_a_number_is_not_passed_over(monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    from cluster_check_parts.compare import difference
+
+    one = [{"step": step, "loss": 2.0} for step in (1, 2)]
+    assert difference(one, [one[0], {"step": 2, "loss": 2.5}]) == 0.25
+    assert difference(one, [one[0], {"step": 2, "loss": math.nan}]) == difference(one, one[:1]) == math.inf
 
 
 LOSES_A_HOST = """

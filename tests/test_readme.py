@@ -43,6 +43,7 @@ PAGES = {
     for file in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
     if file.name != "CHANGELOG.md"
 }
+TEXTS = (".py", ".md", ".toml", ".sbatch", ".txt")
 EVERYWHERE = "\n".join(PAGES.values())
 
 
@@ -97,6 +98,13 @@ def test_the_tree_lists_every_file_and_no_other():
 
 
 # Pages and links
+
+
+def test_no_file_holds_what_a_merge_left():
+    folders = [ROOT / top for top in ("minillama", "recipes", "tools", "tests", "docs")]
+    files = [*ROOT.glob("*.*"), *(file for folder in folders for file in folder.rglob("*.*"))]
+    marks = re.compile(r"^(<{7}|>{7}) ", re.M)
+    assert not [file for file in files if file.suffix in TEXTS and marks.search(file.read_text())]
 
 
 def test_readme_begins_with_what_a_newcomer_needs():

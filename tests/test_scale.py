@@ -5,8 +5,10 @@ import socket
 import subprocess
 import sys
 import threading
+from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 from conftest import run_script
 
@@ -35,7 +37,7 @@ def agreements(world_size, store):
     names = [""] * world_size
 
     def agree(rank):
-        names[rank] = _agree(stores[rank], rank, world_size)
+        names[rank] = _agree(stores[rank], rank, world_size, timedelta(seconds=60))
 
     threads = [threading.Thread(target=agree, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -53,6 +55,28 @@ def test_live_processes_agree_on_a_name_by_requests_of_one_size():
     assert {size for _, size in found[1:]} <= {small, small + 1}  # a rank of two digits
     third = agreements(24, store)
     assert third[0][0] not in ("", found[0][0]) and len({name for name, _ in third}) == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_does_not_wait_for_ever_for_others_to_start(rank, capfd):
+    with pytest.raises(SystemExit):
+        _agree(dist.HashStore(), rank, 2, timedelta(seconds=0.2))
+    assert f"rank {rank} has waited 0:00:00.200000 for all 2 processes to start" in capfd.readouterr().err
+
+
+def test_a_rank_zero_that_was_replaced_does_not_agree():
+    store, ended = dist.HashStore(), threading.Event()
+
+    def frozen():
+        with pytest.raises(SystemExit):
+            _agree(store, 0, 2, timedelta(seconds=60))
+        ended.set()
+
+    threading.Thread(target=frozen, daemon=True).start()
+    store.get("minillama/number/0")
+    for rank in (0, 1):
+        store.set(f"minillama/number/{rank}", "of a new process")
+    assert ended.wait(10)
 
 
 PROGRAM = """

@@ -182,9 +182,12 @@ class SafetensorsWeights:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """(stop - start, ...). Raises UserError for NaN and infinity."""
         file, last = self._files[name], self._last
-        if getattr(last, "file", None) != file:  # the file that a thread has read last stays open, and mapped
-            last.file, last.tensors = file, open_tensors(file)
-        return finite(last.tensors.get_slice(name)[start:stop], name, file)
+        # The file that a thread has read last stays open. What was read of it stays mapped, so not for long.
+        if getattr(last, "file", None) != file or last.read >= READ_BYTES:
+            last.file, last.tensors, last.read = file, open_tensors(file), 0
+        rows = finite(last.tensors.get_slice(name)[start:stop], name, file)
+        last.read += rows.nbytes
+        return rows
 
 
 def open_weights(folder: str | Path) -> Weights:

@@ -62,11 +62,11 @@ class Heartbeat:
 
     def stop(self) -> None:
         """Ends the signs of life, and tells that they are not missed."""
-        with quiet(), suppress(dist.DistError):
-            self.store.set(f"minillama/sign/{self.rank}", ENDED)
         self.over.set()
         for thread in self.threads:  # one in a request while the interpreter ends would abort the process
             thread.join(1)
+        with quiet(), suppress(dist.DistError):
+            self.store.set(f"minillama/sign/{self.rank}", ENDED)  # and no sign after it, which would be missed
 
     def wait_for_readers(self) -> None:
         """On rank 0, if the store ends with it: waits a little until the others that are left have ended and know why."""

@@ -315,7 +315,7 @@ class Checkpoints:
         write_index(path, [each["index"] for each in written], {name: file["bytes"] for name, file in files.items()})
         if content["format"] == "full":
             _consolidate(path)
-            files, more = {}, list(path.rglob("*.*"))
+            files, more = {}, list(path.rglob("*.safetensors"))
         else:
             more = [path / ".metadata", path / INDEX]
         content["files"] = files | {str(file.relative_to(path)): described(file) for file in more}
