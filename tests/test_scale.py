@@ -116,6 +116,19 @@ def test_many_processes_are_not_connected_each_with_each():
     assert needed + 8 < each_to_each >= 4 * 7
 
 
+def test_the_limit_of_open_files_is_raised():
+    program = """
+import resource
+from minillama.parallel.processes import _allow_open_files
+resource.setrlimit(resource.RLIMIT_NOFILE, (300, 2000))
+for number in (200, 1000, 3000):
+    _allow_open_files(number)
+    print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["300", "2000", "1000", "2000", "2000", "2000"]
+
+
 def test_a_run_exchanges_and_opens_no_more_where_there_are_more_ranks(tiny_folder, tmp_path):
     """Of 8 and of 512 ranks, sharded within machines: what rank 0 and a rank of another machine exchange and open."""
     tool, out = Path(__file__).parents[1] / "tools/measure/scale_counts.py", tmp_path / "counts.json"

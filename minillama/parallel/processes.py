@@ -21,9 +21,8 @@ from minillama.parallel.rendezvous import fresh_store
 
 T = TypeVar("T")
 Device = Literal["auto", "cpu", "cuda"]
-EACH_TO_EACH = 128
-"""Processes up to which gloo connects each with each, in each of its four or more groups: a process may often have no more
-than 1,024 files open"""
+EACH_TO_EACH = 1024
+"""Processes up to which gloo connects each with each, in each of its four or more groups: then all notice a death at once"""
 
 
 def say(text: str) -> None:
@@ -79,6 +78,7 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0, lost_s
         store, own_rank, world_size = fresh_store(timeout)
         if world_size > EACH_TO_EACH:  # two are connected when they first exchange something
             os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+        _allow_open_files(8 * min(world_size, EACH_TO_EACH) + 1024)
         _meet(store, own_rank, world_size, lost_seconds)
         dist.init_process_group(backend, store=store, rank=own_rank, world_size=world_size, timeout=timeout)
     else:  # no launcher, so no address either
@@ -102,6 +102,18 @@ def process_group(device: Device = "auto", timeout_minutes: float = 30.0, lost_s
         # tensor while the interpreter is being torn down aborts the process: end the threads before that.
         atexit.unregister(gc.collect)  # once, however many groups there were
         atexit.register(gc.collect)
+
+
+def _allow_open_files(number: int) -> None:
+    """Raises this process's limit to that many, as far as the system lets it: it is often 1,024, and a connection is one."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _meet(store: dist.Store, own_rank: int, world_size: int, lost_seconds: float) -> None:
