@@ -296,7 +296,8 @@ def main(args: ScaleCounts) -> None:
             for resumes in (False, True):
                 sent: list[tuple[int, bytes]] = []
                 for rank in pair:
-                    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+                    # A forked process makes a new pool of threads, which threads of its own must not do at once.
+                    with ProcessPoolExecutor(1, get_context("fork"), torch.set_num_threads, (1,)) as pool:
                         done = pool.submit(count, args, folder, rank, ranks, resumes, sent)
                         counts, sizes, read, sent = done.result()
                     files = files if resumes else read
