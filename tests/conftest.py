@@ -166,6 +166,7 @@ def _call_script(script: Path, args: list[str], log: Path, env: dict[str, str]) 
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True, write_through=False)  # ranks write whole lines into the log
     sys.argv = [str(script), *args]
     try:
         runpy.run_path(str(script), run_name="__main__")
