@@ -139,7 +139,7 @@ from minillama.errors import UserError
 what, fails = sys.argv[1], int(sys.argv[2])
 os.environ["TORCHELASTIC_ERROR_FILE"] = f"{sys.argv[0]}.{os.environ['RANK']}"
 minutes = 0.05 if what == "late" else 30
-with user_errors(), process_group("cpu", minutes, lost_seconds={"frozen": 2, "late": 12}.get(what, 60)):
+with user_errors(), process_group("cpu", minutes, lost_seconds={"frozen": 2, "unnoticed": 2, "late": 12}.get(what, 60)):
     if dist.get_rank() == fails and what == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if dist.get_rank() == fails and what == "fault":
@@ -160,6 +160,10 @@ with user_errors(), process_group("cpu", minutes, lost_seconds={"frozen": 2, "la
     if what == "late" and dist.get_rank() == fails:
         stand("the evaluation after step 8")
         time.sleep(6)
+    if what == "unnoticed":
+        if dist.get_rank() == fails:
+            raise ValueError("of our own")
+        time.sleep(100)  # as a collective does that is not told of the error
     if what == "on zero":
         on_rank_zero(lambda: [][1])
     dist.barrier()
@@ -232,6 +236,15 @@ def test_a_fault_is_told_once_by_the_rank_that_had_it(tmp_path, what, rank, said
     assert re.match(
         rf"rank . has failed, see its traceback above: .*{said}", torchrun_says(tmp_path / "script.py", codes)
     )
+
+
+def test_an_error_ends_ranks_that_do_not_notice_it(tmp_path):
+    processes, wait = start_script(script(tmp_path, LOST), "unnoticed", 1, world_size=3, log=tmp_path / "log")
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [1, 0, 1]  # those that ended on their own return, and tell
+    codes, text = wait()
+    assert codes == [None, 1, None] and text.count("Traceback") == 1 and "rank 1 has failed" in text, text
 
 
 def test_torchrun_s_report_ends_with_the_message(tmp_path):

@@ -141,12 +141,16 @@ class Heartbeat:
         self.store.set(f"minillama/sign/{self.rank}", sign)
 
     def _beat(self) -> None:
-        seen, missed = "", 0
+        seen, missed, failing = "", 0, 0
         with suppress(dist.DistError):  # the store has ended, and with it the process that keeps it
             while not self.over.wait(self.interval):
                 self._post()
                 if told := self._told():
                     self._end(told[1] if self.rank in told[0] else "")
+                # One has ended with an error: not every collective that waits for it is told so.
+                failing += self.someone_erred()
+                if failing > LOOKS:
+                    self._end("")
                 keys = [f"minillama/sign/{r}" for r in (0, self.next)]
                 self.silent = 0
                 if not self.store.check(keys):
