@@ -158,7 +158,9 @@ def _call_with_mesh(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     from minillama.parallel.sharding import FsdpConfig, make_mesh
 
     with process_group("cpu") as device:
-        return function(make_mesh(FsdpConfig(strategy="full-shard"), device), *args)
+        result = function(make_mesh(FsdpConfig(strategy="full-shard"), device), *args)
+        torch.distributed.barrier()  # rank 0 keeps the store that others may still need to make a group
+        return result
 
 
 def _call_script(script: Path, args: list[str], log: Path, env: dict[str, str]) -> int:
