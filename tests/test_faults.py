@@ -22,7 +22,7 @@ from minillama.data.cache import open_packed, prepare
 from minillama.data.datasets import DataConfig
 from minillama.errors import UserError
 from minillama.files import PARTIAL, lock, new_folder, write_json, write_whole
-from minillama.parallel.heartbeat import Heartbeat
+from minillama.parallel.heartbeat import LOOKS, Heartbeat
 from minillama.tokenizer.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -358,6 +358,15 @@ def test_no_sign_comes_after_the_end():
     heart.stop()
     time.sleep(0.3)
     assert store.get("minillama/sign/0") == b"ended"
+
+
+def test_who_ends_because_of_another_s_error_lets_the_others_know(monkeypatch):
+    store, ended = dist.TCPStore("127.0.0.1", 0, is_master=True), threading.Event()
+    store.add("minillama/errors", 1)
+    monkeypatch.setattr(Heartbeat, "_end", lambda heart, _: (heart.over.set(), ended.set()))
+    heart = Heartbeat(store, 0, 2, 0.6, print)
+    assert ended.wait(10) and heart.count == 1 + LOOKS  # the sign of its start, and those of lost_seconds
+    assert heart._told() == ([], "")
 
 
 MACHINES = """

@@ -158,9 +158,8 @@ def held_out_rows(run: dict[str, Any] | None, base: Path, device: str) -> tuple[
         raise UserError(f"a model of {size_text(size)} needs several processes, which torchrun starts")
     data = from_flags(DataConfig, run["data"], "run.json")
     if own := [source.dataset for source in training_sources(data) if source.is_own or data.is_own]:
-        raise UserError(
-            f"its rows come from {own[0]}, and nothing that a run.json names is run"
-        )  # it may be someone else's
+        # it may be someone else's
+        raise UserError(f"its rows come from {own[0]}, and nothing that a run.json names is run")
     tokenizer = load_tokenizer(run["tokenizer"] or base, day=data.day)
     _, rows = load_data(data, tokenizer, config.vocab_size, run["seed"], validation=True)
     assert rows

@@ -227,7 +227,8 @@ def checks(args: argparse.Namespace, slurm: Slurm, check: Check) -> None:
     disturb(job, check, "the time limit", shorten)
 
     def preempt() -> None:
-        slurm.ask("sbatch", "--partition=high", f"--nodes={len(slurm.cluster.hosts)}", "--exclusive", "--wrap=sleep 5")
+        options = ["--partition=high", f"--nodes={len(slurm.cluster.hosts)}", "--exclusive", "--output=/dev/null"]
+        slurm.ask("sbatch", *options, "--wrap=sleep 5")
 
     disturb(job, check, "preempted, with the signal it asked for", preempt)
     for grace in (120, 0):

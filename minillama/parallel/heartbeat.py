@@ -149,7 +149,8 @@ class Heartbeat:
                     self._end(told[1] if self.rank in told[0] else "")
                 # One has ended with an error: not every collective that waits for it is told so.
                 failing += self.someone_erred()
-                if failing > LOOKS:
+                if failing >= LOOKS:
+                    self.tell_others([], "")  # if this one keeps the store, it waits until they have ended
                     self._end("")
                 keys = [f"minillama/sign/{r}" for r in (0, self.next)]
                 self.silent = 0

@@ -220,9 +220,8 @@ def on_each_node(task: Callable[[], T]) -> T:
     """
     first = dist.get_rank() - int(os.environ.get("LOCAL_RANK", "0"))
     machine = [*range(first, first + local_world_size())]
-    if (
-        "LOCAL_WORLD_SIZE" not in os.environ and neighbours
-    ):  # LOCAL_RANK may then be that of a GPU, if each sees its own
+    # Where each process sees only its own GPU, LOCAL_RANK may be that of the GPU.
+    if "LOCAL_WORLD_SIZE" not in os.environ and neighbours:
         machine = sorted(neighbours)
     result, failure = None, None
     if dist.get_rank() == machine[0]:

@@ -305,8 +305,9 @@ def main(args: ScaleCounts) -> None:
                         done = pool.submit(count, args, folder, rank, ranks, resumes, sent)
                         counts, sizes, read, sent = done.result()
                     files = files if resumes else read
-                    found[ranks][rank][0].update(counts)
-                    found[ranks][rank][1].update(sizes)
+                    total, total_size = found[ranks][rank]
+                    total |= counts  # the runs have no phase in common; of the largest request, the larger
+                    total_size |= sizes
     columns = {f"{ranks:,} ranks, rank {rank}": both for ranks, of in found.items() for rank, both in of.items()}
     order = [*dict.fromkeys(PHASES.values()), RESUMING, "heartbeat"]
     keys = {key for counts, _ in columns.values() for key in counts}
