@@ -358,6 +358,9 @@ def test_no_sign_comes_after_the_end():
     heart.stop()
     time.sleep(0.3)
     assert store.get("minillama/sign/0") == b"ended"
+    store.set("minillama/sign/1", "1\t0\tmachine\tstep 7")
+    assert heart.missing()[0] == [1]  # a thread that is about to report a rank
+    assert store.get("minillama/sign/0") == b"ended"
 
 
 def test_who_ends_because_of_another_s_error_lets_the_others_know(monkeypatch):

@@ -135,6 +135,8 @@ class Heartbeat:
         return _standing(self._table(), range(self.world_size))
 
     def _post(self) -> None:
+        if self.over.is_set():  # a sign after the last one would be missed
+            return
         self.count += 1
         where, since = _doing
         sign = f"{self.count}\t{time.monotonic() - since:.0f}\t{platform.node()}\t{where}"
