@@ -328,6 +328,7 @@ def test_who_looks_for_missing_ranks_is_not_missed():
     heart.over.set()  # no thread gives signs, as while one of them looks
     for thread in heart.threads:
         thread.join()
+    heart.over.clear()
     store.set("minillama/sign/1", "1\t0\tfar\tstep 3")
     before = heart.count
     ranks, text = heart.missing()
